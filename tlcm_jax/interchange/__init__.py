@@ -1,0 +1,1 @@
+"""Weights in and out: diffusers folders, LoRA dialects. Reads and writes; computes nothing."""

@@ -1,0 +1,1 @@
+"""Flax networks: UNet, VAE, CLIP towers and adapters. No noise levels, no losses."""

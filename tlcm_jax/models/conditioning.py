@@ -1,0 +1,21 @@
+"""What a denoiser is conditioned on, as one pytree."""
+
+import flax.struct
+from jax import Array
+
+
+@flax.struct.dataclass
+class Conditioning:
+    """Text conditioning of a UNet; every array has a leading batch axis.
+
+    Attributes:
+      prompt_embeds: `[b, n, d]` token states, concatenated over the text encoders.
+      pooled: `[b, p]` pooled embedding of the text encoder with projection; None where the
+        model has none (SD 1.x, 2.x).
+      time_ids: `[b, 6]` SDXL micro-conditioning: original height and width, crop top and left,
+        target height and width, in pixels; None where the model has none.
+    """
+
+    prompt_embeds: Array
+    pooled: Array | None = None
+    time_ids: Array | None = None

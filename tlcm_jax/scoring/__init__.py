@@ -1,0 +1,1 @@
+"""Scorers and statistics, one interface for losses and for evaluation."""

@@ -1,0 +1,1 @@
+"""The engine: state, jitted step, mesh and sharding, checkpoints, metrics, the loop."""
