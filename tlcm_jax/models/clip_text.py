@@ -1,0 +1,186 @@
+"""CLIP's text tower, with and without projection: OpenAI's CLIP-L, OpenCLIP's H and bigG."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tlcm_jax.models.attention import attention
+from tlcm_jax.models.layers import Dense, Dtype, layer_norm
+
+_ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """Architecture of a CLIP text tower; the names are transformers' own.
+
+    Attributes:
+      projection_dim: width of the pooled output; None for a tower without projection.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    hidden_act: str
+    layer_norm_eps: float
+    eos_token_id: int
+    projection_dim: int | None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "CLIPTextConfig":
+        """Parses a transformers `text_encoder/config.json`.
+
+        Raises:
+          ValueError: the activation is not one this port implements.
+        """
+        activation = raw.get("hidden_act", "quick_gelu")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"text encoder config: hidden_act={activation!r} is not one of "
+                f"{sorted(_ACTIVATIONS)}"
+            )
+        projected = "CLIPTextModelWithProjection" in raw.get("architectures", ())
+        return cls(
+            vocab_size=raw.get("vocab_size", 49408),
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=raw["num_attention_heads"],
+            max_position_embeddings=raw.get("max_position_embeddings", 77),
+            hidden_act=activation,
+            layer_norm_eps=raw.get("layer_norm_eps", 1e-5),
+            eos_token_id=raw.get("eos_token_id", 49407),
+            projection_dim=raw.get("projection_dim", 512) if projected else None,
+        )
+
+
+class _SelfAttention(nn.Module):
+    heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        width = x.shape[-1]
+
+        def project(name: str) -> Array:
+            y = Dense(width, dtype=self.dtype, name=name)(x)
+            return y.reshape(*x.shape[:-1], self.heads, width // self.heads)
+
+        out = attention(project("q_proj"), project("k_proj"), project("v_proj"), mask)
+        return Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
+
+
+class _MLP(nn.Module):
+    config: CLIPTextConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        h = _ACTIVATIONS[self.config.hidden_act](h)
+        return Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(h)
+
+
+class _Layer(nn.Module):
+    config: CLIPTextConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        epsilon = self.config.layer_norm_eps
+        attend = _SelfAttention(self.config.num_attention_heads, self.dtype, name="self_attn")
+        x = x + attend(layer_norm(epsilon, self.dtype, "layer_norm1")(x), mask)
+        mlp = _MLP(self.config, self.dtype, name="mlp")
+        return x + mlp(layer_norm(epsilon, self.dtype, "layer_norm2")(x))
+
+
+class _Embeddings(nn.Module):
+    config: CLIPTextConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, input_ids: Array) -> Array:
+        config = self.config
+        initial = nn.initializers.normal(0.02)
+        tokens = nn.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=initial, dtype=self.dtype,
+            name="token_embedding",
+        )  # fmt: skip
+        positions = nn.Embed(
+            config.max_position_embeddings, config.hidden_size, embedding_init=initial,
+            dtype=self.dtype, name="position_embedding",
+        )  # fmt: skip
+        return tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))
+
+
+class _Encoder(nn.Module):
+    config: CLIPTextConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> list[Array]:
+        length = x.shape[1]
+        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        states = [x]
+        for i in range(self.config.num_hidden_layers):
+            x = _Layer(self.config, self.dtype, name=f"layers.{i}")(x, causal)
+            states.append(x)
+        return states
+
+
+class _TextTransformer(nn.Module):
+    config: CLIPTextConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, input_ids: Array) -> tuple[list[Array], Array]:
+        x = _Embeddings(self.config, self.dtype, name="embeddings")(input_ids)
+        states = _Encoder(self.config, self.dtype, name="encoder")(x)
+        last = layer_norm(self.config.layer_norm_eps, self.dtype, "final_layer_norm")(states[-1])
+        return states, last
+
+
+class CLIPTextModel(nn.Module):
+    """CLIP text tower. Matches transformers' `CLIPTextModel` and, where the config asks for a
+    projection, `CLIPTextModelWithProjection`.
+    """  # noqa: D205
+
+    config: CLIPTextConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids: Array) -> tuple[list[Array], Array, Array]:
+        """Runs the tower.
+
+        Args:
+          input_ids: `[b, n]` token ids, n at most `max_position_embeddings`.
+
+        Returns:
+          The hidden states `[b, n, d]` (embeddings first, before the final norm), the last one
+          after the final norm, and the pooled output at the end-of-text token: `[b, d]`, or
+          `[b, projection_dim]` with projection.
+        """
+        config = self.config
+        states, last = _TextTransformer(config, self.dtype, name="text_model")(input_ids)
+        if config.eos_token_id == 2:
+            # Files written before the field was right: the end-of-text token has the largest id.
+            end = jnp.argmax(input_ids, axis=-1)
+        else:
+            end = jnp.argmax(input_ids == config.eos_token_id, axis=-1)
+        pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
+        if config.projection_dim is not None:
+            pooled = Dense(
+                config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection"
+            )(pooled)
+        return states, last, pooled

@@ -1,0 +1,115 @@
+"""Linear and convolution layers that know how to be adapted, and the norms the family uses.
+
+Each layer reads its own weights from the `params` collection and, where the `lora` collection
+holds factors under the same path, adds the low-rank update `B(A(x))` to its output. The scale
+alpha / rank belongs to the caller (`models.lora.scaled`), so one set of base weights serves
+every adapter.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Dtype = jnp.dtype | type
+
+
+class Dense(nn.Module):
+    """Linear layer `[..., in] -> [..., features]` with an optional low-rank update.
+
+    Matches `torch.nn.Linear` with a PEFT LoRA of scale 1; the kernel is stored `[in, features]`.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32
+        )
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "lora_A"):
+            down = self.get_variable("lora", "lora_A").astype(self.dtype)
+            up = self.get_variable("lora", "lora_B").astype(self.dtype)
+            y = y + (x @ down) @ up
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """2-D convolution `[b, h, w, in] -> [b, h', w', features]` with an optional low-rank update.
+
+    Matches `torch.nn.Conv2d` (explicit, symmetric padding) with a PEFT LoRA of scale 1: `lora_A`
+    is a convolution of the layer's own geometry, `lora_B` a 1x1 one. Kernels are stored HWIO.
+
+    Attributes:
+      padding: pixels added on each side, or `((top, bottom), (left, right))`.
+    """
+
+    features: int
+    kernel_size: int = 3
+    strides: int = 1
+    padding: int | Sequence[tuple[int, int]] = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        size = self.kernel_size
+        kernel = self.param(
+            "kernel",
+            nn.initializers.lecun_normal(),
+            (size, size, x.shape[-1], self.features),
+            jnp.float32,
+        )
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        x = x.astype(self.dtype)
+        y = self._convolve(x, kernel)
+        if self.has_variable("lora", "lora_A"):
+            down = self._convolve(x, self.get_variable("lora", "lora_A"))
+            up = self.get_variable("lora", "lora_B")
+            y = y + down @ up[0, 0].astype(self.dtype)
+        return y + bias.astype(self.dtype)
+
+    def _convolve(self, x: Array, kernel: Array) -> Array:
+        padding = self.padding
+        if isinstance(padding, int):
+            padding = ((padding, padding), (padding, padding))
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(self.dtype),
+            (self.strides, self.strides),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+def group_norm(groups: int, epsilon: float, dtype: Dtype, name: str) -> nn.GroupNorm:
+    """Group norm with two-pass fp32 statistics, as PyTorch computes them."""
+    return nn.GroupNorm(
+        num_groups=groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name
+    )
+
+
+def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
+    """Layer norm with two-pass fp32 statistics, as PyTorch computes them."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def upsample_nearest(x: Array, height: int, width: int) -> Array:
+    """Nearest-neighbour upsampling `[b, h, w, c] -> [b, height, width, c]`.
+
+    Matches `torch.nn.functional.interpolate(mode="nearest")`, also to sizes that are not an
+    exact multiple (odd latents).
+    """
+    if height == 2 * x.shape[1] and width == 2 * x.shape[2]:
+        return x.repeat(2, axis=1).repeat(2, axis=2)
+    rows = jnp.arange(height) * x.shape[1] // height
+    columns = jnp.arange(width) * x.shape[2] // width
+    return x[:, rows][:, :, columns]

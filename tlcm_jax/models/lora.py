@@ -1,0 +1,96 @@
+"""Low-rank adapters as their own pytree: W + (alpha / rank) B A (Hu et al., arXiv 2106.09685).
+
+An adapter tree mirrors the base tree's paths; each adapted layer holds `lora_A` (`[in, r]`, or
+`[kh, kw, in, r]` for a convolution) and `lora_B` (`[r, out]`, or `[1, 1, r, out]`). The layers
+apply factors as they find them; `scaled` puts alpha / rank into them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Tree = Mapping
+
+# Where PCM, DMD2 and TLCM put their adapters (METHOD.md section 1).
+TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
+    "time_emb_proj",
+)  # fmt: skip
+
+
+def targeted(path: Sequence[str], targets: Sequence[str]) -> bool:
+    """Whether a module's path ends with one of the target names, as PEFT matches them."""
+    name = ".".join(path)
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def init(params: Tree, targets: Sequence[str], rank: int, key: Array) -> dict:
+    """A fresh adapter: A Kaiming-uniform, B zero, so that it changes nothing yet.
+
+    Args:
+      params: the base tree (arrays or shapes).
+      targets: module name endings to adapt.
+      rank: r.
+      key: PRNG key.
+
+    Raises:
+      ValueError: the rank is not positive, or a target names no layer of the tree.
+    """
+    if rank < 1:
+        raise ValueError(f"lora rank must be at least 1, got {rank}")
+    kernels = {
+        path[:-1]: leaf.shape
+        for path, leaf in flax.traverse_util.flatten_dict(params).items()
+        if path[-1] == "kernel" and targeted(path[:-1], targets)
+    }
+    unused = [t for t in targets if not any(targeted(path, [t]) for path in kernels)]
+    if unused:
+        raise ValueError(f"lora targets {unused} name no layer of this network; remove them")
+    adapter = {}
+    for i, (path, shape) in enumerate(sorted(kernels.items())):
+        *spatial, fan, out = shape
+        fan_in = fan
+        for size in spatial:
+            fan_in *= size
+        # torch's kaiming_uniform_(a=sqrt(5)), which PEFT uses for A: U(-1/sqrt(fan), 1/sqrt(fan)).
+        bound = fan_in**-0.5
+        adapter[(*path, "lora_A")] = jax.random.uniform(
+            jax.random.fold_in(key, i), (*spatial, fan, rank), jnp.float32, -bound, bound
+        )
+        adapter[(*path, "lora_B")] = jnp.zeros((*(1 for _ in spatial), rank, out), jnp.float32)
+    return flax.traverse_util.unflatten_dict(adapter)
+
+
+def scaled(adapter: Tree, scale: float) -> dict:
+    """The adapter with `scale` (alpha / rank) multiplied into every `lora_B`."""
+
+    def scale_leaf(path: tuple, leaf: Array) -> Array:
+        return leaf * scale if path[-1].key == "lora_B" else leaf
+
+    return jax.tree_util.tree_map_with_path(scale_leaf, adapter)
+
+
+def merge(params: Tree, adapter: Tree, scale: float = 1.0) -> dict:
+    """Base weights with the adapter added: what gradient-free calls and exports use.
+
+    Every product is taken in fp32 and the sum returned in the base's dtype.
+
+    Raises:
+      KeyError: the adapter names a layer that the base does not have.
+    """
+    base = flax.traverse_util.flatten_dict(params)
+    factors = flax.traverse_util.flatten_dict(adapter)
+    merged = dict(base)
+    for path, down in factors.items():
+        if path[-1] != "lora_A":
+            continue
+        kernel = base[(*path[:-1], "kernel")]
+        up = factors[(*path[:-1], "lora_B")]
+        up = up.reshape(up.shape[-2:]).astype(jnp.float32)
+        update = scale * (down.astype(jnp.float32) @ up)
+        merged[(*path[:-1], "kernel")] = (kernel + update).astype(kernel.dtype)
+    return flax.traverse_util.unflatten_dict(merged)

@@ -1,0 +1,140 @@
+"""`UNet2DConditionModel`: the text-conditioned denoiser of the Stable Diffusion family.
+
+Covers SD 1.x, SD 2.x and SDXL by config alone; attribute names are the checkpoint's own.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from tlcm_jax.models.embeddings import TimestepEmbedding, sinusoidal
+from tlcm_jax.models.layers import Conv, Dtype, group_norm
+from tlcm_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
+from tlcm_jax.models.unet_config import UNetConfig
+
+
+class UNet2DConditionModel(nn.Module):
+    """Predicts noise (or v) from a noisy latent, a timestep and text.
+
+    Matches diffusers' `UNet2DConditionModel`.
+
+    Attributes:
+      config: the architecture.
+      dtype: compute dtype; norms keep fp32 statistics whatever it is.
+      remat: `"none"`, or `"blocks"` to recompute each transformer block in the backward pass.
+    """
+
+    config: UNetConfig
+    dtype: Dtype = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        sample: Array,
+        timesteps: Array,
+        encoder_hidden_states: Array,
+        text_embeds: Array | None = None,
+        time_ids: Array | None = None,
+        timestep_cond: Array | None = None,
+    ) -> Array:
+        """Runs the network.
+
+        Args:
+          sample: noisy latents `[b, h, w, in_channels]`.
+          timesteps: `[b]`, in 0..999.
+          encoder_hidden_states: text states `[b, n, cross_attention_dim]`.
+          text_embeds: pooled text embedding `[b, p]`; needed by SDXL.
+          time_ids: micro-conditioning `[b, 6]`; needed by SDXL.
+          timestep_cond: guidance embedding `[b, time_cond_proj_dim]` of LCM-style networks.
+
+        Returns:
+          The prediction `[b, h, w, out_channels]`, fp32.
+        """
+        config = self.config
+        embedding = self._embed(timesteps, text_embeds, time_ids, timestep_cond)
+        context = encoder_hidden_states.astype(self.dtype)
+        x = Conv(config.block_out_channels[0], dtype=self.dtype, name="conv_in")(sample)
+
+        levels = len(config.block_out_channels)
+        skips = [x]
+        for i in range(levels):
+            block = DownBlock(
+                **self._block(i, config.down_block_types[i], config.transformer_layers[i]),
+                layers=config.layers_per_block[i],
+                add_downsample=i < levels - 1,
+                name=f"down_blocks.{i}",
+            )
+            x, states = block(x, embedding, context)
+            skips += states
+
+        if config.has_mid_block:
+            depth = config.mid_transformer_layers
+            block = self._block(levels - 1, "CrossAttn", (depth,))
+            x = MidBlock(**block, layers=1, name="mid_block")(x, embedding, context)
+
+        for i in range(levels):
+            level = levels - 1 - i
+            layers = config.layers_per_block[level] + 1
+            used, skips = skips[-layers:], skips[:-layers]
+            up = UpBlock(
+                **self._block(level, config.up_block_types[i], config.up_transformer_layers[i]),
+                layers=layers,
+                add_upsample=i < levels - 1,
+                name=f"up_blocks.{i}",
+            )
+            # Odd latents: grow to exactly the next skip's size.
+            size = skips[-1].shape[1:3] if skips else None
+            x = up(x, used, embedding, context, size)
+
+        x = nn.silu(
+            group_norm(config.norm_num_groups, config.norm_eps, self.dtype, "conv_norm_out")(x)
+        )
+        x = Conv(config.out_channels, dtype=self.dtype, name="conv_out")(x)
+        return x.astype(jnp.float32)
+
+    def _block(self, level: int, kind: str, depths: tuple[int, ...]) -> dict:
+        """Arguments that a down, middle and up block of one level share."""
+        config = self.config
+        channels = config.block_out_channels[level]
+        heads = config.num_attention_heads[level]
+        transformer = dict(
+            heads=heads,
+            head_dim=channels // heads,
+            linear_projection=config.use_linear_projection,
+            remat=self.remat == "blocks",
+        )
+        return dict(
+            features=channels,
+            depths=depths,
+            transformer=transformer if kind.startswith("CrossAttn") else None,
+            groups=config.norm_num_groups,
+            epsilon=config.norm_eps,
+            dtype=self.dtype,
+        )
+
+    def _embed(
+        self,
+        timesteps: Array,
+        text_embeds: Array | None,
+        time_ids: Array | None,
+        timestep_cond: Array | None,
+    ) -> Array:
+        """Time embedding `[b, 4c]`, with SDXL's pooled text and size conditioning added."""
+        config = self.config
+        channels = config.block_out_channels[0]
+        angles = dict(flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
+        embedding = TimestepEmbedding(4 * channels, dtype=self.dtype, name="time_embedding")(
+            sinusoidal(timesteps, channels, **angles), timestep_cond
+        )
+        if not config.text_time:
+            return embedding
+        if text_embeds is None or time_ids is None:
+            raise ValueError("this UNet needs text_embeds and time_ids (text_time conditioning)")
+        ids = sinusoidal(time_ids.reshape(-1), config.addition_time_embed_dim, **angles)
+        added = jnp.concatenate(
+            [text_embeds.astype(jnp.float32), ids.reshape(time_ids.shape[0], -1)], axis=-1
+        )
+        return embedding + TimestepEmbedding(
+            4 * channels, dtype=self.dtype, name="add_embedding"
+        )(added)

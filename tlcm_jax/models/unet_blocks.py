@@ -1,0 +1,101 @@
+"""Down, middle and up blocks of the UNet, with or without cross-attention."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from tlcm_jax.models.layers import Dtype
+from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from tlcm_jax.models.transformer import Transformer2DModel
+
+
+class _Block(nn.Module):
+    """What every block is made of: how to build its resnets and its attentions.
+
+    Attributes:
+      features: channels of the block's output.
+      layers: number of resnets.
+      transformer: arguments of each `Transformer2DModel`; None in blocks without attention.
+      depths: transformer layers after each resnet.
+    """
+
+    features: int
+    layers: int
+    depths: tuple[int, ...] = ()
+    transformer: Any = None
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    def resnet(self, i: int) -> ResnetBlock2D:
+        return ResnetBlock2D(
+            self.features, self.groups, self.epsilon, self.dtype, name=f"resnets.{i}"
+        )
+
+    def attention(self, i: int) -> Transformer2DModel:
+        return Transformer2DModel(
+            layers=self.depths[i],
+            groups=self.groups,
+            dtype=self.dtype,
+            name=f"attentions.{i}",
+            **self.transformer,
+        )
+
+
+class DownBlock(_Block):
+    """Resnets (and attentions), then an optional downsampler; returns every state as a skip."""
+
+    add_downsample: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Array, time_embedding: Array, context: Array
+    ) -> tuple[Array, list[Array]]:
+        skips = []
+        for i in range(self.layers):
+            x = self.resnet(i)(x, time_embedding)
+            if self.transformer is not None:
+                x = self.attention(i)(x, context)
+            skips.append(x)
+        if self.add_downsample:
+            x = Downsample2D(self.features, dtype=self.dtype, name="downsamplers.0")(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(_Block):
+    """Resnet, then attention and resnet pairs, at the lowest resolution."""
+
+    @nn.compact
+    def __call__(self, x: Array, time_embedding: Array, context: Array) -> Array:
+        x = self.resnet(0)(x, time_embedding)
+        for i in range(self.layers):
+            x = self.attention(i)(x, context)
+            x = self.resnet(i + 1)(x, time_embedding)
+        return x
+
+
+class UpBlock(_Block):
+    """Resnets on the state joined with a skip each (and attentions), then an optional upsampler."""
+
+    add_upsample: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        skips: list[Array],
+        time_embedding: Array,
+        context: Array,
+        size: tuple[int, int] | None,
+    ) -> Array:
+        for i in range(self.layers):
+            x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+            x = self.resnet(i)(x, time_embedding)
+            if self.transformer is not None:
+                x = self.attention(i)(x, context)
+        if self.add_upsample:
+            x = Upsample2D(self.features, dtype=self.dtype, name="upsamplers.0")(x, size)
+        return x

@@ -1,0 +1,211 @@
+"""`AutoencoderKL`: images to latents and back.
+
+Latents at this room's doors are the network's own; `scaling_factor` (and `shift_factor`, which
+the SD family does not use) is applied by whoever owns the pipeline.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from tlcm_jax.models.layers import Conv, Dtype, group_norm
+from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from tlcm_jax.models.transformer import Attention
+
+_EPSILON = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Architecture of an `AutoencoderKL`; the names are diffusers' own."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    scaling_factor: float
+    mid_block_add_attention: bool
+    use_quant_conv: bool
+    use_post_quant_conv: bool
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "VAEConfig":
+        """Parses a diffusers `vae/config.json`.
+
+        Raises:
+          ValueError: a field asks for something this port does not implement; it is named.
+        """
+        blocks = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        used = {*raw.get("down_block_types", ()), *raw.get("up_block_types", ())}
+        if used - blocks:
+            raise ValueError(f"vae config: block types {sorted(used - blocks)} are not supported")
+        for name, value in (("act_fn", "silu"), ("shift_factor", None), ("latents_mean", None)):
+            if raw.get(name, value) != value:
+                raise ValueError(
+                    f"vae config: {name}={raw[name]!r} is not supported (only {value!r})"
+                )
+        return cls(
+            in_channels=raw.get("in_channels", 3),
+            out_channels=raw.get("out_channels", 3),
+            latent_channels=raw.get("latent_channels", 4),
+            block_out_channels=tuple(raw["block_out_channels"]),
+            layers_per_block=raw.get("layers_per_block", 1),
+            norm_num_groups=raw.get("norm_num_groups", 32),
+            scaling_factor=raw.get("scaling_factor", 0.18215),
+            mid_block_add_attention=raw.get("mid_block_add_attention", True),
+            use_quant_conv=raw.get("use_quant_conv", True),
+            use_post_quant_conv=raw.get("use_post_quant_conv", True),
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class _Block(nn.Module):
+    """A run of resnets, then an optional resampler."""
+
+    features: int
+    layers: int
+    groups: int
+    resample: str = "none"
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for i in range(self.layers):
+            x = ResnetBlock2D(
+                self.features, self.groups, _EPSILON, self.dtype, name=f"resnets.{i}"
+            )(x)
+        if self.resample == "down":
+            x = Downsample2D(self.features, 0, self.dtype, name="downsamplers.0")(x)
+        if self.resample == "up":
+            x = Upsample2D(self.features, self.dtype, name="upsamplers.0")(x)
+        return x
+
+
+class _PixelAttention(Attention):
+    """Single-head self-attention over pixels, with its own group norm and residual."""
+
+    groups: int = 32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, height, width, channels = x.shape
+        h = group_norm(self.groups, _EPSILON, self.dtype, "group_norm")(x)
+        # The parent's layers join this scope: the checkpoint keeps them beside group_norm.
+        return x + super().__call__(h.reshape(batch, height * width, channels)).reshape(x.shape)
+
+
+class _MidBlock(nn.Module):
+    """Resnet, attention, resnet."""
+
+    features: int
+    groups: int
+    add_attention: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def resnet(name: str) -> ResnetBlock2D:
+            return ResnetBlock2D(self.features, self.groups, _EPSILON, self.dtype, name=name)
+
+        x = resnet("resnets.0")(x)
+        if self.add_attention:
+            x = _PixelAttention(
+                1, x.shape[-1], True, self.dtype, groups=self.groups, name="attentions.0"
+            )(x)
+        return resnet("resnets.1")(x)
+
+
+class Encoder(nn.Module):
+    """`[b, h, w, 3]` pixels to `[b, h/f, w/f, 2 * latent_channels]` moments."""
+
+    config: VAEConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, dtype = self.config, self.dtype
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        x = Conv(channels[0], dtype=dtype, name="conv_in")(x)
+        for i, features in enumerate(channels):
+            resample = "down" if i < len(channels) - 1 else "none"
+            x = _Block(
+                features, config.layers_per_block, groups, resample, dtype, name=f"down_blocks.{i}"
+            )(x)
+        x = _MidBlock(
+            channels[-1], groups, config.mid_block_add_attention, dtype, name="mid_block"
+        )(x)
+        x = nn.silu(group_norm(groups, _EPSILON, dtype, "conv_norm_out")(x))
+        return Conv(2 * config.latent_channels, dtype=dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """`[b, h/f, w/f, latent_channels]` latents to `[b, h, w, 3]` pixels."""
+
+    config: VAEConfig
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config, dtype = self.config, self.dtype
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        x = Conv(channels[0], dtype=dtype, name="conv_in")(x)
+        x = _MidBlock(
+            channels[0], groups, config.mid_block_add_attention, dtype, name="mid_block"
+        )(x)
+        for i, features in enumerate(channels):
+            resample = "up" if i < len(channels) - 1 else "none"
+            x = _Block(
+                features, config.layers_per_block + 1, groups, resample, dtype,
+                name=f"up_blocks.{i}",
+            )(x)  # fmt: skip
+        x = nn.silu(group_norm(groups, _EPSILON, dtype, "conv_norm_out")(x))
+        return Conv(config.out_channels, dtype=dtype, name="conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """KL-regularised autoencoder. Matches diffusers' `AutoencoderKL`."""
+
+    config: VAEConfig
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+        channels = self.config.latent_channels
+        one_by_one = dict(kernel_size=1, padding=0, dtype=self.dtype)
+        if self.config.use_quant_conv:
+            self.quant_conv = Conv(2 * channels, **one_by_one)
+        if self.config.use_post_quant_conv:
+            self.post_quant_conv = Conv(channels, **one_by_one)
+
+    def encode(self, images: Array) -> tuple[Array, Array]:
+        """Mean and log-variance of the posterior, each `[b, h/f, w/f, c]`, fp32.
+
+        Args:
+          images: `[b, h, w, 3]` in -1..1.
+        """
+        moments = self.encoder(images)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, latents: Array) -> Array:
+        """Images `[b, h, w, 3]`, nominally in -1..1, fp32, from unscaled latents."""
+        if self.config.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
+
+    def __call__(self, images: Array) -> Array:
+        """Reconstruction through the posterior mean."""
+        return self.decode(self.encode(images)[0])
