@@ -109,7 +109,7 @@ class _WebpFolder:
 
     def __init__(self, tarball: Tarball):
         self._tarball = tarball
-        self._member = {}
+        self._member: dict[str, str] = {}
         for name in tarball.names("assets/"):
             if name.endswith(".webp"):
                 code = name.removeprefix("assets/").removesuffix(".webp")
@@ -207,16 +207,24 @@ class Collection:
         except ValueError as error:
             raise ValueError(f"{style} {emoji.hexcode} ({emoji.label}): {error}") from error
 
-    def records(self) -> Iterator[Record]:
-        """All records in the order of `pairs`."""
+    def records(self, composition: bool | None = None) -> Iterator[Record]:
+        """Records in the order of `pairs`.
+
+        Args:
+          composition: only those held out of the teacher's training (True), only the others
+            (False), or all (None).
+        """
         for emoji, style in self.pairs():
             pair = (emoji.hexcode, style)
+            held = pair in self.composition
+            if composition is not None and held != composition:
+                continue
             yield Record(
                 emoji=emoji,
                 style=style,
                 image=self.image(emoji, style),
                 captions=wording.captions(emoji.label, style),
-                composition=pair in self.composition,
+                composition=held,
                 heldout=pair in self.heldout,
             )
 
@@ -267,6 +275,17 @@ def summary(collection: Collection) -> str:
     )
 
 
+def _write(path: pathlib.Path, columns: dict[str, np.ndarray]) -> None:
+    # Written beside its place and moved there: a cut-off run leaves no half file under the name.
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **columns)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module docstring."""
     parser = argparse.ArgumentParser(description="Emoji tarballs -> one .npz of pictures.")
@@ -279,11 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         collection = Collection(options.manual_dir)
         print(summary(collection))
-        # Written beside its place and moved there: a cut-off run leaves no half file.
-        partial = options.output.with_name(options.output.name + ".partial")
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays(collection, options.size))
-        partial.replace(options.output)
+        _write(options.output, arrays(collection, options.size))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -3,8 +3,8 @@
 Both choices rank objects by a hash of their code points, so they hold on any machine and do not
 depend on the order of reading.
 
-* composition: 350 objects that have at least three styles lose one of them. The teacher is not
-  trained on that picture; its object and its style both remain in training.
+* composition: 5 % of all pairs (351), one each of objects that have at least three styles. The
+  teacher is not trained on that picture; its object and its style both remain in training.
 * heldout: 400 pairs that the teacher is trained on and whose captions distillation never sees.
   One per object, equally many per style, of objects whose four styles are all in training.
 """
@@ -19,7 +19,8 @@ HELDOUT_SHARE = 0.057
 _MIN_STYLES = 3
 
 
-def _rank(purpose: str, hexcode: str) -> int:
+def rank(purpose: str, hexcode: str) -> int:
+    """A number that orders objects for one purpose, equal on every machine."""
     digest = hashlib.sha256(f"{purpose}/{hexcode}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
@@ -37,10 +38,10 @@ def composition_pairs(styles_of: Mapping[str, Sequence[str]]) -> set[Pair]:
     count = round(COMPOSITION_SHARE * sum(len(styles) for styles in styles_of.values()))
     able = sorted(
         (h for h, styles in styles_of.items() if len(styles) >= _MIN_STYLES),
-        key=lambda h: _rank("composition", h),
+        key=lambda h: rank("composition", h),
     )
     return {
-        (h, sorted(styles_of[h])[_rank("composition style", h) % len(styles_of[h])])
+        (h, sorted(styles_of[h])[rank("composition style", h) % len(styles_of[h])])
         for h in able[:count]
     }
 
@@ -60,7 +61,7 @@ def heldout_pairs(styles_of: Mapping[str, Sequence[str]], all_styles: Sequence[s
     total = sum(len(styles) for styles in styles_of.values())
     able = sorted(
         (h for h, s in styles_of.items() if set(s) == set(all_styles) and h not in reduced),
-        key=lambda h: _rank("heldout", h),
+        key=lambda h: rank("heldout", h),
     )
     count = min(round(HELDOUT_SHARE * total), len(able))
     count -= count % len(all_styles)
