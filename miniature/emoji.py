@@ -127,7 +127,8 @@ class _IconSet:
     def __init__(self, tarball: Tarball):
         self._icons = tarball.json("icons.json")
         characters = tarball.json("chars.json")
-        if not isinstance(characters, dict) or not isinstance(self._icons.get("icons"), dict):
+        icons = self._icons.get("icons") if isinstance(self._icons, dict) else None
+        if not isinstance(characters, dict) or not isinstance(icons, dict):
             raise ValueError(f"{tarball.path} is not an Iconify set: fetch it again")
         self._name = {normal_hexcode(code): name for code, name in sorted(characters.items())}
         self.hexcodes = set(self._name)
@@ -137,6 +138,8 @@ class _IconSet:
         icon = self._icons["icons"].get(name)
         if icon is None:
             raise ValueError(f"chars.json names icon {name!r}, which icons.json does not hold")
+        if "body" not in icon:
+            raise ValueError(f"icon {name!r} of icons.json has no body")
         field = {"left": 0, "top": 0, "width": 16, "height": 16}  # Iconify's defaults
         field |= {k: self._icons[k] for k in field if k in self._icons}
         field |= {k: icon[k] for k in field if k in icon}

@@ -76,6 +76,9 @@ def from_svg(body: str, box: tuple[float, float, float, float], size: int = SIZE
         f'width="{size}" height="{size}" viewBox="{view}">{body}</svg>'
     )
     # System fonts would make the pictures depend on the machine (no icon holds text).
-    png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
+    except ValueError as error:
+        raise ValueError(f"the SVG does not parse ({error})") from error
     with Image.open(io.BytesIO(bytes(png))) as picture:
         return _on_white(picture)

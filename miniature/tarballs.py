@@ -5,7 +5,6 @@ link inside an archive has nowhere to go.
 """
 
 import json
-import lzma
 import pathlib
 import tarfile
 import zlib
@@ -28,7 +27,7 @@ PACKAGES = (
     "@iconify-json/twemoji@1.2.5",
 )
 _LARGEST_MEMBER = 64 * 2**20  # bytes; the largest real one, Noto's icons.json, has 17 MiB
-_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 class Tarball:
@@ -50,9 +49,7 @@ class Tarball:
             )
         try:
             with tarfile.open(path, "r:gz") as archive:
-                self._archive_members = {
-                    m.name.removeprefix("package/"): m for m in archive if m.isreg()
-                }
+                self._members = {m.name.removeprefix("package/"): m for m in archive if m.isreg()}
         except _DAMAGE as error:
             raise self._damaged(error) from error
         self._archive: tarfile.TarFile | None = None
@@ -64,7 +61,7 @@ class Tarball:
 
     def names(self, folder: str = "") -> list[str]:
         """Sorted member names that start with `folder`."""
-        return sorted(name for name in self._archive_members if name.startswith(folder))
+        return sorted(name for name in self._members if name.startswith(folder))
 
     def read(self, name: str) -> bytes:
         """The bytes of one member.
@@ -72,7 +69,7 @@ class Tarball:
         Raises:
           ValueError: the archive has no such file, it is too large, or it is damaged.
         """
-        member = self._archive_members.get(name)
+        member = self._members.get(name)
         if member is None:
             raise ValueError(f"{self.path} holds no package/{name}: is it the version asked for?")
         if member.size > _LARGEST_MEMBER:
