@@ -1,0 +1,197 @@
+"""Stage 2: consistency between segments, at the milestones (TLCM, arXiv 2406.05768).
+
+After stage 1 the student jumps inside a segment. Now its f itself, at every milestone b_k, is to
+give the trajectory's end, so that a few steps suffice. The student makes its own data,
+
+    z0 = x0 after q steps of its own sampler, each re-noised with fresh noise,   (1)
+    z_m = alpha_m z0 + sigma_m e,   t_m ~ U{non-zero milestones},                (2)
+
+(pure noise at t_m = T-1, where sampling begins). The guided teacher goes to the milestone below,
+t_n, in p equal DDIM steps, z_m -> z_n, and the student must see the same end from both:
+
+    L = || f(z_m, t_m) - stopgrad f(z_n, t_n) ||^2,                              (3)
+
+where t_n = 0 the target is z_n itself.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from tlcm_jax.diffusion import paths
+from tlcm_jax.diffusion.guidance import guided
+from tlcm_jax.diffusion.prediction import predict_x0
+from tlcm_jax.diffusion.sampler import check_timesteps, sample
+from tlcm_jax.diffusion.schedule import NoiseSchedule, broadcast
+from tlcm_jax.distillation.networks import Networks
+from tlcm_jax.distillation.objective import (
+    Evaluations,
+    Objective,
+    batch_size,
+    check_at_least,
+    check_at_most,
+    check_choice,
+    mean_square,
+    repeat,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConsistencySettings:
+    """The choices of stage 2.
+
+    Attributes:
+      segments: M; 8 in the paper.
+      teacher_substeps: p; 3 in the paper, whose scores rise little from 2 on.
+      guidance_scale: w of the teacher, fixed; 8 in the paper.
+      rollout: how z0 of (1) is drawn. "renoise", the paper's sampler; or "milestones", ours: down
+        all M milestones by the deterministic segment jumps of stage 1, for the first iterations,
+        while f is still a segment jumper and "renoise" may be soft.
+      rollout_timesteps: of "renoise"; q = 4 in the paper, these times.
+      states_per_rollout: how many t_m one z0 serves, all different; 1 in the paper.
+    """
+
+    segments: int = 8
+    teacher_substeps: int = 3
+    guidance_scale: float = 8.0
+    rollout: str = "renoise"
+    rollout_timesteps: tuple[int, ...] = (999, 749, 499, 249)
+    states_per_rollout: int = 1
+
+    def __post_init__(self):
+        check_at_least("segments", self.segments, 1)
+        check_at_least("teacher_substeps", self.teacher_substeps, 1)
+        check_at_least("guidance_scale", self.guidance_scale, 0)
+        check_choice("rollout", self.rollout, ("renoise", "milestones"))
+        check_at_least("states_per_rollout", self.states_per_rollout, 1)
+        check_at_most(
+            "states_per_rollout", self.states_per_rollout, self.segments, "the number of milestones"
+        )
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Raises a ValueError if these settings do not fit the time axis of `schedule`."""
+        shortest = paths.shortest_segment(self.segments, schedule.train_steps)
+        reason = f"the shortest of {self.segments} segments of {schedule.train_steps} times"
+        check_at_most("teacher_substeps", self.teacher_substeps, shortest, reason)
+        check_timesteps(schedule, self.rollout_timesteps, "rollout_timesteps")
+
+
+class EndpointPairs(NamedTuple):
+    """Examples of stage 2: two neighbouring milestones of one teacher trajectory.
+
+    Attributes:
+      z_m: `[n, h, w, c]` the latent at the milestone `t_m`, `[n]`, above 0.
+      z_n: `[n, h, w, c]` the teacher's latent at the next milestone, `t_n`, `[n]`.
+      conditioning: pytree `[n, ...]`.
+    """
+
+    z_m: Float[Array, "n h w c"]
+    t_m: Int[Array, " n"]
+    z_n: Float[Array, "n h w c"]
+    t_n: Int[Array, " n"]
+    conditioning: PyTree[Array]
+
+
+def examples_per_prompt(settings: EndpointConsistencySettings) -> int:
+    """Pairs that one prompt of a batch makes."""
+    return settings.states_per_rollout
+
+
+def evaluations_per_sample(settings: EndpointConsistencySettings) -> Evaluations:
+    """Network forwards a pair: q rollout steps shared by the rollout's states, p guided calls."""
+    milestones = settings.rollout == "milestones"
+    steps = settings.segments if milestones else len(settings.rollout_timesteps)
+    return Evaluations(
+        rollout=steps / settings.states_per_rollout,
+        teacher=2.0 * settings.teacher_substeps,
+        target=1.0,
+        student=1.0,
+    )
+
+
+def endpoint_consistency(
+    networks: Networks,
+    schedule: NoiseSchedule,
+    latent_shape: tuple[int, int, int],
+    settings: EndpointConsistencySettings,
+) -> Objective:
+    """Stage 2 as an objective.
+
+    Args:
+      networks: student, teacher, null conditioning.
+      schedule: the teacher's noise schedule.
+      latent_shape: (h, w, c) of the latents.
+      settings: the choices.
+
+    Returns:
+      The objective; its examples are `EndpointPairs`, `states_per_rollout` of them a prompt.
+
+    Raises:
+      ValueError: the settings do not fit the schedule.
+    """
+    settings.check(schedule)
+    milestones = paths.milestones(settings.segments, schedule.train_steps)
+    if settings.rollout == "milestones":
+        # The sampler without fresh noise is the chain of segment jumps g.
+        rollout_timesteps, gamma = milestones[:-1], 0.0
+    else:
+        rollout_timesteps, gamma = settings.rollout_timesteps, 1.0
+
+    def produce(
+        trainable: PyTree[Array], frozen: PyTree[Array], batch: PyTree[Array], key: PRNGKeyArray
+    ) -> EndpointPairs:
+        noise_key, rollout_key, time_key, state_key = jax.random.split(key, 4)
+        conditioning = batch["conditioning"]
+        size = batch_size(conditioning)
+        student = networks.student(jax.lax.stop_gradient(trainable), frozen)
+        noise = jax.random.normal(noise_key, (size, *latent_shape))
+        z0 = sample(
+            student, schedule, noise, conditioning, rollout_timesteps, rollout_key, gamma
+        )  # (1)
+
+        states = settings.states_per_rollout
+        z0, conditioning = repeat((z0, conditioning), states)
+        index = milestone_indices(time_key, size, settings.segments, states).reshape(-1)
+        falling = jnp.asarray(milestones, jnp.int32)
+        t_m, t_n = falling[index], falling[index + 1]
+        fresh = jax.random.normal(state_key, z0.shape)
+        at_start = broadcast(t_m == schedule.train_steps - 1)
+        z_m = jnp.where(at_start, fresh, schedule.diffuse(z0, fresh, t_m))  # (2)
+
+        teacher = guided(networks.teacher(frozen), settings.guidance_scale, networks.null(frozen))
+        substeps = jnp.full_like(t_m, settings.teacher_substeps)
+        times = paths.equal_times(t_m, t_n, substeps, settings.teacher_substeps)
+        _, z_n = paths.teacher_path(teacher, schedule, z_m, times, conditioning)
+        return jax.lax.stop_gradient(EndpointPairs(z_m, t_m, z_n, t_n, conditioning))
+
+    def loss(
+        trainable: PyTree[Array], frozen: PyTree[Array], pairs: EndpointPairs, key: PRNGKeyArray
+    ) -> tuple[Float[Array, " n"], dict[str, Array]]:
+        del key
+        z_m, t_m, z_n, t_n, conditioning = pairs
+        # Stopped at the parameters too, so that the target's own graph is never traced.
+        target = networks.student(jax.lax.stop_gradient(trainable), frozen)
+        x0_n = predict_x0(target, schedule, z_n, t_n, conditioning)
+        goal = jax.lax.stop_gradient(jnp.where(broadcast(t_n == 0), z_n, x0_n))
+
+        student = networks.student(trainable, frozen)
+        x0_m = predict_x0(student, schedule, z_m, t_m, conditioning)
+        mse_x0 = mean_square(x0_m - goal)  # (3)
+        return mse_x0, {"mse_x0": mse_x0}
+
+    return Objective(produce=produce, loss=loss)
+
+
+def milestone_indices(
+    key: PRNGKeyArray, batch: int, segments: int, states: int
+) -> Int[Array, "batch states"]:
+    """Draws `states` different non-zero milestones a rollout, evenly spread round the time axis.
+
+    Returns:
+      int32 indices into the falling milestones, in 0 .. M-1, each uniform by itself.
+    """
+    first = jax.random.randint(key, (batch, 1), 0, segments)
+    return (first + jnp.arange(states) * segments // states) % segments
