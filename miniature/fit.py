@@ -1,4 +1,4 @@
-"""The small training loop that the miniature's scripts share: AdamW, cosine decay, EMA, resume."""
+"""The small training loop that the miniature's scripts share: AdamW, EMA, resume."""
 
 import functools
 import time
@@ -16,15 +16,35 @@ Params = Any
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
+def cosine(peak: float, steps: int, warmup: int = 100) -> optax.Schedule:
+    """Linear warm-up, then a cosine to zero at `steps`."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+
+
+def trapezoid(peak: float, steps: int, warmup: int = 200, decay: float = 0.15) -> optax.Schedule:
+    """Linear warm-up, a plateau, and a linear fall to zero over the last share of the steps.
+
+    A run may be stopped on the plateau and resumed with another number of steps.
+    """
+    fall = int(decay * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, fall),
+        ],
+        [warmup, steps - fall],
+    )
+
+
 def fit(
     loss_fn: LossFn,
     params: Params,
     batches: Iterator,
     *,
     steps: int,
-    learning_rate: float,
+    learning_rate: optax.Schedule,
     workdir: Path,
-    warmup: int = 100,
     weight_decay: float = 1e-2,
     ema_decay: float = 0.999,
     seed: int = 0,
@@ -38,10 +58,9 @@ def fit(
       loss_fn: `(params, batch, key) -> (scalar loss, metrics)`.
       params: initial parameters, fp32.
       batches: one batch (a pytree of arrays) a step.
-      steps: optimiser steps in all; the learning rate decays to zero over them.
-      learning_rate: peak learning rate.
+      steps: optimiser steps in all.
+      learning_rate: over the steps; `cosine` or `trapezoid`.
       workdir: where checkpoints go; a second call with the same folder goes on from the last.
-      warmup: steps of linear warm-up.
       weight_decay: AdamW's.
       ema_decay: decay of the average; its early steps are shortened, so that it forgets the start.
       seed: of the keys given to `loss_fn`.
@@ -49,9 +68,8 @@ def fit(
       save_every: steps between checkpoints (and between calls of `report`).
       report: called with the step and the averaged parameters after each checkpoint.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=weight_decay)
+        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay)
     )
 
     @functools.partial(jax.jit, donate_argnums=0)

