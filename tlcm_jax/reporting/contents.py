@@ -1,0 +1,178 @@
+"""The parts of a report as plain frozen data: pictures, scores, curves, and the report of them.
+
+Checked when built, so that a mistake is found where it is made and not in a browser.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["student", "teacher", "real"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PictureRow:
+    """Pictures of all prompts of a grid by one sampler, drawn as one column of the report.
+
+    Attributes:
+        label: the sampler, for example "4 steps".
+        pictures: uint8 [n, h, w, 3], picture i for prompt i.
+        kind: whose pictures they are; neighbours of different kinds are set apart.
+    """
+
+    label: str
+    pictures: np.ndarray
+    kind: Kind = "student"
+
+    def __post_init__(self) -> None:
+        shape, dtype = np.shape(self.pictures), getattr(self.pictures, "dtype", None)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise ValueError(
+                f"pictures of {self.label!r} must be uint8 [n, h, w, 3]; got {dtype} {shape}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PictureGrid:
+    """The same prompts and seeds by several samplers.
+
+    Attributes:
+        title: heading of the grid.
+        prompts: n prompts; any text, it is escaped where it is drawn.
+        rows: one a sampler, each with n pictures.
+        note: a sentence under the heading, for example the seeds.
+    """
+
+    title: str
+    prompts: Sequence[str]
+    rows: Sequence[PictureRow]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not self.rows:
+            raise ValueError(f"grid {self.title!r} needs at least one prompt and one row")
+        for row in self.rows:
+            if len(row.pictures) != len(self.prompts):
+                raise ValueError(
+                    f"grid {self.title!r} has {len(self.prompts)} prompts, but row "
+                    f"{row.label!r} has {len(row.pictures)} pictures"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreColumn:
+    """One column of the score table.
+
+    Attributes:
+        key: the name under which rows hold the score.
+        title: heading.
+        group: heading over neighbouring columns of the same group; empty for none.
+        percent: a share in 0..1, drawn as a percentage; otherwise a plain number.
+        higher_is_better: False for distances.
+    """
+
+    key: str
+    title: str
+    group: str = ""
+    percent: bool = True
+    higher_is_better: bool = True
+
+
+SCORE_COLUMNS = (
+    ScoreColumn("object_top1", "object top-1", "held-out prompts"),
+    ScoreColumn("object_top5", "object top-5", "held-out prompts"),
+    ScoreColumn("style_accuracy", "style", "held-out prompts"),
+    ScoreColumn(
+        "frechet_distance", "Fréchet", "held-out prompts", percent=False, higher_is_better=False
+    ),
+    ScoreColumn("composition_object_top1", "object top-1", "unseen object-style pairs"),
+    ScoreColumn("composition_object_top5", "object top-5", "unseen object-style pairs"),
+    ScoreColumn("composition_style_accuracy", "style", "unseen object-style pairs"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRow:
+    """The scores of one sampler, or of real pictures (the judge's ceiling).
+
+    Attributes:
+        label: for example "student, 4 steps".
+        scores: by `ScoreColumn.key`; an absent or NaN score is drawn as a dash.
+        kind: whose scores they are.
+    """
+
+    label: str
+    scores: Mapping[str, float | None]
+    kind: Kind = "student"
+
+    def score(self, key: str) -> float | None:
+        """The score under `key`, or None where there is none."""
+        value = self.scores.get(key)
+        return None if value is None or math.isnan(value) else float(value)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curve:
+    """One measured quantity over the steps of one stage.
+
+    Attributes:
+        stage: curves of a stage stand side by side.
+        title: what is measured, for example "loss".
+        steps: [n] optimiser steps.
+        values: [n]; a value that is not finite leaves a gap.
+        unit: of the values, for example "samples/s".
+        log: logarithmic value axis.
+    """
+
+    stage: str
+    title: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    unit: str = ""
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.values):
+            raise ValueError(
+                f"curve {self.title!r} of {self.stage} has {len(self.steps)} steps "
+                f"and {len(self.values)} values"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Report:
+    """Everything that a report shows; every part but the title may be empty.
+
+    Attributes:
+        title: heading of the page.
+        summary: one or two sentences under it.
+        highlights: label -> short text, drawn large at the top.
+        grids: pictures.
+        scores: rows of the score table, in order.
+        columns: columns of the table; those in which no row has a score are left out.
+        reference: label of the row that the others are compared with (the teacher), or None.
+        curves: loss, throughput, ...
+        config: the run's config, nested mappings allowed.
+        provenance: label -> text: versions, hardware, duration (see `provenance.provenance`).
+    """
+
+    title: str
+    summary: str = ""
+    highlights: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    grids: Sequence[PictureGrid] = ()
+    scores: Sequence[ScoreRow] = ()
+    columns: Sequence[ScoreColumn] = SCORE_COLUMNS
+    reference: str | None = None
+    curves: Sequence[Curve] = ()
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        labels = [row.label for row in self.scores]
+        if self.reference is not None and self.reference not in labels:
+            raise ValueError(
+                f"reference {self.reference!r} is no row of the scores: choose one of {labels}"
+            )
