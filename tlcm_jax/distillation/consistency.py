@@ -183,8 +183,7 @@ def segment_consistency(
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         del key
         z_m, t_m, z_n, t_n, boundary, conditioning = pairs
-        # Stopped at the parameters too, so that the target's own graph is never traced.
-        target = networks.student(jax.lax.stop_gradient(trainable), frozen)
+        target = networks.target(trainable, frozen)
         x0_n = predict_x0(target, schedule, z_n, t_n, conditioning)
         jump = ddim.step(schedule, z_n, x0_n, t_n, boundary)
         goal = jax.lax.stop_gradient(jnp.where(broadcast(t_n == boundary), z_n, jump))

@@ -146,7 +146,7 @@ def endpoint_consistency(
         noise_key, rollout_key, time_key, state_key = jax.random.split(key, 4)
         conditioning = batch["conditioning"]
         size = batch_size(conditioning)
-        student = networks.student(jax.lax.stop_gradient(trainable), frozen)
+        student = networks.target(trainable, frozen)
         noise = jax.random.normal(noise_key, (size, *latent_shape))
         z0 = sample(
             student, schedule, noise, conditioning, rollout_timesteps, rollout_key, gamma
@@ -172,8 +172,7 @@ def endpoint_consistency(
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         del key
         z_m, t_m, z_n, t_n, conditioning = pairs
-        # Stopped at the parameters too, so that the target's own graph is never traced.
-        target = networks.student(jax.lax.stop_gradient(trainable), frozen)
+        target = networks.target(trainable, frozen)
         x0_n = predict_x0(target, schedule, z_n, t_n, conditioning)
         goal = jax.lax.stop_gradient(jnp.where(broadcast(t_n == 0), z_n, x0_n))
 

@@ -66,13 +66,13 @@ def mean_square(error: Float[Array, "n h w c"]) -> Float[Array, " n"]:
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
-def check_at_least(name: str, value: float, low: float) -> None:
+def check_at_least(name: str, value: int | float, low: int | float) -> None:
     """Raises a ValueError if a setting is less than `low`."""
     if not value >= low:
         raise ValueError(f"{name} = {value}: must be at least {low}")
 
 
-def check_at_most(name: str, value: float, high: float, reason: str) -> None:
+def check_at_most(name: str, value: int | float, high: int | float, reason: str) -> None:
     """Raises a ValueError if a setting is more than `high`, and says why it may not be."""
     if not value <= high:
         raise ValueError(f"{name} = {value}: must be at most {high}, {reason}")

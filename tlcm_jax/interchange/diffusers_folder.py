@@ -1,5 +1,6 @@
 """Reads a diffusers pipeline folder of the Stable Diffusion family into a `Pipeline`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ _PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
 
 
 def load_pipeline(
-    path: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = None, remat: str = "none"
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    remat: str = "none",
+    on_device: bool = True,
 ) -> Pipeline:
     """Loads a pipeline folder.
 
@@ -31,57 +37,86 @@ def load_pipeline(
       dtype: compute dtype of every network.
       param_dtype: dtype the weights are kept in; `dtype` by default.
       remat: the UNet's rematerialisation policy.
+      on_device: put the weights on the default device; otherwise they stay in host memory, for
+        a caller that shards them.
 
     Raises:
       FileNotFoundError: the folder, or a part of it, is not there; the message says which.
       ValueError: a config or tensor does not fit, or weights are pickled.
     """
     folder = Path(path)
+    pipeline = abstract_pipeline(
+        folder, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat
+    )
+    params = {}
+    for name, shapes in pipeline.params.items():
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        tensors = open_component(folder / name, stem)
+        params[name] = names.from_torch(tensors, shapes, str(folder / name))
+    if on_device:
+        params = jax.tree.map(jnp.asarray, params)
+    tokenizers = ("tokenizer", "tokenizer_2")[: len(pipeline.text_encoders)]
+    return dataclasses.replace(
+        pipeline,
+        params=params,
+        tokenizers=tuple(_tokenizer(folder / name) for name in tokenizers),
+    )
+
+
+def abstract_pipeline(
+    path: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> Pipeline:  # fmt: skip
+    """The pipeline that a folder's configs describe: shapes for weights, and no tokenizers.
+
+    Args and errors are those of `load_pipeline`.
+    """
+    folder = Path(path)
+    configs = _read_configs(folder)
+    index = configs["model_index"]
+    two_towers = "text_encoder_2" in configs
+    unet = UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype, remat)
+    vae = AutoencoderKL(VAEConfig.from_dict(configs["vae"]), dtype)
+    towers = {
+        name: CLIPTextModel(CLIPTextConfig.from_dict(configs[name]), dtype)
+        for name in ("text_encoder", "text_encoder_2")
+        if name in configs
+    }
+    components = {"unet": unet, "vae": vae, **towers}
+    return Pipeline(
+        unet=unet,
+        vae=vae,
+        text_encoders=tuple(towers.values()),
+        tokenizers=(),
+        schedule=NoiseSchedule.from_config(configs["scheduler"]),
+        params={name: abstract_params(net, param_dtype) for name, net in components.items()},
+        configs=configs,
+        zero_null=two_towers and index.get("force_zeros_for_empty_prompt", True),
+        source=str(path),
+    )
+
+
+def _read_configs(folder: Path) -> dict[str, dict]:
+    """Every JSON config of a pipeline folder, by component."""
     if folder.is_file():
         refuse_pickle(folder)
         raise ValueError(f"{folder} is a file; give the diffusers pipeline folder")
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"model {str(path)!r} is not a folder; give a diffusers pipeline folder "
+            f"model {str(folder)!r} is not a folder; give a diffusers pipeline folder "
             "(one that holds model_index.json)"
         )
     index = _read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in _PIPELINES:
         raise ValueError(f"{folder}: pipeline class {kind!r} is not one of {_PIPELINES}")
-    two_towers = kind == _PIPELINES[0]
-    towers = ("text_encoder", "text_encoder_2") if two_towers else ("text_encoder",)
-    tokenizers = ("tokenizer", "tokenizer_2") if two_towers else ("tokenizer",)
+    towers = ("text_encoder", "text_encoder_2") if kind == _PIPELINES[0] else ("text_encoder",)
     configs = {
         name: _read_json(folder / name / "config.json") for name in ("unet", "vae", *towers)
     }
     configs["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
     configs["model_index"] = index
-
-    unet = UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype, remat)
-    vae = AutoencoderKL(VAEConfig.from_dict(configs["vae"]), dtype)
-    text_encoders = tuple(
-        CLIPTextModel(CLIPTextConfig.from_dict(configs[name]), dtype) for name in towers
-    )
-    networks = {"unet": unet, "vae": vae, **dict(zip(towers, text_encoders, strict=True))}
-    params = {}
-    for name, network in networks.items():
-        stem = "model" if name in towers else "diffusion_pytorch_model"
-        shapes = abstract_params(network, param_dtype or dtype)
-        params[name] = names.from_torch(
-            open_component(folder / name, stem), shapes, str(folder / name)
-        )
-    return Pipeline(
-        unet=unet,
-        vae=vae,
-        text_encoders=text_encoders,
-        tokenizers=tuple(_tokenizer(folder / name) for name in tokenizers),
-        schedule=NoiseSchedule.from_config(configs["scheduler"]),
-        params=jax.tree.map(jnp.asarray, params),
-        configs=configs,
-        zero_null=two_towers and index.get("force_zeros_for_empty_prompt", True),
-        source=str(path),
-    )
+    return configs
 
 
 def abstract_params(network: Any, dtype: Any = jnp.float32) -> dict:

@@ -1,0 +1,59 @@
+"""The embedded default: distils emoji-xl, the miniature teacher, on whatever machine this is.
+
+    python -m tlcm_jax.main --config configs/emoji.py --workdir runs/emoji
+
+`--config configs/emoji.py:smoke` runs a few steps of every stage, to see that all is in place.
+"""
+
+from ml_collections import ConfigDict
+
+from tlcm_jax import paths
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; `variant` is empty or `smoke`."""
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/emoji.py has no variant {variant!r}; use ':smoke' or none")
+    smoke = variant == "smoke"
+    prompts = paths.MINIATURE / "prompts"
+    return ConfigDict(
+        dict(
+            name="emoji-xl",
+            seed=0,
+            model=dict(path=str(paths.EMOJI_XL), dtype="float32"),
+            prompts=(str(prompts / "train.txt"),),
+            adapter=dict(rank=64, alpha=64.0, merged=True),
+            stage_order=("segments", "endpoints"),
+            stages=dict(
+                segments=dict(
+                    objective="segment_consistency",
+                    steps=4 if smoke else 150,
+                    batch_size=16,
+                    updates=4,
+                    learning_rate=1e-3,
+                    warmup_updates=20,
+                    settings=dict(guidance_scale=4.0, nodes_per_segment=2),
+                ),
+                endpoints=dict(
+                    objective="endpoint_consistency",
+                    steps=4 if smoke else 100,
+                    batch_size=32,
+                    learning_rate=2e-4,
+                    settings=dict(guidance_scale=4.0),
+                ),
+            ),
+            mesh=dict(data=-1, fsdp=1),
+            log_every=2 if smoke else 10,
+            checkpoint_every=50,
+            evaluation=dict(
+                prompts=dict(
+                    heldout=str(prompts / "heldout.txt"),
+                    composition=str(prompts / "composition.txt"),
+                ),
+                judge=str(paths.JUDGE),
+                guidance_scale=4.0,
+                limit=16 if smoke else 0,
+            ),
+            export=("lora", "pipeline"),
+        )
+    )

@@ -1,0 +1,82 @@
+"""Reading recipes: what is accepted, and what the messages say."""
+
+import copy
+import importlib.util
+
+import pytest
+
+from tlcm_jax import paths
+from tlcm_jax.settings import read
+
+MINIMAL = {
+    "name": "test",
+    "model": {"path": "somewhere"},
+    "prompts": ["prompts.txt"],
+    "stages": {
+        "first": {
+            "objective": "segment_consistency",
+            "steps": 2,
+            "batch_size": 4,
+            "learning_rate": 1,
+            "settings": {"skip": 10},
+        }
+    },
+}
+
+
+def changed(**dotted):
+    config = copy.deepcopy(MINIMAL)
+    for path, value in dotted.items():
+        *parents, last = path.split("__")
+        node = config
+        for key in parents:
+            node = node[key]
+        node[last] = value
+    return config
+
+
+def test_minimal_recipe_takes_defaults():
+    settings = read(MINIMAL)
+    stage = settings.stages["first"]
+    assert stage.settings.skip == 10 and stage.settings.segments == 8
+    assert stage.learning_rate == 1.0 and isinstance(stage.learning_rate, float)
+    assert settings.adapter.scale == 0.125
+
+
+def test_stage_order():
+    config = changed(stages__alpha=dict(MINIMAL["stages"]["first"]))
+    assert list(read(config | {"stage_order": ["first", "alpha"]}).stages) == ["first", "alpha"]
+    with pytest.raises(ValueError, match="stage_order .* must name each"):
+        read(config | {"stage_order": ["first"]})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed(sed=1), "unknown config key 'sed'; did you mean 'seed'"),
+        (changed(model__pth="x"), "unknown config key 'model.pth'; did you mean 'path'"),
+        (changed(stages__first__settings={"skips": 1}), "stages.first.settings.skips"),
+        (changed(stages__first__objective="nothing"), "unknown stage 'nothing'"),
+        (changed(stages__first__steps="2"), "'stages.first.steps' must be int"),
+        (changed(seed=True), "'seed' must be int"),
+        (changed(prompts="prompts.txt"), "'prompts' must be a list"),
+        (changed(model={}), "'model.path' is missing"),
+        (changed(model__dtype="float16"), "model.dtype = 'float16': must be one of"),
+        (changed(stages={}), "stages: the recipe has none"),
+        (changed(adapter={"rank": 0}), "adapter.rank = 0"),
+        (changed(stages__first__settings={"skip": 0}), "skip = 0: must be at least 1"),
+    ],
+)
+def test_bad_recipes_name_the_key(config, message):
+    with pytest.raises(ValueError, match=message):
+        read(config)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (paths.ROOT / "configs").glob("*.py")))
+def test_shipped_recipes_read(name):
+    spec = importlib.util.spec_from_file_location(name, paths.ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert read(module.get_config().to_dict()).name
+    with pytest.raises(ValueError, match="has no variant"):
+        module.get_config("unheard-of")

@@ -1,0 +1,156 @@
+"""A whole distillation run: from a recipe and a workdir to a trained adapter."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+
+from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
+from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.interchange.pipeline import Pipeline
+from tlcm_jax.models import lora
+from tlcm_jax.recipe import blueprints
+from tlcm_jax.settings import MAY_CHANGE, Settings, read
+from tlcm_jax.training import loop
+from tlcm_jax.training.checkpoints import Checkpoints
+from tlcm_jax.training.mesh import make_mesh, shard_batch
+from tlcm_jax.training.metrics import MetricsWriter
+from tlcm_jax.training.sharding import place
+from tlcm_jax.training.workdir import claim_workdir
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """A finished (or preempted) run.
+
+    Attributes:
+      pipeline: the teacher, its weights on the mesh.
+      adapter: the trained LoRA, scaled: fit for `pipeline.denoiser(lora=...)` and for export.
+      history: the rows of `metrics.jsonl`.
+      completed: False when the run was asked to stop; the same command resumes it.
+    """
+
+    pipeline: Pipeline
+    adapter: Mapping[str, Any]
+    history: list[dict]
+    completed: bool
+
+
+def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = True) -> Distilled:
+    """Runs all stages of a recipe, from the workdir's newest checkpoint if it has one.
+
+    Everything that can be wrong with the input is found before anything is compiled.
+
+    Args:
+      config: the recipe as plain nested values.
+      workdir: the run's folder.
+      progress: whether to draw progress bars.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input; the message says what to change.
+      RuntimeError: the loss is not finite any more.
+      OSError: the disk is full.
+    """
+    settings = read(config)
+    prompts = read_prompts(settings.prompts)
+    mesh = make_mesh(settings.mesh)
+    model = settings.model
+    pipeline = load_pipeline(
+        model.path,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+        on_device=False,
+    )
+    plans = blueprints(settings, pipeline, mesh)
+    warn_truncated(prompts, pipeline.tokenizers[0])
+    lead = jax.process_index() == 0
+    claim_workdir(workdir, config, may_change=MAY_CHANGE, write=lead)
+
+    adapter_key, run_key = jax.random.split(jax.random.key(settings.seed))
+    adapter = settings.adapter
+    trainable = lora.init(pipeline.params["unet"], adapter.targets, adapter.rank, adapter_key)
+    pipeline = dataclasses.replace(pipeline, params=place(pipeline.params, mesh))
+    null = pipeline.null_conditioning(model.resolution or None)
+    frozen = {"unet": pipeline.params["unet"], "null": place(null, mesh)}
+    _log_sizes(settings, trainable, prompts, mesh)
+
+    batches = PromptBatches(pipeline, prompts, mesh, settings)
+    writer = MetricsWriter(workdir, write=lead)
+    checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, keep=settings.keep_checkpoints)
+    try:
+        result = loop.run(
+            [plan.stage(batches.stage(i, plan.settings.batch_size)) for i, plan in enumerate(plans)],
+            trainable,
+            frozen,
+            run_key,
+            checkpoints=checkpoints,
+            writer=writer,
+            settings=loop.LoopSettings(
+                log_every=settings.log_every,
+                checkpoint_every=settings.checkpoint_every,
+                progress=progress,
+            ),
+            mesh=mesh,
+        )
+    finally:
+        writer.close()
+        checkpoints.close()
+    return Distilled(
+        pipeline=pipeline,
+        adapter=lora.scaled(result.state.trainable, adapter.scale),
+        history=result.history,
+        completed=result.completed,
+    )
+
+
+class PromptBatches:
+    """Encodes prompts on the devices, batch by batch; batch k is a pure function of k."""
+
+    def __init__(
+        self, pipeline: Pipeline, prompts: Sequence[str], mesh: Mesh, settings: Settings
+    ):
+        """Keeps what every stage shares; the tokens are made once."""
+        self._tokens = pipeline.tokenize(prompts)
+        self._prompts = prompts
+        self._mesh = mesh
+        self._seed = settings.seed
+        resolution = settings.model.resolution or None
+        self._params = {k: v for k, v in pipeline.params.items() if k.startswith("text_encoder")}
+        self._encode = jax.jit(lambda params, ids: pipeline.encode_tokens(params, ids, resolution))
+
+    def stage(self, index: int, batch_size: int):
+        """The batches of one stage: `(k) -> {'conditioning': ...}`, sharded over the mesh."""
+        stream = PromptStream(
+            self._prompts,
+            batch_size,
+            # A stage of its own order: the second does not begin where the first began.
+            seed=1000 * self._seed + index,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+        def batch(k: int) -> dict:
+            rows = stream.indices(k)
+            ids = shard_batch(self._mesh, tuple(tokens[rows] for tokens in self._tokens))
+            return {"conditioning": self._encode(self._params, ids)}
+
+        return batch
+
+
+def _log_sizes(settings: Settings, trainable: Any, prompts: Sequence[str], mesh: Mesh) -> None:
+    trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    logging.info(
+        "%s: %d prompts, %.2f M trained parameters, mesh %s",
+        settings.name,
+        len(prompts),
+        trained / 1e6,
+        dict(mesh.shape),
+    )

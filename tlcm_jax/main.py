@@ -1,0 +1,56 @@
+"""Distils a teacher: `python -m tlcm_jax.main --config configs/emoji.py --workdir runs/emoji`.
+
+The same command resumes a run that was stopped.
+"""
+
+import logging as std_logging
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/emoji.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, samples, report.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    os.path.join("~", ".cache", "tlcm_jax", "compiled"),
+    "Where compiled programs are kept from run to run; empty keeps none.",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the recipe, then evaluates, reports and exports its student."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    # Before anything touches a backend.
+    from tlcm_jax.training import distributed
+
+    distributed.initialize()
+    import jax
+
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    from tlcm_jax.distil import distil
+    from tlcm_jax.finish import finish
+
+    config = _CONFIG.value.to_dict()
+    try:
+        run = distil(config, _WORKDIR.value, progress=_PROGRESS.value)
+        if not run.completed:
+            logging.warning("stopped on request; the same command resumes this run")
+        elif jax.process_index() == 0:
+            finish(run, config, _WORKDIR.value, progress=_PROGRESS.value)
+    except (ValueError, FileNotFoundError, OSError, RuntimeError) as error:
+        if logging.level_debug():
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    std_logging.getLogger("orbax").setLevel(std_logging.WARNING)
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
