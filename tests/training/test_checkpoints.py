@@ -1,0 +1,160 @@
+"""Checkpoints: what is restored is what was saved, on any mesh, or an error says why not."""
+
+import errno
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_regression as toy
+
+from tlcm_jax.training import mesh as meshes
+from tlcm_jax.training import sharding
+from tlcm_jax.training.checkpoints import Checkpoints, Position
+from tlcm_jax.training.optimizers import adamw
+from tlcm_jax.training.state import create
+
+
+def make_state(on=None, trainable=None, seed=5, impl=None):
+    trainable = toy.trainable() if trainable is None else trainable
+    state = create(trainable, adamw(1e-2), jax.random.key(seed, impl=impl))
+    filled = jax.tree.map(lambda x: x + 0.25 if x.dtype == jnp.float32 else x, state.opt_state)
+    return sharding.place(state.replace(opt_state=filled, step=jnp.int32(3)), on, toy.RULES)
+
+
+def template(state, on=None):
+    if on is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: device, state)
+    else:
+        shardings = sharding.tree_shardings(state, on, toy.RULES)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
+
+
+def at(total):
+    return Position(stage=1, name="second", step=total - 4, total=total)
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    left, right = toy.values(left), toy.values(right)
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype, name
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_names_with_dots_and_both_key_kinds_come_back_exactly(tmp_path, impl):
+    trainable = {
+        "down_blocks.0": {"attentions.1": {"to_out.0": {"lora_A": jnp.linspace(0, 1, 7)}}},
+        "down_blocks": {"0": {"attentions": {"1": jnp.arange(3.0)}}},
+        "ff.net.0.proj": [jnp.float32(2.0), jnp.ones((2, 3))],
+    }
+    state = make_state(trainable=trainable, impl=impl)
+    saved = Checkpoints(tmp_path)
+    saved.save(at(7), state)
+    again = Checkpoints(tmp_path)
+    assert again.latest() == at(7)
+    restored = again.restore(template(state))
+    assert_same(restored, state)
+    assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    wide, mixed = (
+        meshes.make_mesh({"fsdp": 8}),
+        meshes.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4]),
+    )
+    state = make_state(wide)
+    Checkpoints(tmp_path).save(at(5), state)
+    for on in (mixed, None):
+        restored = Checkpoints(tmp_path).restore(template(state, on))
+        assert_same(restored, state)
+        wanted = template(state, on)
+        for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+            assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+
+
+def test_the_newest_few_are_kept_and_half_written_ones_never_chosen(tmp_path):
+    state = make_state()
+    saved = Checkpoints(tmp_path, keep=2)
+    for total in (5, 6, 7):
+        saved.save(at(total), state)
+    saved.save(at(7), state)  # already there
+    assert sorted(os.listdir(tmp_path)) == ["6", "7"]
+    # What a run that was killed while saving leaves: the temporary name.
+    shutil.copytree(tmp_path / "7", tmp_path / "8.orbax-checkpoint-tmp")
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.latest() == at(7)
+    again.save(at(8), state)
+    assert Checkpoints(tmp_path).latest() == at(8)
+    with pytest.raises(RuntimeError, match="step 6 was not saved.*already holds step 8"):
+        again.save(at(6), state)
+
+
+def test_damaged_and_missing_checkpoints_are_errors(tmp_path):
+    state = make_state()
+    saved = Checkpoints(tmp_path)
+    assert saved.latest() is None and saved.last_good().startswith("none yet in")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        saved.restore(template(state))
+    saved.save(at(5), state)
+    saved.save(at(6), state)
+    for path in (tmp_path / "6/state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(RuntimeError, match=r"/6 cannot be read .*resume from step 5"):
+        Checkpoints(tmp_path).restore(template(state))
+    shutil.rmtree(tmp_path / "6/position")
+    with pytest.raises(RuntimeError, match=r"/6 cannot be read"):
+        Checkpoints(tmp_path).latest()
+
+
+def test_another_state_is_refused_leaf_by_leaf(tmp_path):
+    Checkpoints(tmp_path).save(at(5), make_state())
+    layer = {"kernel": jnp.ones((toy.FEATURES, 4)), "scale": jnp.ones(4)}
+    other = make_state(trainable={"down_blocks.0": {"attn.1": layer}})
+    with pytest.raises(ValueError) as error:
+        Checkpoints(tmp_path).restore(template(other))
+    text = str(error.value)
+    assert "trainable/down_blocks.0/attn.1/scale: not in the checkpoint" in text
+    assert "trainable/down_blocks.0/attn.1/bias: only in the checkpoint" in text
+    assert "float32[16, 8] in the checkpoint, float32[16, 4] in this run" in text
+    counted = make_state()
+    counted = counted.replace(step=jnp.float32(0))
+    with pytest.raises(ValueError, match=r"step: int32\[\] in the checkpoint, float32\[\]"):
+        Checkpoints(tmp_path).restore(template(counted))
+
+
+def test_two_leaves_of_one_name_are_refused(tmp_path):
+    state = make_state(trainable={"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
+    with pytest.raises(ValueError, match="two leaves of the state are called 'trainable/a/b'"):
+        Checkpoints(tmp_path).save(at(5), state)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error writing ...: No space left on device [28]"),
+    ],
+)
+def test_a_full_disk_names_the_last_good_checkpoint(tmp_path, monkeypatch, error):
+    saved, state = Checkpoints(tmp_path), make_state()
+    saved.save(at(5), state)
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(saved._manager, "save", full)
+    with pytest.raises(OSError, match=rf"no space left .*step 6.*{tmp_path}/5: free") as raised:
+        saved.save(at(6), state)
+    assert raised.value.errno == errno.ENOSPC
+    assert_same(Checkpoints(tmp_path).restore(template(state)), state)
+    monkeypatch.setattr(saved._manager, "save", lambda *a, **k: (_ for _ in ()).throw(KeyError(1)))
+    with pytest.raises(KeyError):
+        saved.save(at(6), state)

@@ -1,0 +1,106 @@
+"""Rows: what the file holds after a resume, what a row averages, and what TensorBoard gets."""
+
+import json
+import sys
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from tlcm_jax.training.metrics import Meter, MetricsWriter, Progress
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_beyond_the_restored_step_are_dropped(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.resume(0)
+    for step in (10, 20, 30):
+        writer.write({"step": step, "loss": 1.0 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # killed while writing
+    again = MetricsWriter(tmp_path)
+    again.resume(20)
+    assert [row["step"] for row in again.history] == [10, 20]
+    again.write({"step": 25, "loss": float("nan")})
+    assert rows(tmp_path) == [
+        {"step": 10, "loss": 0.1}, {"step": 20, "loss": 0.05}, {"step": 25, "loss": None},
+    ]  # fmt: skip
+    MetricsWriter(tmp_path).resume(0)
+    assert rows(tmp_path) == []
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2, is not JSON"):
+        MetricsWriter(tmp_path).resume(2)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    writer = MetricsWriter(tmp_path / "run", write=False)
+    writer.resume(0)
+    writer.write({"step": 1})
+    writer.close()
+    assert writer.history == [{"step": 1}] and not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_finite_scalars_when_it_is_there(tmp_path, monkeypatch):
+    class SummaryWriter(list):
+        def __init__(self, folder):
+            self.folder = folder
+
+        def write_scalars(self, step, scalars):
+            self.append((step, scalars))
+
+        def close(self):
+            self.append("closed")
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "clu", types.SimpleNamespace(metric_writers=module))
+    monkeypatch.setitem(sys.modules, "clu.metric_writers", module)
+    writer = MetricsWriter(tmp_path)
+    writer.write({"step": 3, "stage": "first", "loss": 0.5, "grad_norm": float("inf")})
+    writer.close()
+    assert writer._events == [(3, {"loss": 0.5}), "closed"]
+    # Without TensorFlow the import inside clu fails: the file is written all the same.
+    monkeypatch.setitem(sys.modules, "clu", None)
+    assert MetricsWriter(tmp_path)._events is None
+
+
+def step_metrics(loss, finite=True, grad_norm_max=1.0):
+    return {"loss": jnp.float32(loss), "grad_norm_max": jnp.float32(grad_norm_max),
+            "examples": jnp.float32(32), "finite": jnp.bool_(finite)}  # fmt: skip
+
+
+def test_a_row_averages_its_steps_and_times_all_but_the_first(monkeypatch):
+    clock = iter([0.0, 60.0, 64.0, 100.0, 108.0]).__next__
+    monkeypatch.setattr("tlcm_jax.training.metrics.time.perf_counter", clock)
+    meter = Meter(evaluations_per_example=3.0)
+    for loss, top in ((1.0, 5.0), (2.0, 9.0), (6.0, 2.0)):
+        meter.start()
+        meter.add(step_metrics(loss, grad_norm_max=top))
+    row, bad = meter.collect()
+    assert bad is None and row["loss"] == 3.0 and row["grad_norm_max"] == 9.0
+    assert row["steps"] == 3 and row["first_step_seconds"] == 60.0
+    assert row["samples_per_second"] == 2 * 32 / 4.0
+    assert row["unet_evaluations_per_second"] == 3 * 2 * 32 / 4.0
+    meter.start()
+    meter.add(step_metrics(1.0))
+    meter.add(step_metrics(float("nan"), finite=False))
+    row, bad = meter.collect()
+    assert bad == 1 and "first_step_seconds" not in row
+    assert row["samples_per_second"] == 2 * 32 / 8.0
+
+
+def test_the_bar_shows_steps_loss_and_throughput(capsys):
+    progress = Progress("second", done=4, steps=10)
+    progress.at(2)
+    row = {"steps": 3, "loss": 0.25, "samples_per_second": 12.0,
+           "unet_evaluations_per_second": 65.0}  # fmt: skip
+    progress.settle(row)
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "7/10" in shown and "loss=0.25" in shown and "samples/s=12" in shown
+    assert "UNet/s=65" in shown and "second" in shown
