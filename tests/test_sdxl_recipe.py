@@ -33,9 +33,7 @@ def test_lowers(tmp_path, config, stage):
     plan = next(p for p in blueprints(settings, pipeline, mesh) if p.name == stage)
     prepared = plan.stage(lambda k: None)
     adapter = abstract_adapter(settings, pipeline.params["unet"])
-    state = jax.eval_shape(
-        lambda a: create(a, prepared.optimizer, jax.random.key(0)), adapter
-    )
+    state = jax.eval_shape(lambda a: create(a, prepared.optimizer, jax.random.key(0)), adapter)
     ids = tuple(jax.ShapeDtypeStruct((16, 77), jnp.int32) for _ in pipeline.text_encoders)
     encode = lambda params, ids: pipeline.encode_tokens(params, ids, 1024)  # noqa: E731
     conditioning = jax.eval_shape(encode, pipeline.params, ids)

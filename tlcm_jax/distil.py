@@ -22,8 +22,7 @@ from tlcm_jax.training.mesh import make_mesh, shard_batch
 from tlcm_jax.training.metrics import MetricsWriter
 from tlcm_jax.training.sharding import place
 from tlcm_jax.training.workdir import claim_workdir
-
-CHECKPOINTS = "checkpoints"
+from tlcm_jax.workdir import CHECKPOINTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,10 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
     checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, keep=settings.keep_checkpoints)
     try:
         result = loop.run(
-            [plan.stage(batches.stage(i, plan.settings.batch_size)) for i, plan in enumerate(plans)],
+            [
+                plan.stage(batches.stage(i, plan.settings.batch_size))
+                for i, plan in enumerate(plans)
+            ],
             trainable,
             frozen,
             run_key,
@@ -114,9 +116,7 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
 class PromptBatches:
     """Encodes prompts on the devices, batch by batch; batch k is a pure function of k."""
 
-    def __init__(
-        self, pipeline: Pipeline, prompts: Sequence[str], mesh: Mesh, settings: Settings
-    ):
+    def __init__(self, pipeline: Pipeline, prompts: Sequence[str], mesh: Mesh, settings: Settings):
         """Keeps what every stage shares; the tokens are made once."""
         self._tokens = pipeline.tokenize(prompts)
         self._prompts = prompts

@@ -6,6 +6,7 @@ The same command resumes a run that was stopped.
 import logging as std_logging
 import os
 import sys
+import time
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -22,6 +23,7 @@ _CACHE = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
     """Runs the recipe, then evaluates, reports and exports its student."""
+    started = time.monotonic()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     # Before anything touches a backend.
@@ -34,15 +36,16 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     from tlcm_jax.distil import distil
-    from tlcm_jax.finish import finish
+    from tlcm_jax.finish import Ending, finish
 
-    config = _CONFIG.value.to_dict()
+    config, workdir = _CONFIG.value.to_dict(), str(_WORKDIR.value)
     try:
-        run = distil(config, _WORKDIR.value, progress=_PROGRESS.value)
+        ending = Ending.prepare(config)
+        run = distil(config, workdir, progress=_PROGRESS.value)
         if not run.completed:
             logging.warning("stopped on request; the same command resumes this run")
         elif jax.process_index() == 0:
-            finish(run, config, _WORKDIR.value, progress=_PROGRESS.value)
+            finish(run, ending, config, workdir, started=started, progress=_PROGRESS.value)
     except (ValueError, FileNotFoundError, OSError, RuntimeError) as error:
         if logging.level_debug():
             raise

@@ -65,7 +65,7 @@ class AdapterSettings:
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
+        """The factor alpha / rank of the update."""
         return self.alpha / self.rank
 
 

@@ -45,9 +45,7 @@ def load_pipeline(
       ValueError: a config or tensor does not fit, or weights are pickled.
     """
     folder = Path(path)
-    pipeline = abstract_pipeline(
-        folder, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat
-    )
+    pipeline = abstract_pipeline(folder, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     params = {}
     for name, shapes in pipeline.params.items():
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
@@ -82,7 +80,7 @@ def abstract_pipeline(
         for name in ("text_encoder", "text_encoder_2")
         if name in configs
     }
-    components = {"unet": unet, "vae": vae, **towers}
+    components: dict[str, Any] = {"unet": unet, "vae": vae, **towers}
     return Pipeline(
         unet=unet,
         vae=vae,
@@ -111,9 +109,7 @@ def _read_configs(folder: Path) -> dict[str, dict]:
     if kind not in _PIPELINES:
         raise ValueError(f"{folder}: pipeline class {kind!r} is not one of {_PIPELINES}")
     towers = ("text_encoder", "text_encoder_2") if kind == _PIPELINES[0] else ("text_encoder",)
-    configs = {
-        name: _read_json(folder / name / "config.json") for name in ("unet", "vae", *towers)
-    }
+    configs = {name: _read_json(folder / name / "config.json") for name in ("unet", "vae", *towers)}
     configs["scheduler"] = _read_json(folder / "scheduler" / "scheduler_config.json")
     configs["model_index"] = index
     return configs
@@ -124,7 +120,7 @@ def abstract_params(network: Any, dtype: Any = jnp.float32) -> dict:
     config = network.config
     ids = jnp.zeros((1, 8), jnp.int32)
 
-    def init(key: jax.Array) -> dict:
+    def init(key: jax.Array) -> Any:
         if isinstance(network, UNet2DConditionModel):
             text = jnp.zeros((1, 8, config.cross_attention_dim))
             sample = jnp.zeros((1, 16, 16, config.in_channels))

@@ -86,7 +86,7 @@ class Pipeline:
           ids: what `tokenize` returns.
           resolution: side of the pictures in pixels; the model's own by default.
         """
-        outputs = [
+        outputs: list[Any] = [
             tower.apply({"params": params[name]}, tokens)
             for tower, name, tokens in zip(
                 self.text_encoders, ("text_encoder", "text_encoder_2"), ids, strict=False
@@ -119,7 +119,8 @@ class Pipeline:
         empty = self.encode([""], resolution)
         if not self.zero_null:
             return empty
-        return empty.replace(
+        return dataclasses.replace(
+            empty,
             prompt_embeds=jnp.zeros_like(empty.prompt_embeds),
             pooled=None if empty.pooled is None else jnp.zeros_like(empty.pooled),
         )
@@ -137,7 +138,7 @@ class Pipeline:
         if lora is not None:
             variables["lora"] = lora
 
-        def network(z: Array, t: Array, conditioning: Conditioning) -> Array:
+        def network(z: Array, t: Array, conditioning: Conditioning) -> Any:
             return self.unet.apply(
                 variables,
                 z,
@@ -152,7 +153,8 @@ class Pipeline:
     def decode_latents(self, params: Mapping[str, Any], latents: Array) -> Array:
         """Pictures `[b, h, w, 3]` in 0..1 from scaled latents; traceable."""
         unscaled = latents / self.vae.config.scaling_factor
-        images = self.vae.apply({"params": params["vae"]}, unscaled, method=self.vae.decode)
+        variables = {"params": params["vae"]}
+        images: Any = self.vae.apply(variables, unscaled, method=self.vae.decode)
         return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
     def decode(self, latents: Array) -> Array:
@@ -161,7 +163,6 @@ class Pipeline:
 
     def encode_images(self, images: Array) -> Array:
         """Scaled latents (the posterior's mean) of pictures `[b, h, w, 3]` in 0..1."""
-        mean, _ = self.vae.apply(
-            {"params": self.params["vae"]}, 2 * images - 1, method=self.vae.encode
-        )
-        return mean * self.vae.config.scaling_factor
+        variables = {"params": self.params["vae"]}
+        moments: Any = self.vae.apply(variables, 2 * images - 1, method=self.vae.encode)
+        return moments[0] * self.vae.config.scaling_factor

@@ -4,7 +4,6 @@ import jax
 from jax import Array
 
 
-
 def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
     """Scaled dot-product attention with an fp32 softmax.
 

@@ -19,8 +19,11 @@ def sinusoidal(
     half = dim // 2
     exponent = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponent)[None, :]
-    parts = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (
-        jnp.sin(angles), jnp.cos(angles))
+    parts = (
+        (jnp.cos(angles), jnp.sin(angles))
+        if flip_sin_to_cos
+        else (jnp.sin(angles), jnp.cos(angles))
+    )
     embedding = jnp.concatenate(parts, axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 

@@ -135,6 +135,6 @@ class UNet2DConditionModel(nn.Module):
         added = jnp.concatenate(
             [text_embeds.astype(jnp.float32), ids.reshape(time_ids.shape[0], -1)], axis=-1
         )
-        return embedding + TimestepEmbedding(
-            4 * channels, dtype=self.dtype, name="add_embedding"
-        )(added)
+        return embedding + TimestepEmbedding(4 * channels, dtype=self.dtype, name="add_embedding")(
+            added
+        )

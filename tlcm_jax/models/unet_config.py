@@ -116,9 +116,7 @@ class UNetConfig:
             has_mid_block=mid is not None,
             layers_per_block=layers,
             num_attention_heads=_per_level(heads, levels),
-            transformer_layers=tuple(
-                _per_level(d, n) for d, n in zip(depths, layers, strict=True)
-            ),
+            transformer_layers=tuple(_per_level(d, n) for d, n in zip(depths, layers, strict=True)),
             up_transformer_layers=tuple(
                 _per_level(d, n + 1) for d, n in zip(reverse, reversed(layers), strict=True)
             ),

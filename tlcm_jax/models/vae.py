@@ -159,9 +159,9 @@ class Decoder(nn.Module):
         config, dtype = self.config, self.dtype
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         x = Conv(channels[0], dtype=dtype, name="conv_in")(x)
-        x = _MidBlock(
-            channels[0], groups, config.mid_block_add_attention, dtype, name="mid_block"
-        )(x)
+        x = _MidBlock(channels[0], groups, config.mid_block_add_attention, dtype, name="mid_block")(
+            x
+        )
         for i, features in enumerate(channels):
             resample = "up" if i < len(channels) - 1 else "none"
             x = _Block(
