@@ -18,7 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 BETA_SCHEDULES = ("linear", "scaled_linear")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -33,8 +33,8 @@ _REFUSED_IF_TRUE = {
 }
 
 
-def broadcast(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1"]:
-    """Shapes one number a sample so that it scales a batch of latents."""
+def broadcast(values: Shaped[Array, " b"]) -> Shaped[Array, "b 1 1 1"]:
+    """Shapes one number or truth value a sample so that it meets a batch of latents."""
     return values[:, None, None, None]
 
 
