@@ -45,11 +45,11 @@ def _augment(key: Array, image: Array) -> Array:
     )
     # Half of the pictures stay sharp.
     ink = _blur(ink, jnp.maximum(uniform(-1.2, 1.2), 0))
-    contrast, tint = uniform(0.75, 1.15), uniform(0.9, 1.1, (3,))
+    contrast, tint = uniform(0.85, 1.1), uniform(0.95, 1.05, (3,))
     ink = ink * contrast * tint
     grey = ink.mean(-1, keepdims=True)
-    ink = grey + (ink - grey) * uniform(0.7, 1.2)
-    noise = jax.random.normal(next(keys), image.shape) * uniform(0, 0.06)
+    ink = grey + (ink - grey) * uniform(0.85, 1.1)
+    noise = jax.random.normal(next(keys), image.shape) * uniform(0, 0.05)
     return jnp.clip(1 - ink + noise, 0, 1)
 
 

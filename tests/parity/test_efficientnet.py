@@ -43,8 +43,9 @@ def test_feature_maps_equal_the_package(size):
         expected = model.extract_features(torch.from_numpy(normalised).permute(0, 3, 1, 2))
     expected = expected.permute(0, 2, 3, 1).numpy()
     params = efficientnet.from_torch({k: v.numpy() for k, v in model.state_dict().items()})
-    ours = efficientnet.EfficientNetLite0().apply({"params": params}, jnp.asarray(images))
+    ours, blocks = efficientnet.EfficientNetLite0().apply({"params": params}, jnp.asarray(images))
 
+    assert len(blocks) == 16
     assert ours.shape == expected.shape == (2, -(-height // 32), -(-width // 32), 1280)
     assert expected.std() > 0.05  # the comparison would mean nothing on a dead output
     error = np.abs(np.asarray(ours) - expected).max() / np.abs(expected).max()

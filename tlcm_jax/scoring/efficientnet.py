@@ -156,15 +156,15 @@ class EfficientNetLite0(nn.Module):
     blocks: tuple[Block, ...] = LITE0
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array) -> tuple[Array, list[Array]]:
         """Feature maps of images.
 
         Args:
           images: `[b, h, w, 3]`, 0 to 1; normalised with ImageNet's statistics inside.
 
         Returns:
-          `[b, ceil(h / 32), ceil(w / 32), 1280]`, 0 to 6; their mean over space is what the
-          checkpoint's classifier saw.
+          The head's maps `[b, ceil(h / 32), ceil(w / 32), 1280]`, 0 to 6, whose mean over space is
+          what the checkpoint's classifier saw; and the output of each of the 16 blocks.
         """
         x = (images - jnp.asarray(_MEAN)) / jnp.asarray(_STD)
         factor, offset = Norm(32, name="_bn0")()
@@ -177,11 +177,13 @@ class EfficientNetLite0(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         x = nn.relu6(x + offset)
+        outputs = []
         for i, block in enumerate(self.blocks):
             x = MBConvBlock(block, name=f"_blocks.{i}")(x)
+            outputs.append(x)
         factor, offset = Norm(FEATURES, name="_bn1")()
         kernel = Kernel((1, 1, x.shape[-1], FEATURES), name="_conv_head")()
-        return nn.relu6(x @ (kernel[0, 0] * factor) + offset)
+        return nn.relu6(x @ (kernel[0, 0] * factor) + offset), outputs
 
 
 def from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
