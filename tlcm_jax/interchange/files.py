@@ -29,7 +29,7 @@ def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     value = np.asarray(value)
     with np.errstate(over="ignore"):
-        result = np.ascontiguousarray(value.astype(DTYPES[dtype]))
+        result = np.asarray(value.astype(DTYPES[dtype]), order="C")
     if not np.all(np.isfinite(result)):
         if np.all(np.isfinite(value.astype(np.float32))):
             raise ValueError(
@@ -51,8 +51,12 @@ def save_tensors(
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # the library reports the system's error as text
-        full = "No space left" in str(error) or "code: 28" in str(error)
+        full = "No space left" in str(error) or "quota exceeded" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+    # The library writes as its owner's private file; give it the mode of any other file.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager
@@ -88,6 +92,8 @@ def whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove(old)
     except OSError as error:
         _remove(part)
+        if error.errno is None:  # raised on purpose, with a message of its own
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 error.errno,

@@ -15,7 +15,11 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class TensorFile(Mapping[str, np.ndarray]):
-    """A lazy, read-only mapping over one or several safetensors files."""
+    """A lazy, read-only mapping over one or several safetensors files.
+
+    Attributes:
+      metadata: the text in the files' headers.
+    """
 
     def __init__(self, files: list[Path]):
         """Opens the files.
@@ -24,6 +28,7 @@ class TensorFile(Mapping[str, np.ndarray]):
           ValueError: a file is not a whole safetensors file; it is named.
         """
         self._where = {}
+        self.metadata: dict[str, str] = {}
         for file in files:
             try:
                 handle = safe_open(file, framework="numpy")
@@ -32,6 +37,7 @@ class TensorFile(Mapping[str, np.ndarray]):
                     f"{file} is not a readable safetensors file ({error}); fetch it again"
                 ) from None
             self._where.update({name: handle for name in handle.keys()})
+            self.metadata.update(handle.metadata() or {})
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._where[name].get_tensor(name)
@@ -71,8 +77,18 @@ def open_component(folder: Path, stem: str) -> TensorFile:
             return TensorFile([single])
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return TensorFile([folder / shard for shard in shards])
+            return TensorFile([folder / shard for shard in _shards(index)])
     for other in sorted(folder.glob("*")) if folder.is_dir() else ():
         refuse_pickle(other)
     raise FileNotFoundError(f"{folder} holds no {stem}.safetensors; the model folder is not whole")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; each must lie beside it."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("its weight_map must name files in the same folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a safetensors index ({error}); fetch it again") from None
+    return shards

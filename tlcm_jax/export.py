@@ -1,0 +1,65 @@
+"""Writes what a run trained as LoRA files and a diffusers pipeline folder, and verifies them.
+
+    python -m tlcm_jax.export --workdir runs/emoji --to lora,kohya,pipeline --output DIR --verify
+
+Each product is a folder under DIR with its model card. `--verify` loads each in diffusers, draws
+in 2, 4 and 8 steps and compares with this library; a product that differs is deleted, and the
+command fails. It needs PyTorch and diffusers.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.interchange.files import DTYPES
+from tlcm_jax.interchange.model_card import Recipe
+from tlcm_jax.interchange.products import TARGETS, check_targets, export_products
+from tlcm_jax.interchange.verify import require_consumer, verify_products
+from tlcm_jax.workdir import load_adapter
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags in `values`."""
+    where = {"flag_values": values}
+    flags.DEFINE_string("workdir", None, "The run to export.", required=True, **where)
+    flags.DEFINE_list("to", ["lora"], f"Products, of {', '.join(TARGETS)}.", **where)
+    flags.DEFINE_string("output", None, "Folder of the products.", required=True, **where)
+    flags.DEFINE_enum("dtype", "fp16", list(DTYPES), "Dtype of the weights written.", **where)
+    flags.DEFINE_bool("verify", False, "Compare each product with diffusers.", **where)
+    newest = "Checkpoint to export, in steps over all stages; the newest by default."
+    flags.DEFINE_integer("step", None, newest, lower_bound=0, **where)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Exports; anything wrong ends the process with one line that says what."""
+    try:
+        if arguments[1:]:
+            raise ValueError(f"unexpected arguments {list(arguments[1:])}; use --to lora,pipeline")
+        run(flags.FLAGS)
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        sys.exit(f"export: {error}")
+
+
+def run(values: flags.FlagValues) -> None:
+    """Does what the flags say."""
+    check_targets(values.to, values.dtype)
+    if values.verify:
+        require_consumer()
+    config, adapter = load_adapter(values.workdir, values.step)
+    pipeline = load_pipeline(config["model"]["path"], on_device=False)
+    recipe = Recipe.from_config(config, pipeline)
+    products = export_products(pipeline, adapter, values.to, values.output, values.dtype, recipe)
+    for target, path in products.items():
+        print(f"{target}: {path}", flush=True)
+    if not values.verify:
+        return
+    for target, differences in verify_products(products, pipeline.source).items():
+        shown = ", ".join(f"{steps} steps {value:.1e}" for steps, value in differences.items())
+        print(f"{target} verified in diffusers; relative difference of latents: {shown}")
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main)

@@ -1,0 +1,110 @@
+"""Draws pictures from prompts with a distilled model, or with its undistilled teacher.
+
+    python -m tlcm_jax.sample --model PATH [--lora FILE] --prompt TEXT --steps 4 --output out.png
+
+PATH is a diffusers pipeline folder, or the workdir of a run, whose adapter is then used. Each
+--prompt is one picture; several are written as out-0.png, out-1.png, ... in their order.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+from tlcm_jax.diffusion.sampler import timesteps_for
+from tlcm_jax.drawing import draw_student, draw_teacher
+from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.interchange.lora_files import read_lora
+from tlcm_jax.interchange.pipeline import Pipeline
+from tlcm_jax.workdir import is_workdir, load_adapter
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags in `values`."""
+    where = {"flag_values": values}
+    flags.DEFINE_string("model", None, "Pipeline folder or workdir.", required=True, **where)
+    flags.DEFINE_string("lora", None, "LoRA file or folder, put onto the model.", **where)
+    flags.DEFINE_multi_string("prompt", None, "What to draw.", required=True, **where)
+    flags.DEFINE_integer("steps", None, "1 to 8 (default 4); with --teacher any (25).", **where)
+    flags.DEFINE_integer("seed", 0, "Of the noise.", **where)
+    flags.DEFINE_float("gamma", 1.0, "Share of fresh noise between steps, 0 to 1.", **where)
+    flags.DEFINE_bool("teacher", False, "Draw with the undistilled model and guidance.", **where)
+    flags.DEFINE_float("guidance_scale", 8.0, "The teacher's, with --teacher.", **where)
+    flags.DEFINE_integer("enlarge", 1, "Write each pixel N x N times.", lower_bound=1, **where)
+    flags.DEFINE_string("output", "out.png", "Picture to write.", **where)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Draws; anything wrong ends the process with one line that says what."""
+    try:
+        if arguments[1:]:
+            raise ValueError(f"unexpected arguments {list(arguments[1:])}; quote the prompt")
+        run(flags.FLAGS)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"sample: {error}")
+
+
+def run(values: flags.FlagValues) -> None:
+    """Does what the flags say."""
+    steps = values.steps if values.steps is not None else 25 if values.teacher else 4
+    if values.teacher and values.lora:
+        raise ValueError("--teacher draws with the undistilled model; leave out --lora")
+    if not values.teacher:
+        timesteps_for(steps)  # before anything is loaded
+    targets = _targets(Path(values.output), len(values.prompt))
+    pipeline, adapter = load_model(values.model, values.lora, adapted=not values.teacher)
+    if values.teacher:
+        scale = values.guidance_scale
+        pictures = draw_teacher(pipeline, values.prompt, steps, scale, values.seed)
+    else:
+        pictures = draw_student(pipeline, values.prompt, steps, values.seed, adapter, values.gamma)
+    for target, picture in zip(targets, pictures, strict=True):
+        enlarged = picture.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
+        Image.fromarray(np.ascontiguousarray(enlarged)).save(target)
+        print(target)
+
+
+def load_model(
+    path: str, lora: str | None = None, *, adapted: bool = True
+) -> tuple[Pipeline, Mapping[str, Any] | None]:
+    """A pipeline, and the adapter to draw with, from what `--model` and `--lora` name.
+
+    Args:
+      path: a pipeline folder, or a workdir: its teacher, and its newest adapter.
+      lora: a LoRA of any dialect. With a workdir it stands in the trained adapter's place.
+      adapted: False leaves a workdir's adapter out.
+    """
+    adapter = None
+    if is_workdir(path):
+        config, trained = load_adapter(path)
+        path = config["model"]["path"]
+        adapter = trained if adapted else None
+    pipeline = load_pipeline(path)
+    if lora is not None:
+        adapter = read_lora(lora, pipeline.params["unet"])
+    return pipeline, adapter
+
+
+def _targets(output: Path, count: int) -> list[Path]:
+    """A file for each picture.
+
+    Raises:
+      ValueError: the name ends in no picture format.
+      FileNotFoundError: its folder does not exist.
+    """
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--output {output}: give a name that ends in .png, .jpg or .webp")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output {output}: the folder {output.parent} does not exist")
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i}") for i in range(count)]
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main)
