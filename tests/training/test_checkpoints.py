@@ -79,6 +79,29 @@ def test_restores_onto_another_mesh(tmp_path):
             assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
 
 
+def test_the_trained_leaves_are_read_alone_beside_a_run_that_saves(tmp_path):
+    saved = Checkpoints(tmp_path)
+    for total in (5, 6):
+        saved.save(at(total), make_state(meshes.make_mesh({"fsdp": 8}), seed=total))
+    shutil.copytree(tmp_path / "6", tmp_path / "7.orbax-checkpoint-tmp")
+    reader = Checkpoints(tmp_path, keep=None)
+    for total in (None, 5):
+        trained = reader.trained(total)
+        assert jax.tree.structure(trained) == jax.tree.structure(toy.trainable())
+        for leaf, value in zip(
+            jax.tree.leaves(trained), jax.tree.leaves(toy.trainable()), strict=True
+        ):
+            assert isinstance(leaf, np.ndarray)
+            np.testing.assert_array_equal(leaf, value)
+    with pytest.raises(FileNotFoundError, match="no checkpoint 4 in .*it has 5, 6"):
+        reader.trained(4)
+    reader.close()
+    assert sorted(os.listdir(tmp_path)) == ["5", "6", "7.orbax-checkpoint-tmp"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="it has none"):
+        Checkpoints(tmp_path / "empty", keep=None).trained()
+
+
 def test_the_newest_few_are_kept_and_half_written_ones_never_chosen(tmp_path):
     state = make_state()
     saved = Checkpoints(tmp_path, keep=2)
@@ -96,6 +119,8 @@ def test_the_newest_few_are_kept_and_half_written_ones_never_chosen(tmp_path):
         again.save(at(6), state)
 
 
+# The reader that fails leaves its event loop to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_and_missing_checkpoints_are_errors(tmp_path):
     state = make_state()
     saved = Checkpoints(tmp_path)

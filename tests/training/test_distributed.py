@@ -64,6 +64,7 @@ def test_a_slice_is_recognised_without_a_backend(calls, monkeypatch):
     assert distributed.on_tpu_slice({})
     assert not distributed.on_tpu_slice({"TPU_SKIP_MDS_QUERY": "1"})
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)  # set by JAX where no TPU is
     assert distributed.initialize() and calls == [()]
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     assert not distributed.on_tpu_slice({"TPU_WORKER_HOSTNAMES": "a,b"})

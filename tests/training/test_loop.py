@@ -85,7 +85,7 @@ def test_an_uninterrupted_run(whole):
         ("second", 6, 2, 2), ("second", 7, 3, 1), ("second", 8, 4, 1),
         ("second", 10, 6, 2), ("second", 12, 8, 2),
     ]  # fmt: skip
-    assert whole.history[-1]["loss"] < 0.8 * whole.history[0]["loss"]
+    assert whole.history[-1]["loss"] < 0.9 * whole.history[0]["loss"]
     assert whole.history[0]["first_step_seconds"] > 0
     last = whole.history[-1]
     ratio = last["unet_evaluations_per_second"] / last["samples_per_second"]

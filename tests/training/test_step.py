@@ -1,5 +1,7 @@
 """The jitted step: its arithmetic, its splits, and its sameness on every mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,15 +54,27 @@ def test_one_update_is_gradient_descent_on_the_mean_loss():
     assert metrics["examples"] == len(x) and bool(metrics["finite"]) and int(state.step) == 1
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}])
+@functools.cache
+def alone(accumulate, fused):
+    """Two steps of two updates on one device."""
+    return run(updates=2, accumulate=accumulate, fused=fused)
+
+
+@pytest.mark.parametrize(
+    ("axes", "fused"),
+    [
+        ({"data": 8}, False),
+        ({"fsdp": 8}, True),
+        ({"data": 2, "fsdp": 4}, False),
+        ({"data": 2, "fsdp": 4}, True),
+    ],
+)
 def test_every_mesh_gives_the_result_of_one_device(axes, fused):
     on = meshes.make_mesh(axes)
-    settings = {"updates": 2, "accumulate": 2, "fused": fused}
-    state, metrics = run(on, **settings)
-    alone, alone_metrics = run(**settings)
-    assert_close(state, alone, 1e-5)
-    assert_close(metrics, alone_metrics, 1e-5)
+    state, metrics = run(on, updates=2, accumulate=2, fused=fused)
+    one_state, one_metrics = alone(2, fused)
+    assert_close(state, one_state, 1e-5)
+    assert_close(metrics, one_metrics, 1e-5)
     # And it lies where the rules say, moments with their parameters.
     wanted = sharding.tree_shardings(state, on, toy.RULES)
     for leaf, target in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
@@ -73,19 +87,14 @@ def test_every_mesh_gives_the_result_of_one_device(axes, fused):
 
 
 def test_one_program_and_two_programs_agree():
-    settings = {"updates": 4, "accumulate": 2}
-    one, one_metrics = run(fused=True, **settings)
-    two, two_metrics = run(fused=False, **settings)
-    assert_close(one, two, 1e-6)
-    assert_close(one_metrics, two_metrics, 1e-6)
+    for one, two in zip(alone(2, True), alone(2, False), strict=True):
+        assert_close(one, two, 1e-6)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_accumulating_makes_the_same_update(fused):
-    whole, whole_metrics = run(updates=2, accumulate=1, fused=fused)
-    parts, parts_metrics = run(updates=2, accumulate=4, fused=fused)
-    assert_close(whole, parts, 1e-6)
-    assert_close(whole_metrics, parts_metrics, 1e-6)
+    for whole, parts in zip(alone(1, fused), alone(2, fused), strict=True):
+        assert_close(whole, parts, 1e-6)
 
 
 def test_examples_are_shuffled_between_updates_and_none_is_lost():
@@ -102,8 +111,9 @@ def test_examples_are_shuffled_between_updates_and_none_is_lost():
     produce_key = jax.random.split(jax.random.fold_in(jax.random.key(7), 0), 3)[0]
     made = np.asarray(base.produce(None, toy.frozen(), toy.host_batch(0), produce_key)["x"])
     first = np.concatenate([x[:, 0] for x in seen])
-    np.testing.assert_array_equal(np.sort(first), np.sort(made[:, 0]))
-    assert not np.array_equal(np.sort(seen[0][:, 0]), np.sort(made[: len(seen[0]), 0]))
+    np.testing.assert_allclose(np.sort(first), np.sort(made[:, 0]), rtol=1e-5, atol=1e-6)
+    unshuffled = np.sort(made[: len(seen[0]), 0])
+    assert not np.allclose(np.sort(seen[0][:, 0]), unshuffled, rtol=1e-3)
 
 
 def test_no_key_serves_two_micro_batches_or_steps():
@@ -168,6 +178,11 @@ def test_bad_losses_are_refused():
 
 
 def test_a_nan_is_reported():
-    spoil = toy.objective(lambda residual, frozen: residual / 0.0 * 0.0)
-    _, metrics = run(objective=spoil, steps=1)
+    base = toy.objective()
+
+    def loss(trainable, frozen, examples, key):
+        per_sample, metrics = base.loss(trainable, frozen, examples, key)
+        return per_sample.at[5].set(jnp.nan), metrics
+
+    _, metrics = run(objective=toy.SimpleNamespace(produce=base.produce, loss=loss), steps=1)
     assert not bool(metrics["finite"])

@@ -46,21 +46,26 @@ class Checkpoints:
     interrupted is never chosen. Saving returns only when the checkpoint is there.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2):
-        """Opens (and makes) a folder of checkpoints.
+    def __init__(self, directory: str | Path, keep: int | None = 2):
+        """Opens a folder of checkpoints.
 
         Args:
-          directory: the folder.
-          keep: how many to keep, the newest.
+          directory: the folder; made if it is missing.
+          keep: how many to keep, the newest. None opens the folder for reading only, and leaves
+            alone what a run that is still going has half written there.
         """
         self.directory = Path(directory).absolute()
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, save_interval_steps=0, create=False
+            )
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            )
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-            ),
+            options=options,
             item_handlers={
                 _STATE: ocp.StandardCheckpointHandler(),
                 _POSITION: ocp.JsonCheckpointHandler(),
@@ -96,8 +101,14 @@ class Checkpoints:
           OSError: no space is left (naming the last good checkpoint, which is kept).
           RuntimeError: newer checkpoints exist than this one.
         """
-        if self._manager.latest_step() == position.total:
+        newest = self._manager.latest_step()
+        if newest == position.total:
             return
+        if newest is not None and newest > position.total:
+            raise RuntimeError(
+                f"step {position.total} was not saved: {self.directory} already holds step "
+                f"{newest}; use another workdir"
+            )
         args = ocp.args.Composite(
             **{
                 _STATE: ocp.args.StandardSave(_flatten(state)),
@@ -116,10 +127,7 @@ class Checkpoints:
                 f"command to resume from it",
             ) from error
         if not saved:
-            raise RuntimeError(
-                f"step {position.total} was not saved: {self.directory} already holds step "
-                f"{self._manager.latest_step()}; use another workdir"
-            )
+            raise RuntimeError(f"Orbax declined to save step {position.total} in {self.directory}")
 
     def restore(self, template: TrainState) -> TrainState:
         """Restores the newest checkpoint exactly.
@@ -153,6 +161,48 @@ class Checkpoints:
         except Exception as error:
             raise self._unreadable(total, error) from error
         return _unflatten(template, leaves)
+
+    def trained(self, total: int | None = None) -> dict[str, Any]:
+        """The trained leaves of a checkpoint alone, for sampling and export.
+
+        Args:
+          total: number of the checkpoint; the newest by default.
+
+        Returns:
+          Nested dicts of numpy arrays, by the names that the leaves were saved under.
+
+        Raises:
+          FileNotFoundError: no such checkpoint; names those there are.
+          RuntimeError: its files are damaged.
+        """
+        there = sorted(self._manager.all_steps())
+        if not there or (total is not None and total not in there):
+            wished = "" if total is None else f" {total}"
+            found = f"it has {', '.join(map(str, there))}" if there else "it has none"
+            raise FileNotFoundError(f"no checkpoint{wished} in {self.directory}: {found}")
+        total = there[-1] if total is None else total
+        prefix = "trainable/"
+        try:
+            stored = self._manager.item_metadata(total)[_STATE].items()
+            wanted = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                for name, leaf in stored
+                if name.startswith(prefix)
+            }
+            host = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+            args = ocp.args.PyTreeRestore(wanted, restore_args=host, partial_restore=True)
+            with ocp.PyTreeCheckpointer() as reader:
+                leaves = reader.restore(self.directory / str(total) / _STATE, args=args)
+        except Exception as error:
+            raise self._unreadable(total, error) from error
+        tree: dict[str, Any] = {}
+        for name, value in leaves.items():
+            *folders, last = name.removeprefix(prefix).split("/")
+            branch = tree
+            for folder in folders:
+                branch = branch.setdefault(folder, {})
+            branch[last] = value
+        return tree
 
     def close(self) -> None:
         """Releases the folder."""

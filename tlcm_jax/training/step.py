@@ -244,7 +244,7 @@ def _update(
         for micro in micros[1:]:
             total, _ = add(total, micro)
     grads, metrics = jax.tree.map(lambda x: x / pieces, total)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     changes, opt_state = optimizer.update(grads, opt_state, trainable)
     carry = (optax.apply_updates(trainable, changes), opt_state)
     if mesh is not None:
