@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the pipeline folder")
     parser.add_argument("--tokenizer", type=Path, required=True, help="vocab.json, merges.txt")
     parser.add_argument("--workdir", type=Path, default=Path("runs/miniature-unet"))
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--save-every", type=int, default=500)
@@ -199,9 +199,9 @@ def main() -> None:
         params,
         batches(encoded, args.batch, seed=0),
         steps=args.steps,
-        learning_rate=trapezoid(args.learning_rate, args.steps),
+        learning_rate=trapezoid(args.learning_rate, args.steps, decay=0.3),
         workdir=args.workdir / "checkpoints",
-        ema_decay=0.9995,
+        ema_decay=0.998,
         save_every=args.save_every,
         report=lambda step, ema: (save_unet(ema, args.output), report(step, ema)),
     )

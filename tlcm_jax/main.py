@@ -3,7 +3,6 @@
 The same command resumes a run that was stopped.
 """
 
-import logging as std_logging
 import os
 import sys
 import time
@@ -54,6 +53,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
-    std_logging.getLogger("orbax").setLevel(std_logging.WARNING)
+    # Orbax logs each of its options, through the same logger.
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)
