@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion import prediction
 from tlcm_jax.diffusion.guidance import guided
@@ -87,53 +87,84 @@ def sample(
       ValueError: times that do not fall or lie outside the schedule, gamma outside 0 .. 1,
         fresh noise needed and neither `key` nor `noises` given, or too few or many `noises`.
     """
-    levels = _levels(schedule, tuple(timesteps), gamma)
+    plan = levels(schedule, tuple(timesteps), gamma)
     renoisings = len(timesteps) - 1
+    noise = noise.astype(jnp.float32)
     if noises is not None:
         if len(noises) != renoisings:
             raise ValueError(f"{len(timesteps)} steps need {renoisings} noises, got {len(noises)}")
         noises = jnp.concatenate([noises, jnp.zeros_like(noise)[None]])
-    elif not np.any(levels[:, 2]):
+    elif not np.any(plan[:, 2]):
         noises = jnp.zeros((len(timesteps), 1, 1, 1, 1), noise.dtype)
     elif key is None:
         raise ValueError("several steps with gamma > 0 draw fresh noise: pass key or noises")
 
     def advance(z, xs):
-        index, t, (alpha_s, direct, fresh), xi = xs
+        index, t, level, xi = xs
         if xi is None:
             xi = jax.random.normal(jax.random.fold_in(key, index), z.shape)
-        t = jnp.full(z.shape[:1], t)
-        eps = denoiser(z, t, conditioning)
-        x0 = prediction.x0_from_eps(schedule, z, eps, t)
-        return alpha_s * x0 + direct * eps + fresh * xi, None  # (1)
+        return student_step(denoiser, schedule, z, t, level, xi, conditioning), None
 
     xs = (
         jnp.arange(len(timesteps)),
         jnp.asarray(timesteps, jnp.int32),
-        tuple(jnp.asarray(levels.T, jnp.float32)),
+        jnp.asarray(plan, jnp.float32),
         noises,
     )
     return jax.lax.scan(advance, noise, xs)[0]
 
 
-def _levels(
+def student_step(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    z: Float[Array, "b h w c"],
+    t: Int[Array, ""],
+    level: Float[Array, " 3"],
+    xi: Float[Array, "#b #h #w #c"],
+    conditioning: PyTree[Array],
+) -> Float[Array, "b h w c"]:
+    """One step of `sample`, equation (1): from the latents `z` at time `t` to the next level.
+
+    Time and level are arrays, so that all steps can share one compiled function.
+
+    Args:
+      denoiser: the student.
+      schedule: the noise schedule.
+      z: latents at time `t`.
+      t: the time, of all of them.
+      level: (alpha_s, d, n) of the next level, a row of `levels`.
+      xi: fresh unit Gaussian noise.
+      conditioning: the denoiser's, leading axis b.
+    """
+    alpha_s, direct, fresh = level
+    t = jnp.full(z.shape[:1], t)
+    eps = denoiser(z, t, conditioning)
+    x0 = prediction.x0_from_eps(schedule, z, eps, t)
+    return alpha_s * x0 + direct * eps + fresh * xi
+
+
+def levels(
     schedule: NoiseSchedule, timesteps: tuple[int, ...], gamma: float
 ) -> Float[np.ndarray, "steps 3"]:
-    """(alpha_s, d, n) of equations (1) and (2) for each step's next level s."""
+    """(alpha_s, d, n) of equations (1) and (2) for each step's next level s.
+
+    Raises:
+      ValueError: times that do not fall or lie outside the schedule, or gamma outside 0 .. 1.
+    """
     check_timesteps(schedule, timesteps)
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma = {gamma}: must lie in 0 (deterministic) to 1 (all noise fresh)")
-    levels = []
+    rows = []
     for s in timesteps[1:]:
         lower = int((1 - gamma) * s)
         alpha_s, sigma_s = float(schedule.alphas[s]), float(schedule.sigmas[s])
         if lower == 0:
-            levels.append((alpha_s, 0.0, sigma_s))
+            rows.append((alpha_s, 0.0, sigma_s))
             continue
         alpha_lower, sigma_lower = float(schedule.alphas[lower]), float(schedule.sigmas[lower])
         fresh = np.sqrt(max(0.0, 1 - (alpha_s / alpha_lower) ** 2))
-        levels.append((alpha_s, alpha_s * sigma_lower / alpha_lower, fresh))
-    return np.asarray([*levels, (1.0, 0.0, 0.0)])
+        rows.append((alpha_s, alpha_s * sigma_lower / alpha_lower, fresh))
+    return np.asarray([*rows, (1.0, 0.0, 0.0)])
 
 
 def check_timesteps(

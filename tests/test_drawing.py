@@ -1,0 +1,134 @@
+"""Drawing: what a picture depends on (prompt, seed, place) and what it does not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
+from tlcm_jax import drawing
+from tlcm_jax.diffusion import sampler
+from tlcm_jax.drawing import draw_student, draw_teacher
+from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.models import lora
+from tlcm_jax.training.mesh import make_mesh
+from tlcm_jax.training.sharding import place
+
+PROMPTS = ["a red cat", "an icon", "a cat of ice", ""]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return load_pipeline(write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def adapter(pipeline):
+    fresh = lora.init(pipeline.params["unet"], ("to_q", "conv1"), 2, jax.random.key(0))
+    return random_adapter(fresh, np.random.default_rng(0), 0.3)
+
+
+@pytest.fixture(scope="module")
+def two_steps(pipeline):
+    return draw_student(pipeline, PROMPTS, 2, seed=3)
+
+
+def assert_same(first, second):
+    """Equal up to rounding: sums are taken in another order in another batch."""
+    assert first.shape == second.shape
+    assert np.max(np.abs(first.astype(int) - second.astype(int))) <= 1
+
+
+def noises(seed, place, count):
+    """What a prompt's noise is defined to be: the first latent, then one for each step."""
+    key = jax.random.fold_in(jax.random.key(seed), place)
+    return [jax.random.normal(jax.random.fold_in(key, i), (1, 8, 8, 4)) for i in range(count)]
+
+
+def decoded(pipeline, latents):
+    return np.round(255 * np.asarray(pipeline.decode(latents))).astype(np.uint8)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+def test_the_student_is_the_sampler_s(pipeline, gamma):
+    first, *fresh = noises(3, 1, 3)
+    conditioning, times = pipeline.encode(PROMPTS[1:2]), (999, 499, 124)
+    latents = sampler.sample(
+        pipeline.denoiser(),
+        pipeline.schedule,
+        first,
+        conditioning,
+        times,
+        gamma=gamma,
+        noises=jnp.stack(fresh),
+    )
+    drawn = draw_student(pipeline, PROMPTS, 3, seed=3, gamma=gamma)
+    assert drawn.shape == (4, 32, 32, 3) and drawn.dtype == np.uint8
+    assert_same(drawn[1:2], decoded(pipeline, latents))
+
+
+def test_the_teacher_is_the_sampler_s_from_the_same_noise(pipeline):
+    latents = sampler.sample_teacher(
+        pipeline.denoiser(),
+        pipeline.schedule,
+        noises(3, 1, 1)[0],
+        pipeline.encode(PROMPTS[1:2]),
+        pipeline.null_conditioning(),
+        steps=4,
+        scale=3.0,
+    )
+    drawn = draw_teacher(pipeline, PROMPTS, 4, 3.0, seed=3)
+    assert_same(drawn[1:2], decoded(pipeline, latents))
+
+
+def test_a_picture_depends_on_its_prompt_place_and_seed_only(pipeline, two_steps):
+    assert two_steps.std() > 10
+    # Two batches, of which the second has two unused places.
+    assert_same(draw_student(pipeline, PROMPTS, 2, seed=3, batch_size=3), two_steps)
+    same_prompt = draw_student(pipeline, PROMPTS[:1] * 3, 2, seed=3, batch_size=3)
+    assert_same(same_prompt[:1], two_steps[:1])
+    assert np.any(same_prompt[0] != same_prompt[1])
+    other_seed = draw_student(pipeline, PROMPTS[:3], 2, seed=4, batch_size=3)
+    assert np.mean(other_seed != two_steps[:3]) > 0.5
+
+
+def test_on_a_mesh_the_pictures_are_the_same(pipeline, two_steps):
+    on_mesh = dataclasses.replace(
+        pipeline, params=place(pipeline.params, make_mesh({"data": 4, "fsdp": 2}))
+    )
+    assert_same(draw_student(on_mesh, PROMPTS, 2, seed=3), two_steps)
+
+
+def test_an_adapter_is_merged_and_one_of_zeros_changes_nothing(pipeline, adapter, two_steps):
+    zeros = jax.tree.map(np.zeros_like, adapter)
+    np.testing.assert_array_equal(draw_student(pipeline, PROMPTS, 2, 3, zeros), two_steps)
+    adapted = draw_student(pipeline, PROMPTS, 2, 3, adapter)
+    assert np.mean(adapted != two_steps) > 0.5
+    effective = lora.merge(pipeline.params["unet"], adapter)
+    whole = dataclasses.replace(pipeline, params={**pipeline.params, "unet": effective})
+    assert_same(draw_student(whole, PROMPTS, 2, 3), adapted)
+
+
+def test_every_step_count_weights_and_seed_share_the_compiled_code(pipeline, adapter, two_steps):
+    functions = drawing._encode, drawing._student_step, drawing._noise, drawing._decode
+    compiled = [function._cache_size() for function in functions]
+    draw_student(pipeline, PROMPTS, 3, 5, adapter, gamma=0.4)
+    draw_student(load_pipeline(pipeline.source), PROMPTS, 1, 3)
+    assert [function._cache_size() for function in functions] == compiled
+    draw_teacher(pipeline, PROMPTS, 2, 3.0, 3)
+    compiled = drawing._teacher_step._cache_size()
+    draw_teacher(pipeline, PROMPTS, 5, 3.0, 4)
+    assert drawing._teacher_step._cache_size() == compiled
+
+
+def test_bad_requests_are_refused_before_anything_is_drawn(pipeline):
+    with pytest.raises(ValueError, match="steps = 9"):
+        draw_student(pipeline, PROMPTS, 9, seed=0)
+    with pytest.raises(ValueError, match="gamma = 1.5"):
+        draw_student(pipeline, PROMPTS, 4, seed=0, gamma=1.5)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        draw_student(pipeline, [], 4, seed=0)
+    with pytest.raises(ValueError, match="steps = 1000"):
+        draw_teacher(pipeline, PROMPTS, 1000, 8.0, seed=0)

@@ -1,0 +1,96 @@
+"""Prompts to evaluate on, with what each of them asks for where that is known."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tlcm_jax.data.prompts import read_prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Named prompts.
+
+    Attributes:
+      name: such as "heldout".
+      prompts: n texts.
+      annotations: lists of n, by key: what each prompt asks for, such as its `label` and `style`.
+        Empty where nothing is known but the text.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    annotations: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"prompt set {self.name!r} is empty: give at least one prompt")
+        for key, values in self.annotations.items():
+            if len(values) != len(self.prompts):
+                raise ValueError(
+                    f"prompt set {self.name!r} has {len(self.prompts)} prompts "
+                    f"but {len(values)} values of {key!r}"
+                )
+
+    def first(self, count: int) -> "PromptSet":
+        """The first `count` prompts; all of them where count is 0."""
+        if count < 0:
+            raise ValueError(f"a limit of {count} prompts: must be 0 (all) or positive")
+        if not count or count >= len(self.prompts):
+            return self
+        return dataclasses.replace(
+            self,
+            prompts=self.prompts[:count],
+            annotations={key: values[:count] for key, values in self.annotations.items()},
+        )
+
+
+def read_prompt_set(path: str | os.PathLike, name: str = "") -> PromptSet:
+    """Reads a prompt file, and the annotations in a JSON file of the same name beside it.
+
+    The JSON file is a list with one object a prompt, in order, each with the same keys; `prompt`
+    is the text as the prompt file has it, the other keys are annotations.
+
+    Args:
+      path: a text file, one prompt a line (`data.prompts.read_prompts`).
+      name: of the set; the file's stem by default.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no prompt file, or the JSON beside it does not belong to it.
+    """
+    path = Path(path)
+    prompts = tuple(read_prompts([path]))
+    beside = path.with_suffix(".json")
+    annotations = {}
+    if beside != path and beside.is_file():
+        annotations = _read_annotations(beside, path, prompts)
+    return PromptSet(name=name or path.stem, prompts=prompts, annotations=annotations)
+
+
+def _read_annotations(beside: Path, path: Path, prompts: Sequence[str]) -> dict[str, list]:
+    try:
+        rows = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{beside} is not valid JSON ({error}): correct or remove it") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{beside} must be a list of objects, one a prompt: correct or remove it")
+    texts = [row.get("prompt") for row in rows]
+    if texts != list(prompts):
+        line = next(
+            (i for i, pair in enumerate(zip(texts, prompts, strict=False)) if len(set(pair)) > 1),
+            min(len(texts), len(prompts)),
+        )
+        raise ValueError(
+            f"{beside} does not belong to {path}: they differ from prompt {line + 1} on "
+            f"({len(texts)} and {len(prompts)} prompts); make them equal, or remove the former"
+        )
+    keys = [key for key in rows[0] if key != "prompt"]
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in keys if key not in row]
+        if missing:
+            raise ValueError(f"{beside}: entry {number} lacks {missing[0]!r}, which others have")
+    return {key: [row[key] for row in rows] for key in keys}

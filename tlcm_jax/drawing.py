@@ -1,0 +1,240 @@
+"""Draws pictures from prompts: the student in a few steps, the teacher in many with guidance.
+
+The noise of prompt i depends on (seed, i) alone. So pictures of one seed can be compared across
+step counts and between student and teacher, which all start from the same noise, and they do not
+depend on how the prompts are cut into batches or over devices.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from tlcm_jax.diffusion import sampler
+from tlcm_jax.diffusion.guidance import guided
+from tlcm_jax.diffusion.paths import teacher_path
+from tlcm_jax.interchange.pipeline import Pipeline
+from tlcm_jax.models import lora as adapters
+from tlcm_jax.models.conditioning import Conditioning
+from tlcm_jax.training.mesh import shard_batch
+
+
+def draw_student(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    steps: int,
+    seed: int,
+    lora: Mapping[str, Any] | None = None,
+    gamma: float = 1.0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> np.ndarray:
+    """Draws with a distilled model, without guidance.
+
+    Args:
+      pipeline: the model. If its weights lie on a mesh, batches are cut over the mesh.
+      prompts: n texts, at least one.
+      steps: 1 to 8.
+      seed: of the noise.
+      lora: an adapter already scaled (`models.lora.scaled`), added to the UNet's weights.
+      gamma: share of fresh noise between steps, 1 all of it, 0 none (`diffusion.sampler`).
+      batch_size: pictures at a time; of the last batch's places some may stay unused.
+      progress: draw a progress bar.
+
+    Returns:
+      Pictures, uint8 `[n, h, w, 3]`, in the order of the prompts.
+
+    Raises:
+      ValueError: no prompts, or steps, gamma or batch size out of range.
+    """
+    timesteps = sampler.timesteps_for(steps)
+    levels = sampler.levels(pipeline.schedule, timesteps, gamma).astype(np.float32)
+    unet = pipeline.params["unet"]
+    if lora is not None:
+        unet = merged(unet, lora)
+    model = _Model.of(pipeline)
+
+    def latents(conditioning: Conditioning, keys: Array) -> Array:
+        z = _noise(model, keys, np.uint32(0))
+        for step, (t, level) in enumerate(zip(timesteps, levels, strict=True), 1):
+            t, step = np.int32(t), np.uint32(step)
+            z = _student_step(model, unet, z, t, level, keys, step, conditioning)
+        return z
+
+    return _draw(pipeline, prompts, seed, batch_size, latents, f"{steps} steps", progress)
+
+
+def draw_teacher(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> np.ndarray:
+    """Draws with the undistilled model: DDIM with classifier-free guidance.
+
+    Args:
+      pipeline: the model.
+      prompts: n texts, at least one.
+      steps: DDIM steps, each of two UNet evaluations.
+      guidance_scale: w.
+      seed: of the noise; the same as the student's for the same seed.
+      batch_size: as in `draw_student`.
+      progress: draw a progress bar.
+
+    Returns:
+      Pictures, uint8 `[n, h, w, 3]`.
+
+    Raises:
+      ValueError: no prompts, or steps or batch size out of range.
+    """
+    timesteps = sampler.teacher_timesteps(steps, pipeline.schedule.train_steps)
+    model, unet = _Model.of(pipeline), pipeline.params["unet"]
+    null, scale = pipeline.null_conditioning(), float(guidance_scale)
+
+    def latents(conditioning: Conditioning, keys: Array) -> Array:
+        z = _noise(model, keys, np.uint32(0))
+        for stops in itertools.pairwise((*timesteps, 0)):
+            stops = np.asarray(stops, np.int32)
+            z = _teacher_step(model, unet, z, stops, conditioning, null, scale)
+        return z
+
+    return _draw(pipeline, prompts, seed, batch_size, latents, f"teacher, {steps} steps", progress)
+
+
+@jax.jit
+def merged(params: Any, lora: Any) -> Any:
+    """UNet weights with a scaled adapter added: `models.lora.merge`, compiled."""
+    return adapters.merge(params, lora)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What compiled code depends on: networks and schedule. The weights are arguments to it.
+
+    Pipelines that are alike in these, such as one teacher with several adapters merged into it,
+    share their compiled code; jit compares and hashes this object.
+    """
+
+    networks: tuple
+    schedule: tuple
+    functions: Pipeline = dataclasses.field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> "_Model":
+        table = pipeline.schedule
+        return cls(
+            networks=(pipeline.unet, pipeline.vae, *pipeline.text_encoders),
+            schedule=(table.prediction_type, table.alphas_cumprod.tobytes()),
+            # Without its weights, so that jit's cache does not keep them alive.
+            functions=dataclasses.replace(pipeline, params={}, tokenizers=()),
+        )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: _Model, params: Any, ids: tuple[Array, ...]) -> Conditioning:
+    return model.functions.encode_tokens(params, ids)
+
+
+# A step is what is compiled, not a whole sampler: times are arguments to it, so that every number
+# of steps runs the same code.
+@functools.partial(jax.jit, static_argnames="model")
+def _student_step(
+    model: _Model,
+    unet: Any,
+    z: Array,
+    t: Array,
+    level: Array,
+    keys: Array,
+    step: Array,
+    conditioning: Conditioning,
+) -> Array:
+    denoiser, fresh = model.functions.denoiser(unet), _noise(model, keys, step)
+    schedule = model.functions.schedule
+    return sampler.student_step(denoiser, schedule, z, t, level, fresh, conditioning)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "scale"))
+def _teacher_step(
+    model: _Model,
+    unet: Any,
+    z: Array,
+    stops: Array,
+    conditioning: Conditioning,
+    null: Conditioning,
+    scale: float,
+) -> Array:
+    teacher = guided(model.functions.denoiser(unet), scale, null)
+    times = jnp.broadcast_to(stops, (len(z), 2))
+    return teacher_path(teacher, model.functions.schedule, z, times, conditioning)[1]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _decode(model: _Model, params: Any, latents: Array) -> Array:
+    pictures = model.functions.decode_latents(params, latents)
+    return jnp.round(255 * pictures.astype(jnp.float32)).astype(jnp.uint8)
+
+
+@jax.jit
+def _prompt_keys(key: Array, rows: Array) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _noise(model: _Model, keys: Array, step: Array) -> Array:
+    """Unit Gaussian latents for the prompts of `keys` `[b]`: `[b, h, w, c]`, new at each step."""
+    shape = model.functions.latent_shape()
+
+    def draw(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, step), shape)
+
+    return jax.vmap(draw)(keys)
+
+
+def _draw(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    latents: Callable[[Conditioning, Array], Array],
+    label: str,
+    progress: bool,
+) -> np.ndarray:
+    """Encodes, samples by `latents(conditioning, keys)` and decodes, batch by batch."""
+    if not prompts:
+        raise ValueError("there is nothing to draw: give at least one prompt")
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+    model, mesh = _Model.of(pipeline), _mesh_of(pipeline)
+    devices = 1 if mesh is None else mesh.devices.size
+    size = -(-min(batch_size, len(prompts)) // devices) * devices
+    towers = {k: v for k, v in pipeline.params.items() if k.startswith("text_encoder")}
+    decoder = {"vae": pipeline.params["vae"]}
+    # Places left over repeat the last prompt, so that all batches have one shape and compile once.
+    rows = np.minimum(np.arange(-(-len(prompts) // size) * size), len(prompts) - 1)
+    tokens = pipeline.tokenize(prompts)
+    keys = _prompt_keys(jax.random.key(seed), np.arange(len(prompts), dtype=np.uint32))
+    pictures = []
+    starts = range(0, len(rows), size)
+    for start in tqdm(starts, desc=label, unit="batch", disable=not progress):
+        chosen = rows[start : start + size]
+        ids, noise_keys = shard_batch(mesh, (tuple(t[chosen] for t in tokens), keys[chosen]))
+        drawn = latents(_encode(model, towers, ids), noise_keys)
+        pictures.append(np.asarray(_decode(model, decoder, drawn)))
+    return np.concatenate(pictures)[: len(prompts)]
+
+
+def _mesh_of(pipeline: Pipeline) -> Mesh | None:
+    """The mesh that the UNet's weights lie on; None on a single device."""
+    sharding = getattr(jax.tree.leaves(pipeline.params["unet"])[0], "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None

@@ -1,0 +1,105 @@
+"""Draws and scores a distilled model at several step counts, beside its teacher.
+
+    python -m tlcm_jax.evaluate --model runs/emoji --prompts miniature/prompts/heldout.txt \
+        --steps 1,2,3,4,8 --scores judge --output evaluations/emoji
+
+PATH of --model is a diffusers pipeline folder or the workdir of a run. Writes `metrics.json`,
+`report.html` and `samples/`. The teacher is the model without its adapter; a model that has none
+is compared with --teacher, if that is given. Its pictures are kept in `teacher/` of the workdir,
+or else of the output, so that it is drawn once.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from tlcm_jax import evaluation_report, paths
+from tlcm_jax.data.prompt_sets import read_prompt_set
+from tlcm_jax.evaluation import check_steps, evaluate
+from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.reporting.provenance import provenance
+from tlcm_jax.sample import load_model
+from tlcm_jax.scoring.scorers import check_scorers, load_scorers
+from tlcm_jax.training.workdir import CONFIG_FILE
+from tlcm_jax.workdir import is_workdir
+
+CACHE = "teacher"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags in `values`."""
+    here = {"flag_values": values}
+    must = {"required": True, **here}
+    flags.DEFINE_string("model", None, "Pipeline folder or workdir.", **must)
+    flags.DEFINE_string("lora", None, "LoRA file or folder, put onto the model.", **here)
+    flags.DEFINE_string("teacher", None, "Undistilled pipeline folder to compare with.", **here)
+    flags.DEFINE_multi_string("prompts", None, "Prompt file; may be given again.", **must)
+    flags.DEFINE_integer("limit", 0, "Prompts used of a file; 0: all.", lower_bound=0, **here)
+    flags.DEFINE_list("steps", "1,2,3,4,8", "The student's step counts.", **here)
+    flags.DEFINE_list("scores", "", "What to score: judge; commas between them.", **here)
+    flags.DEFINE_string("judge", str(paths.JUDGE), "Folder of the judge.", **here)
+    flags.DEFINE_float("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
+    flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
+    flags.DEFINE_integer("batch_size", 50, "Pictures at a time.", lower_bound=1, **here)
+    flags.DEFINE_integer("pictures", 12, "Prompts in the report.", lower_bound=1, **here)
+    flags.DEFINE_string("output", None, "Folder to write into.", **must)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluates; anything wrong ends the process with one line that says what."""
+    logging.set_verbosity(logging.INFO)
+    try:
+        if arguments[1:]:
+            raise ValueError(f"unexpected arguments {list(arguments[1:])}; use --steps 1,2,4")
+        run(flags.FLAGS)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"evaluate: {error}")
+
+
+def run(values: flags.FlagValues) -> None:
+    """Does what the flags say."""
+    start = time.monotonic()
+    steps = check_steps(values.steps)  # what is quickly checked, before anything is loaded
+    check_scorers(values.scores)
+    prompt_sets = [read_prompt_set(path).first(values.limit) for path in values.prompts]
+    scorers = load_scorers({name: getattr(values, name) for name in values.scores})
+    pipeline, adapter = load_model(values.model, values.lora)
+    teacher = None if adapter is None else pipeline
+    if values.teacher is not None:
+        teacher = load_pipeline(values.teacher)
+    scale, home = 8.0, Path(values.output)
+    if is_workdir(values.model):
+        home = Path(values.model)
+        config = json.loads((home / CONFIG_FILE).read_text(encoding="utf-8"))
+        scale = (config.get("evaluation") or {}).get("guidance_scale", scale)
+    result = evaluate(
+        pipeline,
+        prompt_sets,
+        lora=adapter,
+        teacher=teacher,
+        steps=steps,
+        guidance_scale=scale if values.guidance_scale is None else values.guidance_scale,
+        seed=values.seed,
+        scorers=scorers,
+        cache=home / CACHE,
+        batch_size=values.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    report = evaluation_report.build_report(
+        result,
+        title=f"Evaluation of {values.model}",
+        pictures=values.pictures,
+        config={name: values[name].value for name in ("model", "lora", "prompts", "scores")},
+        provenance=provenance(time.monotonic() - start),
+    )
+    evaluation_report.save(Path(values.output), result, report)
+    print(f"{values.output}/report.html, metrics.json and samples/")
+
+
+if __name__ == "__main__":
+    define_flags(flags.FLAGS)
+    app.run(main)
