@@ -1,6 +1,7 @@
 """Reads a diffusers pipeline folder of the Stable Diffusion family into a `Pipeline`."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,14 @@ def _read_configs(folder: Path) -> dict[str, dict]:
 
 def abstract_params(network: Any, dtype: Any = jnp.float32) -> dict:
     """A network's parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(dtype)), _parameter_shapes(network)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(network: Any) -> Any:
+    """Traces the network's initialisation: seconds, so once for each architecture."""
     config = network.config
     ids = jnp.zeros((1, 8), jnp.int32)
 
@@ -138,8 +147,7 @@ def abstract_params(network: Any, dtype: Any = jnp.float32) -> dict:
             return network.init(key, jnp.zeros((1, side, side, config.in_channels)))
         return network.init(key, ids)
 
-    shapes = jax.eval_shape(init, jax.random.key(0))["params"]
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(dtype)), shapes)
+    return jax.eval_shape(init, jax.random.key(0))["params"]
 
 
 def _read_json(path: Path) -> dict:

@@ -114,7 +114,7 @@ def write_pipeline(
     index["scheduler"] = ["diffusers", "LCMScheduler"]
     with whole(folder, replace=replace) as part:
         part.mkdir()
-        for name in index:
+        for name in list(index):
             if name in params or name == "scheduler" or not _is_component(index[name]):
                 continue
             if not _copy_data(source / name, part / name):

@@ -1,0 +1,35 @@
+"""A UNet's tree of layers, small and without weights' meaning, and a tiny whole pipeline."""
+
+import numpy as np
+import pytest
+
+from tests.support.tiny_pipeline import write_tiny_pipeline
+
+
+@pytest.fixture
+def unet():
+    """Layers of every shape that is adapted, under names with underscores and dots in them."""
+    rng = np.random.default_rng(0)
+
+    def kernel(*shape):
+        return {"kernel": rng.standard_normal(shape, np.float32)}
+
+    attention = {"to_q": kernel(8, 8), "to_out.0": kernel(8, 8)}
+    return {
+        "down_blocks.0": {
+            "resnets.0": {"conv1": kernel(3, 3, 4, 8), "time_emb_proj": kernel(16, 8)},
+            "attentions.0": {
+                "proj_in": kernel(8, 8),
+                "transformer_blocks.1": {
+                    "attn1": attention,
+                    "ff": {"net.0": {"proj": kernel(8, 64)}},
+                },
+            },
+        },
+        "mid_block": {"resnets.0": {"conv_shortcut": kernel(1, 1, 4, 8)}},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return write_tiny_pipeline(tmp_path_factory.mktemp("teacher") / "tiny")
