@@ -51,20 +51,18 @@ def decoded(pipeline, latents):
     return np.round(255 * np.asarray(pipeline.decode(latents))).astype(np.uint8)
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.3])
-def test_the_student_is_the_sampler_s(pipeline, gamma):
+def test_the_student_is_the_sampler_s(pipeline):
     first, *fresh = noises(3, 1, 3)
-    conditioning, times = pipeline.encode(PROMPTS[1:2]), (999, 499, 124)
     latents = sampler.sample(
         pipeline.denoiser(),
         pipeline.schedule,
         first,
-        conditioning,
-        times,
-        gamma=gamma,
+        pipeline.encode(PROMPTS[1:2]),
+        (999, 499, 124),
+        gamma=0.3,
         noises=jnp.stack(fresh),
     )
-    drawn = draw_student(pipeline, PROMPTS, 3, seed=3, gamma=gamma)
+    drawn = draw_student(pipeline, PROMPTS, 3, seed=3, gamma=0.3)
     assert drawn.shape == (4, 32, 32, 3) and drawn.dtype == np.uint8
     assert_same(drawn[1:2], decoded(pipeline, latents))
 
@@ -95,10 +93,10 @@ def test_a_picture_depends_on_its_prompt_place_and_seed_only(pipeline, two_steps
 
 
 def test_on_a_mesh_the_pictures_are_the_same(pipeline, two_steps):
-    on_mesh = dataclasses.replace(
-        pipeline, params=place(pipeline.params, make_mesh({"data": 4, "fsdp": 2}))
-    )
-    assert_same(draw_student(on_mesh, PROMPTS, 2, seed=3), two_steps)
+    mesh = make_mesh({"data": 1, "fsdp": 2}, jax.devices()[:2])
+    on_mesh = dataclasses.replace(pipeline, params=place(pipeline.params, mesh))
+    # Three do not divide: the batch is filled up to four.
+    assert_same(draw_student(on_mesh, PROMPTS[:3], 2, seed=3), two_steps[:3])
 
 
 def test_an_adapter_is_merged_and_one_of_zeros_changes_nothing(pipeline, adapter, two_steps):

@@ -1,0 +1,107 @@
+"""Distillation on Gaussian data, where the right answer is known: both stages must find it.
+
+Two answers are compared. The *discrete* one is what the settings ask for: the teacher's DDIM with
+the settings' own steps, iterated; the student must reach it closely. The *exact* one is the
+probability flow itself, from which the discrete one differs by DDIM's first-order error.
+"""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tlcm_jax.diffusion import ddim, gaussian, paths
+from tlcm_jax.diffusion.prediction import predict_x0
+from tlcm_jax.distillation import consistency, endpoints
+
+
+def train(world, objective, steps, rate, batch):
+    """A few hundred Adam steps from the teacher itself, as one jitted scan."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    prompts = {"conditioning": world.conditioning(batch)}
+
+    def update(carry, step):
+        trainable, moments = carry
+        produce_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(0), step))
+        examples = objective.produce(trainable, world.frozen, prompts, produce_key)
+
+        def mean_loss(trainable):
+            return jnp.mean(objective.loss(trainable, world.frozen, examples, loss_key)[0])
+
+        updates, moments = optimizer.update(jax.grad(mean_loss)(trainable), moments)
+        return (optax.apply_updates(trainable, updates), moments), None
+
+    start = world.trainable()
+    run = jax.jit(lambda carry: jax.lax.scan(update, carry, jnp.arange(steps))[0])
+    return run((start, optimizer.init(start)))[0]
+
+
+def rms(error):
+    return float(jnp.sqrt(jnp.mean(jnp.square(error))))
+
+
+def teacher_step(world, z, t, s):
+    """DDIM with the guided teacher, in closed form."""
+    x0 = gaussian.x0(world.schedule, z, t, world.guided(len(t)))
+    return ddim.step(world.schedule, z, x0, t, s)
+
+
+def test_stage_1_finds_the_segment_map(world):
+    settings = consistency.SegmentConsistencySettings(guidance_scale=world.scale)
+    objective = consistency.segment_consistency(
+        world.networks, world.schedule, world.shape, settings
+    )
+    t = jnp.tile(jnp.arange(1, 1000), 8)
+    floor = paths.segment_floor(t, 8)
+    z = world.marginal(jax.random.key(7), t)
+
+    def jump(trainable):
+        student = world.student(trainable, world.frozen)
+        x0 = predict_x0(student, world.schedule, z, t, world.conditioning(len(t)))
+        return ddim.step(world.schedule, z, x0, t, floor)
+
+    exact = gaussian.flow(world.schedule, z, t, floor, world.guided(len(t)))
+    discrete, now = z, t
+    for _ in range(7):  # 125 times in steps of 20
+        then = jnp.maximum(now - settings.skip, floor)
+        discrete, now = teacher_step(world, discrete, now, then), then
+
+    trained = train(world, objective, steps=1000, rate=0.05, batch=16)
+    assert rms(jump(world.trainable()) - exact) > 0.1
+    assert rms(teacher_step(world, z, t, floor) - exact) > 0.015
+    assert rms(discrete - exact) < 0.0055
+    assert rms(jump(trained) - discrete) < 0.003
+    assert rms(jump(trained) - exact) < 0.006
+
+
+def test_stage_2_finds_the_endpoint_map(world):
+    settings = endpoints.EndpointConsistencySettings(
+        guidance_scale=world.scale, teacher_substeps=30
+    )
+    objective = endpoints.endpoint_consistency(
+        world.networks, world.schedule, world.shape, settings
+    )
+    edges = paths.milestones(8)
+    t = jnp.repeat(jnp.asarray(edges[:-1]), 256)
+    z = world.marginal(jax.random.key(7), t)
+
+    def end(trainable):
+        student = world.student(trainable, world.frozen)
+        return predict_x0(student, world.schedule, z, t, world.conditioning(len(t)))
+
+    exact = gaussian.flow(world.schedule, z, t, jnp.zeros_like(t), world.guided(len(t)))
+    steps = jnp.arange(31)
+    stops = jnp.concatenate([high - (high - low) * steps // 30 for high, low in pairwise(edges)])
+
+    def walk(z, stop):
+        # Samples that begin below this time wait for the walk to reach them.
+        return teacher_step(world, z, *(jnp.minimum(time, t) for time in stop)), None
+
+    discrete = jax.lax.scan(walk, z, (stops[:-1], stops[1:]))[0]
+
+    trained = train(world, objective, steps=400, rate=0.1, batch=64)
+    assert rms(end(world.trainable()) - exact) > 0.5
+    assert rms(discrete - exact) < 0.007
+    assert rms(end(trained) - discrete) < 1e-3
+    assert rms(end(trained) - exact) < 0.007
