@@ -95,7 +95,8 @@ def picture_grid(evaluation: Evaluation, result: SetResult, count: int) -> Pictu
             PictureRow(f"{d.steps} step{'s' if d.steps > 1 else ''}", d.pictures[shown], d.kind)
             for d in result.drawn
         ],
-        note=f"Not selected. Each row starts from one noise (seed {evaluation.seed}){guidance}.",
+        note="The first prompts of the file, each style in turn. All pictures of a row start from "
+        f"the same noise (seed {evaluation.seed}){guidance}.",
     )
 
 
