@@ -27,24 +27,32 @@ def get_config(variant: str = "") -> ConfigDict:
             stages=dict(
                 segments=dict(
                     objective="segment_consistency",
-                    steps=4 if smoke else 150,
+                    steps=2 if smoke else 60,
+                    # 16 prompts make 272 pairs: 8 updates of 34.
                     batch_size=16,
-                    updates=4,
+                    updates=8,
                     learning_rate=1e-3,
-                    warmup_updates=20,
+                    warmup_updates=10,
+                    decay="cosine",
+                    final_fraction=0.1,
                     settings=dict(guidance_scale=4.0, nodes_per_segment=2),
                 ),
                 endpoints=dict(
                     objective="endpoint_consistency",
-                    steps=4 if smoke else 100,
-                    batch_size=32,
-                    learning_rate=2e-4,
-                    settings=dict(guidance_scale=4.0),
+                    steps=2 if smoke else 60,
+                    # 16 rollouts of 4 states: 2 updates of 32.
+                    batch_size=16,
+                    updates=2,
+                    learning_rate=3e-4,
+                    warmup_updates=10,
+                    decay="cosine",
+                    final_fraction=0.1,
+                    settings=dict(guidance_scale=4.0, teacher_substeps=2, states_per_rollout=4),
                 ),
             ),
             mesh=dict(data=-1, fsdp=1),
-            log_every=2 if smoke else 10,
-            checkpoint_every=50,
+            log_every=1 if smoke else 5,
+            checkpoint_every=20,
             evaluation=dict(
                 prompts=dict(
                     heldout=str(prompts / "heldout.txt"),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tlcm_jax.diffusion import sampler
@@ -65,8 +65,8 @@ def draw_student(
     def latents(conditioning: Conditioning, keys: Array) -> Array:
         z = _noise(model, keys, np.uint32(0))
         for step, (t, level) in enumerate(zip(timesteps, levels, strict=True), 1):
-            t, step = np.int32(t), np.uint32(step)
-            z = _student_step(model, unet, z, t, level, keys, step, conditioning)
+            at = np.int32(t), level, keys, np.uint32(step)
+            z = _student_step(model, unet, z, *at, conditioning)
         return z
 
     return _draw(pipeline, prompts, seed, batch_size, latents, f"{steps} steps", progress)
@@ -104,8 +104,8 @@ def draw_teacher(
 
     def latents(conditioning: Conditioning, keys: Array) -> Array:
         z = _noise(model, keys, np.uint32(0))
-        for stops in itertools.pairwise((*timesteps, 0)):
-            stops = np.asarray(stops, np.int32)
+        for pair in itertools.pairwise((*timesteps, 0)):
+            stops = np.asarray(pair, np.int32)
             z = _teacher_step(model, unet, z, stops, conditioning, null, scale)
         return z
 
@@ -237,4 +237,5 @@ def _draw(
 def _mesh_of(pipeline: Pipeline) -> Mesh | None:
     """The mesh that the UNet's weights lie on; None on a single device."""
     sharding = getattr(jax.tree.leaves(pipeline.params["unet"])[0], "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None

@@ -220,8 +220,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(type, hint)) else _build(hint, value, where)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"config key {where!r} must be a list, got {value!r}")

@@ -76,7 +76,7 @@ def abstract_pipeline(
     two_towers = "text_encoder_2" in configs
     unet = UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype, remat)
     vae = AutoencoderKL(VAEConfig.from_dict(configs["vae"]), dtype)
-    towers = {
+    towers: dict[str, Any] = {
         name: CLIPTextModel(CLIPTextConfig.from_dict(configs[name]), dtype)
         for name in ("text_encoder", "text_encoder_2")
         if name in configs

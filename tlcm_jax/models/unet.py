@@ -3,6 +3,8 @@
 Covers SD 1.x, SD 2.x and SDXL by config alone; attribute names are the checkpoint's own.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -70,8 +72,8 @@ class UNet2DConditionModel(nn.Module):
 
         if config.has_mid_block:
             depth = config.mid_transformer_layers
-            block = self._block(levels - 1, "CrossAttn", (depth,))
-            x = MidBlock(**block, layers=1, name="mid_block")(x, embedding, context)
+            mid = self._block(levels - 1, "CrossAttn", (depth,))
+            x = MidBlock(**mid, layers=1, name="mid_block")(x, embedding, context)
 
         for i in range(levels):
             level = levels - 1 - i
@@ -123,7 +125,9 @@ class UNet2DConditionModel(nn.Module):
         """Time embedding `[b, 4c]`, with SDXL's pooled text and size conditioning added."""
         config = self.config
         channels = config.block_out_channels[0]
-        angles = dict(flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
+        angles: dict[str, Any] = dict(
+            flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
         embedding = TimestepEmbedding(4 * channels, dtype=self.dtype, name="time_embedding")(
             sinusoidal(timesteps, channels, **angles), timestep_cond
         )
