@@ -2,6 +2,10 @@
 
     python -m tlcm_jax.main --config configs/emoji.py --workdir runs/emoji
 
+On two CPU cores that other work kept busy: 17 minutes, 2.5 GB of memory, of which 9 minutes stage
+1, 2 minutes stage 2 and 5 minutes the evaluation. Expect on held-out prompts, at 4 steps: object
+top-1 12 % (the 25-step teacher: 18 %), Frechet distance 110 (89).
+
 `--config configs/emoji.py:smoke` runs a few steps of every stage, to see that all is in place.
 """
 
@@ -32,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
                     batch_size=16,
                     updates=8,
                     learning_rate=1e-3,
-                    warmup_updates=10,
+                    warmup_updates=0 if smoke else 10,
                     decay="cosine",
                     final_fraction=0.1,
                     settings=dict(guidance_scale=4.0, nodes_per_segment=2),
@@ -44,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
                     batch_size=16,
                     updates=2,
                     learning_rate=3e-4,
-                    warmup_updates=10,
+                    warmup_updates=0 if smoke else 10,
                     decay="cosine",
                     final_fraction=0.1,
                     settings=dict(guidance_scale=4.0, teacher_substeps=2, states_per_rollout=4),
@@ -54,10 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
             log_every=1 if smoke else 5,
             checkpoint_every=20,
             evaluation=dict(
-                prompts=dict(
-                    heldout=str(prompts / "heldout.txt"),
-                    composition=str(prompts / "composition.txt"),
-                ),
+                prompts=(str(prompts / "heldout.txt"), str(prompts / "composition.txt")),
                 judge=str(paths.JUDGE),
                 guidance_scale=4.0,
                 limit=16 if smoke else 0,

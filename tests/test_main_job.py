@@ -54,7 +54,7 @@ def config(world):
         log_every=1,
         checkpoint_every=1,
         evaluation=dict(
-            prompts=dict(heldout=str(world / "prompts.txt")),
+            prompts=[str(world / "prompts.txt")],
             steps=[1, 4],
             guidance_scale=2.0,
             pictures=2,
@@ -76,10 +76,10 @@ def test_from_recipe_to_report(world, config, tmp_path):
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert rows[0]["examples"] == 8 * 3
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(metrics["sets"]["heldout"]["student"]) == {"1", "4"}
+    assert set(metrics["sets"]["prompts"]["student"]) == {"1", "4"}
     page = (tmp_path / "report.html").read_text()
     assert "a red cat" in page and "data:image/png" in page
-    assert (tmp_path / "samples" / "heldout.png").is_file()
+    assert (tmp_path / "samples" / "prompts.png").is_file()
 
     # What was exported is what was trained, and the pipeline is the teacher with it merged in.
     teacher = load_pipeline(world / "teacher")

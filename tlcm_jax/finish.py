@@ -51,9 +51,7 @@ class Ending:
         if chosen is None:
             return cls(settings, (), ())
         check_steps(chosen.steps)
-        sets = tuple(
-            read_prompt_set(path, name).first(chosen.limit) for name, path in chosen.prompts.items()
-        )
+        sets = tuple(read_prompt_set(path).first(chosen.limit) for path in chosen.prompts)
         scorers = load_scorers({"judge": chosen.judge} if chosen.judge else {})
         for prompts in sets:
             for scorer in scorers:

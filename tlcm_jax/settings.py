@@ -105,8 +105,8 @@ class EvaluationSettings:
     """What is drawn and scored at the end of a run.
 
     Attributes:
-      prompts: prompt files by split name; a JSON file of the same name beside one gives the
-        judge its labels.
+      prompts: prompt files, the headline's first; a JSON file of the same name beside one gives
+        the judge its labels.
       judge: folder of the judge; empty draws without scoring.
       steps: the student's step counts.
       guidance_scale: of the undistilled teacher.
@@ -114,7 +114,7 @@ class EvaluationSettings:
       limit: prompts used of each file; 0 takes all.
     """
 
-    prompts: Mapping[str, str]
+    prompts: tuple[str, ...]
     judge: str = ""
     steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     guidance_scale: float = 8.0
