@@ -1,6 +1,6 @@
 """EfficientNet-lite0 against the PyTorch package that its checkpoint was made for."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -43,7 +43,8 @@ def test_feature_maps_equal_the_package(size):
         expected = model.extract_features(torch.from_numpy(normalised).permute(0, 3, 1, 2))
     expected = expected.permute(0, 2, 3, 1).numpy()
     params = efficientnet.from_torch({k: v.numpy() for k, v in model.state_dict().items()})
-    ours, blocks = efficientnet.EfficientNetLite0().apply({"params": params}, jnp.asarray(images))
+    network = jax.jit(efficientnet.EfficientNetLite0().apply)
+    ours, blocks = network({"params": params}, images)
 
     assert len(blocks) == 16
     assert ours.shape == expected.shape == (2, -(-height // 32), -(-width // 32), 1280)
