@@ -24,6 +24,15 @@ from tlcm_jax.interchange.verify import (  # noqa: E402
 from tlcm_jax.models import lora  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On nets this small, PyTorch's threads spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return load_pipeline(write_tiny_pipeline(tmp_path_factory.mktemp("teacher") / "tiny"))

@@ -10,8 +10,9 @@ Our side reads the weights back from the product itself, so that what rounding t
 on both sides; arithmetic is fp32.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,16 +162,20 @@ def _load_consumer(path: Path, teacher: Path, layers: set[str]) -> Any:
     import diffusers
     import torch
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(
-        str(path if path.is_dir() else teacher), torch_dtype=torch.float32, local_files_only=True
-    )
-    pipe.set_progress_bar_config(disable=True)
-    if path.is_dir():
-        return pipe
-    pipe.scheduler = diffusers.LCMScheduler.from_config(
-        pipe.scheduler.config, original_inference_steps=8
-    )
-    pipe.load_lora_weights(str(path))
+    folder = path if path.is_dir() else teacher
+    with _only_errors():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True
+        )
+        pipe.set_progress_bar_config(disable=True)
+        if path.is_dir():
+            return pipe
+        pipe.scheduler = diffusers.LCMScheduler.from_config(
+            pipe.scheduler.config, original_inference_steps=8
+        )
+        pipe.load_lora_weights(str(path))
+        # Factors stored in fp16 stay so beside fp32 weights; this compares in fp32 throughout.
+        pipe.unet.to(torch.float32)
     loaded = {
         name.removesuffix(".lora_A")
         for name, _ in pipe.unet.named_modules()
@@ -181,9 +186,26 @@ def _load_consumer(path: Path, teacher: Path, layers: set[str]) -> Any:
         raise VerificationError(
             f"diffusers adapted {len(loaded & layers)} of its {len(layers)} layers; not {wrong}"
         )
-    # Factors stored in fp16 stay so beside fp32 weights; this compares in fp32 throughout.
-    pipe.unet.to(torch.float32)
     return pipe
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Silences bars and hints of the consumer's loaders, which do not concern an export."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = (diffusers_logging, transformers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()
 
 
 def draw_consumer(
