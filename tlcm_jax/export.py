@@ -10,7 +10,7 @@ command fails. It needs PyTorch and diffusers.
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.files import DTYPES
@@ -61,5 +61,6 @@ def run(values: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its options
     define_flags(flags.FLAGS)
     app.run(main)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from PIL import Image
 
 from tlcm_jax.diffusion.sampler import timesteps_for
@@ -106,5 +106,6 @@ def _targets(output: Path, count: int) -> list[Path]:
 
 
 if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its options
     define_flags(flags.FLAGS)
     app.run(main)

@@ -114,8 +114,8 @@ of TLCM (arXiv 2406.05768), from prompts alone.
 ```
 
 **Guidance is off** (`guidance_scale=0`): the teacher's guidance is distilled in; guiding again
-over-saturates. **Pass the timesteps**: they are the noise levels that the student was trained on;
-between them it is untested, and a scheduler's own grid may miss them.
+over-saturates. **Pass the timesteps**: this is the grid that the student was made for, and a
+scheduler's own may miss it.
 
 | steps | `timesteps` |
 |---|---|
@@ -156,10 +156,10 @@ def _advice(product: str) -> str:
         return ""
     return """
 ## Scale
-Alpha equals the rank, so the scale is 1, and 1 is right for the teacher. On fine-tunes of the
-teacher 1 is right too as a rule; if pictures look over-sharp or over-saturated, try 0.7 to 0.9
-(`pipe.set_adapters`, or the strength in your tool), and a step or two more. Style LoRAs stack with
-it at their usual strength.
+Alpha equals the rank, so the scale is 1, which is right for the teacher. On fine-tunes of the
+teacher start at 1; if pictures look over-sharp or over-saturated, try 0.7 to 0.9
+(`pipe.set_adapters`, or the strength in your tool) and a step or two more. Other LoRAs can be
+loaded beside it.
 """
 
 
