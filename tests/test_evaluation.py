@@ -86,10 +86,10 @@ def test_pictures_are_those_of_the_samplers(pipeline, adapter, result):
     assert [(drawn.kind, drawn.steps) for drawn in result.sets[1].drawn] == order[1:3]
     np.testing.assert_array_equal(
         first.find("student", 4).pictures,
-        draw_student(pipeline, PROMPTS, 4, 5, adapter, batch_size=50),
+        draw_student(pipeline, PROMPTS, 4, 5, adapter, batch_size=25),
     )
     np.testing.assert_array_equal(
-        first.find("teacher", 4).pictures, draw_teacher(pipeline, PROMPTS, 4, 2.0, 5, batch_size=50)
+        first.find("teacher", 4).pictures, draw_teacher(pipeline, PROMPTS, 4, 2.0, 5, batch_size=25)
     )
 
 

@@ -44,7 +44,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("judge", str(paths.JUDGE), "Folder of the judge.", **here)
     flags.DEFINE_float("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
-    flags.DEFINE_integer("batch_size", 50, "Pictures at a time.", lower_bound=1, **here)
+    flags.DEFINE_integer("batch_size", 25, "Pictures at a time.", lower_bound=1, **here)
     flags.DEFINE_integer("pictures", 12, "Prompts in the report.", lower_bound=1, **here)
     flags.DEFINE_string("output", None, "Folder to write into.", **must)
 
