@@ -81,13 +81,36 @@ class Conv(nn.Module):
         padding = self.padding
         if isinstance(padding, int):
             padding = ((padding, padding), (padding, padding))
+        kernel = kernel.astype(self.dtype)
+        if max(x.shape[1:3]) < self.kernel_size:
+            return _convolve_patches(x, kernel, self.strides, padding)
         return jax.lax.conv_general_dilated(
             x,
-            kernel.astype(self.dtype),
+            kernel,
             (self.strides, self.strides),
             padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+
+
+def _convolve_patches(
+    x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, int]]
+) -> Array:
+    """The same convolution as one matrix product over gathered patches.
+
+    For images smaller than the kernel, where XLA's convolution on a CPU is 5 to 10 times slower
+    (the 2 x 2 level of the miniature: a fifth of a training step).
+    """
+    size = kernel.shape[0]
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = ((side - size) // stride + 1 for side in padded.shape[1:3])
+    patches = [
+        padded[:, i : i + stride * height : stride, j : j + stride * width : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    patches = [patch[:, :height, :width] for patch in patches]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def group_norm(groups: int, epsilon: float, dtype: Dtype, name: str) -> nn.GroupNorm:
