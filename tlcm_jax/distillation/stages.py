@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlcm_jax.diffusion.schedule import NoiseSchedule
-from tlcm_jax.distillation import consistency, endpoints
+from tlcm_jax.distillation import consistency, endpoints, trajectories
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import Evaluations, Objective
 
@@ -42,6 +42,12 @@ STAGES = {
         objective=endpoints.endpoint_consistency,
         evaluations_per_sample=endpoints.evaluations_per_sample,
         examples_per_prompt=endpoints.examples_per_prompt,
+    ),
+    "trajectory_regression": Stage(
+        settings=trajectories.TrajectoryRegressionSettings,
+        objective=trajectories.trajectory_regression,
+        evaluations_per_sample=trajectories.evaluations_per_sample,
+        examples_per_prompt=trajectories.examples_per_prompt,
     ),
 }
 
