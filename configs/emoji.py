@@ -22,12 +22,12 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/emoji.py has no variant {variant!r}; use ':smoke', ':paper'")
     smoke, paper = variant == "smoke", variant == "paper"
     prompts = paths.MINIATURE / "prompts"
-    guidance_scale = 6.0
+    guidance_scale = 5.0
     stages = dict(
         # Not in the paper: half the cost of a pair of stage 1, and right from the first update.
         trajectories=dict(
             objective="trajectory_regression",
-            steps=2 if smoke else 85,
+            steps=2 if smoke else 90,
             # 24 paths of 8 milestones: 6 updates of 32.
             batch_size=24,
             updates=6,
@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
             warmup_updates=0 if smoke else 20,
             decay="cosine",
             final_fraction=0.05,
-            settings=dict(guidance_scale=guidance_scale, teacher_substeps=1),
+            settings=dict(guidance_scale=guidance_scale, teacher_substeps=2),
         ),
         segments=dict(
             objective="segment_consistency",
@@ -51,7 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
         ),
         endpoints=dict(
             objective="endpoint_consistency",
-            steps=2 if smoke else 30 if paper else 15,
+            steps=2 if smoke else 30 if paper else 10,
             # 16 rollouts of 4 states: 2 updates of 32.
             batch_size=16,
             updates=2,
