@@ -52,8 +52,7 @@ def tokenize(
             for row in rows
         )
     return tuple(
-        _chunked(tokenizer, rows, chunks)
-        for tokenizer, rows in zip(tokenizers, words, strict=True)
+        _chunked(tokenizer, rows, chunks) for tokenizer, rows in zip(tokenizers, words, strict=True)
     )
 
 
