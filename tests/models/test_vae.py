@@ -66,7 +66,7 @@ def test_the_halo_is_the_reach_of_the_convolutions(vae, params):
         return call(*arguments, **keywords)
 
     with nn.intercept_methods(blind):
-        moved = np.abs(jax.grad(row)(middle)).sum(axis=(0, 2, 3)) > 0
+        moved = np.abs(jax.jit(jax.grad(row))(middle)).sum(axis=(0, 2, 3)) > 0
     assert list(np.flatnonzero(moved)) == list(range(1, 2 * reach + 2))
 
 
@@ -74,9 +74,9 @@ def test_tiles_give_the_untiled_picture(vae, params, decode, latents):
     whole = decode(params, latents)
     tiled = jax.jit(lambda params, z: decode_tiled(vae, params, z, tile=9))
     assert relative(tiled(params, latents), whole) < 1e-4
-    # A piece decoded on its own is another picture: its norms see other statistics.
-    alone = decode(params, latents[:, :, :20])
-    assert relative(alone[:, :, :24], whole[:, :, :24]) > 1e-2
+    # What lies far away matters, through statistics and attention: the test can fail.
+    other = decode(params, latents * (np.arange(43) < 30)[:, None])
+    assert relative(other[:, :, :40], whole[:, :, :40]) > 1e-2
 
 
 def test_large_activations_stay_finite_in_bf16(vae, params, decode, latents):
@@ -85,9 +85,14 @@ def test_large_activations_stay_finite_in_bf16(vae, params, decode, latents):
     conv_in = params["decoder"]["conv_in"] | {"kernel": 1e6 * kernel}
     params = params | {"decoder": params["decoder"] | {"conv_in": conv_in}}
     half = vae.clone(dtype=jnp.bfloat16)
-    middle = half.apply({"params": params}, latents, method=half.decode_middle)
+
+    @jax.jit
+    def decode_half(params, z):
+        middle = half.apply({"params": params}, z, method=half.decode_middle)
+        return middle, half.apply({"params": params}, middle, method=half.decode_upwards)
+
+    middle, images = decode_half(params, latents)
     assert np.abs(middle).max() > np.finfo(np.float16).max
-    images = half.apply({"params": params}, latents, method=half.decode)
     assert np.all(np.isfinite(images))
     assert relative(images, decode(params, latents)) < 2e-2
 

@@ -146,6 +146,8 @@ def test_noise_levels_of_hub_configs(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_silent_config_has_its_class_s_defaults(name):
     theirs = getattr(diffusers, name)
+    if getattr(theirs, "_backends", ["torch"]) != ["torch"]:
+        pytest.skip(f"{name} needs {theirs._backends}")
     arguments = inspect.signature(theirs.__init__).parameters
     assert SCHEDULERS[name] == tuple(
         arguments[key].default for key in ("beta_start", "beta_end", "beta_schedule")

@@ -172,10 +172,22 @@ def _betas(config: Mapping[str, Any], steps: int) -> Float[np.ndarray, " T"]:
     end = float(config.get("beta_end", default_end))
     curve = config.get("beta_schedule", default_curve)
     if curve == "linear":
-        return np.linspace(start, end, steps, dtype=np.float32)
+        return _linspace(start, end, steps)
     if curve == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, steps, dtype=np.float32) ** 2
+        return _linspace(start**0.5, end**0.5, steps) ** 2
     raise ValueError(_unsupported("beta_schedule", curve, " or ".join(BETA_SCHEDULES)))
+
+
+def _linspace(start: float, end: float, steps: int) -> Float[np.ndarray, " T"]:
+    """`torch.linspace` to the last bit, with which diffusers makes the betas.
+
+    It takes a float32 step from both ends, each sum rounded once; numpy's rounds elsewhere.
+    """
+    low, high = np.float32(start), np.float32(end)
+    step = np.float64((high - low) / np.float32(steps - 1))
+    index = np.arange(steps)
+    rising, falling = low + step * index, high - step * (steps - 1 - index)
+    return np.where(index < steps // 2, rising, falling).astype(np.float32)
 
 
 def _unsupported(key: str, value: Any, supported: str) -> str:

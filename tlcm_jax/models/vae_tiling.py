@@ -64,7 +64,7 @@ def decode_tiled(
     (the module's docstring). Each pass costs a decode and the tiles' overlap: with SDXL's halo of
     13 and tiles of 64 twice a plain decode, so that the whole takes some ten times as long. The
     middle block is not tiled; its attention takes memory by the square of the latent pixels,
-    1 GiB at 1024 px and 17 GiB at 2048 px.
+    1 GiB at 1024 px and 16 GiB at 2048 px.
 
     Args:
       vae: the autoencoder.
