@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft", reason=reason)
 
 from tests.support.blockwise import blockwise  # noqa: E402
 from tests.support.families import UNETS, shrink  # noqa: E402
+from tests.support.tiny_pipeline import UNET as TINY  # noqa: E402
 from tests.support.tiny_pipeline import random_adapter  # noqa: E402
 from tests.support.torch_networks import array, relative, tensor, twins  # noqa: E402
 from tlcm_jax.interchange import names  # noqa: E402
@@ -35,7 +36,7 @@ class Twins(NamedTuple):
 
 
 def pair(family) -> Twins:
-    config = shrink(UNETS[family])
+    config = TINY if family == "tiny" else shrink(UNETS[family])
     ours = UNet2DConditionModel(UNetConfig.from_dict(config))
     theirs = diffusers.UNet2DConditionModel.from_config(config)
     return Twins(ours, theirs, twins(ours, theirs))
@@ -86,7 +87,11 @@ def run_theirs(config, module, inputs):
 
 
 @pytest.mark.parametrize(
-    ("family", "batch"), [*((family, 3) for family in UNETS), ("sd-2.1", 1), ("koala-700m", 2)]
+    ("family", "batch"),
+    [
+        *((family, 3) for family in UNETS),
+        *(pytest.param("sd-2.1", batch, marks=pytest.mark.slow) for batch in (1, 2)),
+    ],
 )
 def test_output(family, batch):
     net, module, params = pair(family)
@@ -112,15 +117,12 @@ def with_adapter(module, adapter):
     return factors
 
 
-def one(family):
-    """One family by default, the others on demand: they take long to compile."""
-    return [f if f == family else pytest.param(f, marks=pytest.mark.slow) for f in UNETS]
-
-
-@pytest.mark.parametrize("family", one("koala-700m"))
+@pytest.mark.parametrize(
+    "family", ["tiny", *(pytest.param(family, marks=pytest.mark.slow) for family in UNETS)]
+)
 def test_gradients_of_inputs_and_adapter(family):
     net, module, params = pair(family)
-    inputs = draw(net.config, batch=3)
+    inputs = draw(net.config, batch=1)
     shapes = jax.eval_shape(
         lambda key: lora.init(params, lora.TARGETS, RANK, key), jax.random.key(0)
     )
