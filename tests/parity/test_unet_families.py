@@ -153,15 +153,20 @@ def test_gradients_of_inputs_and_adapter(family):
         assert relative(ours, theirs) < 1e-4, path
 
 
-def test_bf16():
-    net, module, params = pair("koala-700m")
+@pytest.mark.slow
+def test_bf16_is_as_near_to_fp32_as_pytorch_s():
+    """Rounding alone takes PyTorch's bf16 1.9 % away from fp32 on this network."""
+    net, module, params = pair("sdxl")
     inputs = draw(net.config, batch=2)
+    tensors = {name: tensor(value) for name, value in inputs.items()}
     with torch.no_grad():
-        expected = run_theirs(net.config, module, {k: tensor(v) for k, v in inputs.items()})
+        expected = array(run_theirs(net.config, module, tensors))
+        halves = {name: value.bfloat16() for name, value in tensors.items()}
+        theirs = array(run_theirs(net.config, module.bfloat16(), halves).float())
     with blockwise():
         output = run_ours(net.clone(dtype=jnp.bfloat16), {"params": params}, inputs)
     assert output.dtype == jnp.float32
-    assert relative(output, array(expected)) < 2e-2
+    assert relative(output, expected) < 1.25 * relative(theirs, expected)
 
 
 def test_guidance_embedding():
