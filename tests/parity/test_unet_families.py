@@ -15,7 +15,6 @@ peft = pytest.importorskip("peft", reason=reason)
 
 from tests.support.blockwise import blockwise  # noqa: E402
 from tests.support.families import UNETS, shrink  # noqa: E402
-from tests.support.tiny_pipeline import UNET as TINY  # noqa: E402
 from tests.support.tiny_pipeline import random_adapter  # noqa: E402
 from tests.support.torch_networks import array, relative, tensor, twins  # noqa: E402
 from tlcm_jax.interchange import names  # noqa: E402
@@ -36,7 +35,7 @@ class Twins(NamedTuple):
 
 
 def pair(family) -> Twins:
-    config = TINY if family == "tiny" else shrink(UNETS[family])
+    config = shrink(UNETS[family])
     ours = UNet2DConditionModel(UNetConfig.from_dict(config))
     theirs = diffusers.UNet2DConditionModel.from_config(config)
     return Twins(ours, theirs, twins(ours, theirs))
@@ -117,9 +116,8 @@ def with_adapter(module, adapter):
     return factors
 
 
-@pytest.mark.parametrize(
-    "family", ["tiny", *(pytest.param(family, marks=pytest.mark.slow) for family in UNETS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", UNETS)
 def test_gradients_of_inputs_and_adapter(family):
     net, module, params = pair(family)
     inputs = draw(net.config, batch=1)
