@@ -15,8 +15,9 @@ statistics, and each pass over the tiles measures them anew on the cores,
 
 which are those of the undivided image once s_{k+1} = s_k. Norms only depend on the ones before
 them, so pass k has the first k right whatever s_0 was: the iteration ends, at the latest after
-as many passes as there are norms, and a trained network needs a few. It is stopped when no
-statistic moves by more than `TOLERANCE` standard deviations.
+as many passes as there are norms. It is stopped when no statistic moves by more than `TOLERANCE`
+standard deviations; the trained miniature, of 13 norms, took 12 passes on a picture of uneven
+contrast, and ended 3e-6 from the untiled result.
 
 Neighbouring tiles are normalised alike and know the same neighbourhood, so they agree where they
 meet, and nothing is blended: blending would hide a seam where there is none.
@@ -59,12 +60,13 @@ def decode_tiled(
 ) -> Array:
     """What `vae.decode` computes, with the memory of one tile; traceable.
 
-    Equal to the untiled result within 1e-4 of its norm in fp32 and 2e-2 in bf16, for any image:
-    the statistics of the norms are those of the whole image, found by a few passes over the tiles
-    (the module's docstring). Each pass costs a decode and the tiles' overlap: with SDXL's halo of
-    13 and tiles of 64 twice a plain decode, so that the whole takes some ten times as long. The
-    middle block is not tiled; its attention takes memory by the square of the latent pixels,
-    1 GiB at 1024 px and 16 GiB at 2048 px.
+    Equal to the untiled result within 1e-4 of its norm in fp32, for any image: the statistics of
+    the norms are those of the whole image, found by passes over the tiles (the module's
+    docstring). What this costs is time: up to as many passes as there are norms (25 in SDXL),
+    each as long as a decode of the tiles with their overlap, which with SDXL's halo of 13 and
+    tiles of 64 is twice a plain decode. It is for pictures that do not fit otherwise. What limits
+    it is the middle block, which is not tiled: its attention takes memory by the square of the
+    latent pixels, 1 GiB at 1024 px and 16 GiB at 2048 px.
 
     Args:
       vae: the autoencoder.
