@@ -71,6 +71,26 @@ def test_a_flow_matching_scheduler_is_refused_by_name():
         NoiseSchedule.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0},  # another abar
+        {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0},
+        {"_class_name": "MyScheduler", "beta_schedule": "linear"},
+    ],
+)
+def test_other_classes_are_refused_by_name(config):
+    with pytest.raises(ValueError, match=f"class {config['_class_name']} .*one of DDIM"):
+        NoiseSchedule.from_config(config)
+
+
+def test_absent_keys_take_the_class_s_own_defaults():
+    silent = NoiseSchedule.from_config({"_class_name": "LCMScheduler"})
+    np.testing.assert_array_equal(
+        silent.alphas_cumprod, NoiseSchedule.from_config(STABLE_DIFFUSION).alphas_cumprod
+    )
+
+
 def test_levels_are_gathered_by_sample_inside_jit(schedule):
     t = jnp.array([0, 499, 999])
     alpha, sigma = jax.jit(lambda t: (schedule.alpha(t), schedule.sigma(t)))(t)

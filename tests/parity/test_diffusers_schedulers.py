@@ -1,5 +1,7 @@
 """Our schedule and samplers against diffusers' schedulers, on the same network and noise."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from tlcm_jax.diffusion import gaussian, sampler
 from tlcm_jax.diffusion.gaussian import Gaussian
 from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion.schedule import SCHEDULERS, NoiseSchedule
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch: torch is not installed")
 diffusers = pytest.importorskip("diffusers", reason="parity: diffusers is not installed")
@@ -104,3 +106,62 @@ def test_gamma_is_that_of_tcd(world, monkeypatch):
     theirs = (z.numpy() - sigma * np.asarray(eps)) / alpha
     ours = sampler.sample(denoiser, schedule, noise, data, times, noises=noises, gamma=0.3)
     assert np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)) < 1e-5
+
+
+# What the scheduler folders on the hub say of the noise: SD 1.x, SD 2.1 (v), SDXL base, LCM-SDXL
+# students, SDXL Turbo, and models trained by the DDPM scripts.
+HUB = {
+    "sd-1.5": {"_class_name": "PNDMScheduler", **CONFIG, "skip_prk_steps": True},
+    "sd-2.1-v": {"_class_name": "DDIMScheduler", **CONFIG, "prediction_type": "v_prediction"},
+    "sdxl": {
+        "_class_name": "EulerDiscreteScheduler", **CONFIG, "interpolation_type": "linear",
+        "timestep_spacing": "leading", "use_karras_sigmas": False, "trained_betas": None,
+    },
+    "lcm-sdxl": {"_class_name": "LCMScheduler", **CONFIG, "original_inference_steps": 50},
+    "sdxl-turbo": {
+        "_class_name": "EulerAncestralDiscreteScheduler", **CONFIG, "timestep_spacing": "trailing",
+    },
+    "sd-2.1-dpm": {
+        "_class_name": "DPMSolverMultistepScheduler", **CONFIG, "solver_order": 2,
+        "rescale_betas_zero_snr": False, "prediction_type": "v_prediction",
+    },
+    "ddpm": {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "clip_sample": False},
+    "trained": {
+        "_class_name": "DDPMScheduler", "num_train_timesteps": 50,
+        "trained_betas": np.linspace(0.001, 0.2, 50).tolist(), "clip_sample": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_noise_levels_of_hub_configs(name):
+    config = HUB[name]
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
+    ours = NoiseSchedule.from_config(config)
+    np.testing.assert_array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
+    assert ours.train_steps == theirs.config.num_train_timesteps
+    assert ours.prediction_type == theirs.config.prediction_type
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_silent_config_has_its_class_s_defaults(name):
+    theirs = getattr(diffusers, name)
+    if getattr(theirs, "_backends", ["torch"]) != ["torch"]:
+        pytest.skip(f"{name} needs {theirs._backends}")
+    arguments = inspect.signature(theirs.__init__).parameters
+    assert SCHEDULERS[name] == tuple(
+        arguments[key].default for key in ("beta_start", "beta_end", "beta_schedule")
+    )
+    assert arguments["prediction_type"].default == "epsilon"
+
+
+def test_every_other_class_is_refused_by_name():
+    """Whatever else diffusers has: none of its schedulers is read by a rule that is not its own."""
+    others = [
+        name for name in dir(diffusers) if name.endswith("Scheduler") and name not in SCHEDULERS
+    ]
+    assert {"CogVideoXDDIMScheduler", "EDMEulerScheduler", "UnCLIPScheduler"} <= {*others}
+    for name in others:
+        for betas in ({}, CONFIG, {"trained_betas": [0.1, 0.2], "num_train_timesteps": 2}):
+            with pytest.raises(ValueError, match=f"class {name} .*not supported"):
+                NoiseSchedule.from_config({"_class_name": name, **betas})

@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch and diffusers")
 diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
 
+from tlcm_jax.data.tokens import tokenize  # noqa: E402
 from tlcm_jax.interchange.diffusers_folder import load_pipeline  # noqa: E402
 from tlcm_jax.paths import EMOJI_XL  # noqa: E402
 
@@ -47,6 +48,41 @@ def test_conditioning(ours, theirs):
     assert relative(conditioning.prompt_embeds, embeds) < 1e-5
     assert relative(conditioning.pooled, pooled) < 1e-5
     np.testing.assert_array_equal(conditioning.time_ids[0], [32, 32, 0, 0, 32, 32])
+
+
+def test_prompt_2(ours, theirs):
+    others = ["a sunflower", "a red apple", ""]
+    with torch.no_grad():
+        embeds, _, pooled, _ = theirs.encode_prompt(
+            PROMPTS, prompt_2=others, do_classifier_free_guidance=False
+        )
+    conditioning = ours.encode_tokens(ours.params, tokenize(ours.tokenizers, PROMPTS, others))
+    assert relative(conditioning.prompt_embeds, embeds) < 1e-5
+    assert relative(conditioning.pooled, pooled) < 1e-5
+    assert relative(ours.encode(PROMPTS).pooled, pooled) > 0.1
+
+
+def test_prompts_over_77_tokens(ours, theirs):
+    """Each chunk of 75 tokens is encoded as a prompt; the first chunk's pooled output counts."""
+    text = PROMPTS[2]
+    embeds = []
+    for tokenizer, tower in (
+        (theirs.tokenizer, theirs.text_encoder),
+        (theirs.tokenizer_2, theirs.text_encoder_2),
+    ):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert 75 < len(ids) <= 225
+        outputs = []
+        for start in range(0, len(ids), 75):
+            row = [tokenizer.bos_token_id, *ids[start : start + 75], tokenizer.eos_token_id]
+            row += [tokenizer.pad_token_id] * (77 - len(row))
+            with torch.no_grad():
+                outputs.append(tower(torch.tensor([row]), output_hidden_states=True))
+        embeds.append(torch.cat([output.hidden_states[-2] for output in outputs], dim=1))
+    tokens = tokenize(ours.tokenizers, [text], chunks=None)
+    conditioning = ours.encode_tokens(ours.params, tokens)
+    assert relative(conditioning.prompt_embeds, torch.cat(embeds, dim=-1)) < 1e-5
+    assert relative(conditioning.pooled, outputs[0].text_embeds) < 1e-5
 
 
 def test_null_conditioning(ours, theirs):

@@ -23,6 +23,36 @@ from jaxtyping import Array, Float, Int, Shaped
 BETA_SCHEDULES = ("linear", "scaled_linear")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
+# What each of diffusers' scheduler classes assumes where its config is silent: beta_start, beta_end
+# and beta_schedule. All of them compute abar by equation (3); classes that do not (flows, EDM,
+# CogVideoX's shifted abar, unCLIP's cosine) are not in the table.
+_LINEAR = (0.0001, 0.02, "linear")
+_LATENT = (0.00085, 0.012, "scaled_linear")
+_KARRAS = (0.00085, 0.012, "linear")
+SCHEDULERS = {
+    "DDIMInverseScheduler": _LINEAR,
+    "DDIMParallelScheduler": _LINEAR,
+    "DDIMScheduler": _LINEAR,
+    "DDPMParallelScheduler": _LINEAR,
+    "DDPMScheduler": _LINEAR,
+    "DEISMultistepScheduler": _LINEAR,
+    "DPMSolverMultistepInverseScheduler": _LINEAR,
+    "DPMSolverMultistepScheduler": _LINEAR,
+    "DPMSolverSDEScheduler": _KARRAS,
+    "DPMSolverSinglestepScheduler": _LINEAR,
+    "EulerAncestralDiscreteScheduler": _LINEAR,
+    "EulerDiscreteScheduler": _LINEAR,
+    "HeunDiscreteScheduler": _KARRAS,
+    "KDPM2AncestralDiscreteScheduler": _KARRAS,
+    "KDPM2DiscreteScheduler": _KARRAS,
+    "LCMScheduler": _LATENT,
+    "LMSDiscreteScheduler": _LINEAR,
+    "PNDMScheduler": _LINEAR,
+    "SASolverScheduler": _LINEAR,
+    "TCDScheduler": _LATENT,
+    "UniPCMultistepScheduler": _LINEAR,
+}
+
 # Settings that change equations (1)-(3), or the x0 that is read from them, in a way that the
 # distillation does not follow; with the reason that the error message gives.
 _REFUSED_IF_TRUE = {
@@ -61,10 +91,12 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Reads a diffusers `scheduler_config.json`, of any scheduler class that has betas.
+        """Reads a diffusers `scheduler_config.json` of one of the classes in `SCHEDULERS`.
 
         Keys that only choose a sampler (spacing, Karras sigmas, solver order) do not matter here
-        and are ignored; absent keys take diffusers' defaults.
+        and are ignored; absent keys take the class's defaults, DDIM's where no class is named.
+        `clip_sample`, true by default in some classes, counts as false when absent: diffusers'
+        Stable Diffusion pipelines switch it off.
 
         Args:
           config: the parsed JSON.
@@ -116,6 +148,14 @@ class NoiseSchedule:
 
 def _betas(config: Mapping[str, Any], steps: int) -> Float[np.ndarray, " T"]:
     """The float32 betas that a scheduler config describes."""
+    kind = config.get("_class_name", "unknown")
+    silent = "beta_schedule" not in config and config.get("trained_betas") is None
+    if kind not in SCHEDULERS and ("_class_name" in config or silent):
+        lack = "has no beta_schedule and " if silent else ""
+        raise ValueError(
+            f"scheduler config of class {kind} {lack}is not supported; supported: discrete-time"
+            f" diffusion by one of {', '.join(SCHEDULERS)}"
+        )
     if config.get("trained_betas") is not None:
         betas = np.asarray(config["trained_betas"], np.float32)
         if betas.shape != (steps,) or not np.all((betas > 0) & (betas < 1)):
@@ -127,21 +167,27 @@ def _betas(config: Mapping[str, Any], steps: int) -> Float[np.ndarray, " T"]:
                 )
             )
         return betas
-    if "beta_schedule" not in config:
-        raise ValueError(
-            f"scheduler config of class {config.get('_class_name', 'unknown')} has no"
-            " beta_schedule; supported: discrete-time diffusion with"
-            f" beta_schedule {' or '.join(BETA_SCHEDULES)}, or trained_betas"
-        )
-    start = float(config.get("beta_start", 0.0001))
-    end = float(config.get("beta_end", 0.02))
-    if config["beta_schedule"] == "linear":
-        return np.linspace(start, end, steps, dtype=np.float32)
-    if config["beta_schedule"] == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, steps, dtype=np.float32) ** 2
-    raise ValueError(
-        _unsupported("beta_schedule", config["beta_schedule"], " or ".join(BETA_SCHEDULES))
-    )
+    default_start, default_end, default_curve = SCHEDULERS.get(kind, _LINEAR)
+    start = float(config.get("beta_start", default_start))
+    end = float(config.get("beta_end", default_end))
+    curve = config.get("beta_schedule", default_curve)
+    if curve == "linear":
+        return _linspace(start, end, steps)
+    if curve == "scaled_linear":
+        return _linspace(start**0.5, end**0.5, steps) ** 2
+    raise ValueError(_unsupported("beta_schedule", curve, " or ".join(BETA_SCHEDULES)))
+
+
+def _linspace(start: float, end: float, steps: int) -> Float[np.ndarray, " T"]:
+    """`torch.linspace` to the last bit, with which diffusers makes the betas.
+
+    It takes a float32 step from both ends, each sum rounded once; numpy's rounds elsewhere.
+    """
+    low, high = np.float32(start), np.float32(end)
+    step = np.float64((high - low) / np.float32(steps - 1))
+    index = np.arange(steps)
+    rising, falling = low + step * index, high - step * (steps - 1 - index)
+    return np.where(index < steps // 2, rising, falling).astype(np.float32)
 
 
 def _unsupported(key: str, value: Any, supported: str) -> str:

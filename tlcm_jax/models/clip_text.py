@@ -163,24 +163,51 @@ class CLIPTextModel(nn.Module):
     def __call__(self, input_ids: Array) -> tuple[list[Array], Array, Array]:
         """Runs the tower.
 
+        Chunks of a long prompt are encoded each on its own, as if it were a prompt, and their
+        states joined along the token axis: what the community's pipelines and compel do with
+        prompts over 77 tokens. The pooled output is the first chunk's.
+
+        No position is masked but by causality: padding is encoded like text, as diffusers does it.
+        So which token pads (end-of-text in CLIP-L, "!" in OpenCLIP's) is the tokenizer's to say,
+        and matters.
+
         Args:
-          input_ids: `[b, n]` token ids, n at most `max_position_embeddings`.
+          input_ids: `[b, n]` token ids, n at most `max_position_embeddings`; or `[b, k, n]`, k
+            chunks of each prompt (`data.tokens.tokenize`).
 
         Returns:
           The hidden states `[b, n, d]` (embeddings first, before the final norm), the last one
           after the final norm, and the pooled output at the end-of-text token: `[b, d]`, or
-          `[b, projection_dim]` with projection.
+          `[b, projection_dim]` with projection. With chunks the states are `[b, k * n, d]`.
+
+          SD 1.x and 2.x condition on the last state after the final norm (SD 2.x's tower was
+          published without its last layer), SDXL on the penultimate one, `states[-2]`, before it.
+
+        Raises:
+          ValueError: the sequences are longer than the tower has positions.
         """
         config = self.config
-        states, last = _TextTransformer(config, self.dtype, name="text_model")(input_ids)
+        batch, length = input_ids.shape[0], input_ids.shape[-1]
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"{length} tokens a sequence, but this text encoder has"
+                f" {config.max_position_embeddings} positions; cut longer prompts into chunks"
+            )
+        rows = input_ids.reshape(-1, length)
+        states, last = _TextTransformer(config, self.dtype, name="text_model")(rows)
         if config.eos_token_id == 2:
             # Files written before the field was right: the end-of-text token has the largest id.
-            end = jnp.argmax(input_ids, axis=-1)
+            end = jnp.argmax(rows, axis=-1)
         else:
-            end = jnp.argmax(input_ids == config.eos_token_id, axis=-1)
+            end = jnp.argmax(rows == config.eos_token_id, axis=-1)
         pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
+        pooled = pooled.reshape(batch, -1, pooled.shape[-1])[:, 0]
         if config.projection_dim is not None:
             pooled = Dense(
                 config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection"
             )(pooled)
-        return states, last, pooled
+
+        def join(state: Array) -> Array:
+            return state.reshape(batch, -1, state.shape[-1])
+
+        return [join(state) for state in states], join(last), pooled

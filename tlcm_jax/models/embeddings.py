@@ -28,6 +28,19 @@ def sinusoidal(
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
+def guidance_embedding(scale: Array, dim: int) -> Array:
+    """The `timestep_cond` of LCM-style networks, `[b] -> [b, dim]`, fp32.
+
+    Matches diffusers' `get_guidance_scale_embedding(scale - 1, dim)`, as its pipelines call it
+    (Luo et al. 2023, arXiv 2310.04378).
+
+    Args:
+      scale: guidance scale w; 1 is the conditional model itself.
+      dim: the network's `time_cond_proj_dim`.
+    """
+    return sinusoidal(1000.0 * (scale - 1.0), dim, flip_sin_to_cos=False, freq_shift=1.0)
+
+
 class TimestepEmbedding(nn.Module):
     """Two-layer SiLU network on an embedding, `[b, in] -> [b, features]`."""
 

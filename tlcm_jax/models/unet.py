@@ -1,6 +1,7 @@
 """`UNet2DConditionModel`: the text-conditioned denoiser of the Stable Diffusion family.
 
-Covers SD 1.x, SD 2.x and SDXL by config alone; attribute names are the checkpoint's own.
+Covers SD 1.x, SD 2.x, SDXL (base, refiner, inpainting), SSD-1B and Segmind-Vega, and LCM-style
+guidance embedding, by config alone; attribute names are the checkpoint's own.
 """
 
 from typing import Any
@@ -43,17 +44,24 @@ class UNet2DConditionModel(nn.Module):
         """Runs the network.
 
         Args:
-          sample: noisy latents `[b, h, w, in_channels]`.
+          sample: noisy latents `[b, h, w, in_channels]`, of any height and width; networks for
+            inpainting take the mask and the masked picture's latents in further channels.
           timesteps: `[b]`, in 0..999.
           encoder_hidden_states: text states `[b, n, cross_attention_dim]`.
           text_embeds: pooled text embedding `[b, p]`; needed by SDXL.
-          time_ids: micro-conditioning `[b, 6]`; needed by SDXL.
-          timestep_cond: guidance embedding `[b, time_cond_proj_dim]` of LCM-style networks.
+          time_ids: micro-conditioning `[b, 6]` (the refiner's `[b, 5]`); needed by SDXL.
+          timestep_cond: `embeddings.guidance_embedding` `[b, time_cond_proj_dim]`; needed by
+            LCM-style networks.
 
         Returns:
           The prediction `[b, h, w, out_channels]`, fp32.
+
+        Raises:
+          ValueError: the input does not have the network's channels, or conditioning that the
+            network needs is missing, has another width, or has no place in it.
         """
         config = self.config
+        self._check(sample, encoder_hidden_states, text_embeds, time_ids, timestep_cond)
         embedding = self._embed(timesteps, text_embeds, time_ids, timestep_cond)
         context = encoder_hidden_states.astype(self.dtype)
         x = Conv(config.block_out_channels[0], dtype=self.dtype, name="conv_in")(sample)
@@ -70,10 +78,10 @@ class UNet2DConditionModel(nn.Module):
             x, states = block(x, embedding, context)
             skips += states
 
-        if config.has_mid_block:
-            depth = config.mid_transformer_layers
-            mid = self._block(levels - 1, "CrossAttn", (depth,))
-            x = MidBlock(**mid, layers=1, name="mid_block")(x, embedding, context)
+        if config.mid_block_type is not None:
+            mid = self._block(levels - 1, "CrossAttn", (config.mid_transformer_layers,))
+            pairs = 1 if config.mid_block_type == "UNetMidBlock2DCrossAttn" else 0
+            x = MidBlock(**mid, layers=pairs, name="mid_block")(x, embedding, context)
 
         for i in range(levels):
             level = levels - 1 - i
@@ -115,6 +123,32 @@ class UNet2DConditionModel(nn.Module):
             dtype=self.dtype,
         )
 
+    def _check(
+        self,
+        sample: Array,
+        encoder_hidden_states: Array,
+        text_embeds: Array | None,
+        time_ids: Array | None,
+        timestep_cond: Array | None,
+    ) -> None:
+        """Refuses inputs that do not fit the config, by name."""
+        config = self.config
+        if config.text_time and (text_embeds is None or time_ids is None):
+            raise ValueError("this UNet needs text_embeds and time_ids (text_time conditioning)")
+        wanted: dict[str, tuple[Array | None, int | None]] = {
+            "sample": (sample, config.in_channels),
+            "encoder_hidden_states": (encoder_hidden_states, config.cross_attention_dim),
+            "timestep_cond": (timestep_cond, config.time_cond_proj_dim),
+        }
+        if text_embeds is not None and time_ids is not None and config.text_time:
+            ids = time_ids.shape[-1] * config.addition_time_embed_dim
+            pooled = config.projection_class_embeddings_input_dim - ids
+            wanted["text_embeds"] = (text_embeds, pooled)
+        for name, (array, width) in wanted.items():
+            given = None if array is None else array.shape[-1]
+            if given != width:
+                raise ValueError(f"this UNet takes {name} of width {width}, got {given}")
+
     def _embed(
         self,
         timesteps: Array,
@@ -133,8 +167,7 @@ class UNet2DConditionModel(nn.Module):
         )
         if not config.text_time:
             return embedding
-        if text_embeds is None or time_ids is None:
-            raise ValueError("this UNet needs text_embeds and time_ids (text_time conditioning)")
+        assert text_embeds is not None and time_ids is not None  # `_check`
         ids = sinusoidal(time_ids.reshape(-1), config.addition_time_embed_dim, **angles)
         added = jnp.concatenate(
             [text_embeds.astype(jnp.float32), ids.reshape(time_ids.shape[0], -1)], axis=-1

@@ -22,6 +22,7 @@ _ONLY = {
     "encoder_hid_dim_type": None,
     "mid_block_only_cross_attention": None,
     "mid_block_scale_factor": 1,
+    "num_attention_heads": None,  # as in diffusers: the number lies in `attention_head_dim`
     "num_class_embeds": None,
     "only_cross_attention": False,
     "resnet_out_scale_factor": 1.0,
@@ -32,17 +33,26 @@ _ONLY = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
 }
-_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+_DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
+_UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
+_MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """Architecture of a `UNet2DConditionModel`; the names are diffusers' own.
 
+    `upcast_attention` has no field: the softmax is fp32 in every compute dtype.
+
     Attributes:
+      mid_block_type: `UNetMidBlock2DCrossAttn`, `UNetMidBlock2D` (one resnet and no attention:
+        SSD-1B, Segmind-Vega) or None.
       num_attention_heads: heads of each level (the files call it `attention_head_dim`).
       transformer_layers: for each level, the depth after each resnet of the down block.
       up_transformer_layers: the same for each up block, in the order they run.
+      projection_class_embeddings_input_dim: width of the pooled text and of the embedded
+        `time_ids` together: six of them in SDXL base, five in the refiner.
+      time_cond_proj_dim: width of the guidance embedding of LCM-style networks.
     """
 
     in_channels: int
@@ -51,7 +61,7 @@ class UNetConfig:
     block_out_channels: tuple[int, ...]
     down_block_types: tuple[str, ...]
     up_block_types: tuple[str, ...]
-    has_mid_block: bool
+    mid_block_type: str | None
     layers_per_block: tuple[int, ...]
     num_attention_heads: tuple[int, ...]
     transformer_layers: tuple[tuple[int, ...], ...]
@@ -83,47 +93,56 @@ class UNetConfig:
         channels = tuple(raw["block_out_channels"])
         levels = len(channels)
         down, up = tuple(raw["down_block_types"]), tuple(raw["up_block_types"])
-        for block in (*down, *up):
-            if block not in _BLOCKS:
-                raise ValueError(f"unet config: block type {block!r} is not one of {_BLOCKS}")
+        for name, blocks, known in (
+            ("down_block_types", down, _DOWN_BLOCKS),
+            ("up_block_types", up, _UP_BLOCKS),
+        ):
+            _per_level(name, blocks, levels)
+            for block in blocks:
+                if block not in known:
+                    raise ValueError(f"unet config: {name} {block!r} is not one of {known}")
+        mid = raw.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+        if mid not in _MID_BLOCKS:
+            raise ValueError(f"unet config: mid_block_type={mid!r} is not one of {_MID_BLOCKS}")
         addition = raw.get("addition_embed_type")
         if addition not in (None, "text_time"):
             raise ValueError(f"unet config: addition_embed_type={addition!r} is not supported")
-        mid = raw.get("mid_block_type", "UNetMidBlock2DCrossAttn")
-        if mid not in (None, "UNetMidBlock2DCrossAttn"):
-            raise ValueError(f"unet config: mid_block_type={mid!r} is not supported")
 
-        layers = _per_level(raw.get("layers_per_block", 2), levels)
+        layers = _per_level("layers_per_block", raw.get("layers_per_block", 2), levels)
         # diffusers' historical naming: `attention_head_dim` holds the number of heads.
-        heads = raw.get("num_attention_heads") or raw.get("attention_head_dim", 8)
-        depth = raw.get("transformer_layers_per_block", 1)
-        depths = depth if isinstance(depth, list | tuple) else [depth] * levels
-        reverse = raw.get("reverse_transformer_layers_per_block")
-        reverse = list(reversed(depths)) if reverse is None else reverse
-        last = depths[-1]
-        cross = raw.get("cross_attention_dim", 1280)
-        if isinstance(cross, list | tuple):
-            if len(set(cross)) != 1:
-                raise ValueError(f"unet config: cross_attention_dim={cross!r} differs by level")
-            cross = cross[0]
+        heads = _per_level("attention_head_dim", raw.get("attention_head_dim", 8), levels)
+        groups = raw.get("norm_num_groups", 32)
+        for width, count in zip(channels, heads, strict=True):
+            if width % count or not groups or width % groups:
+                raise ValueError(
+                    f"unet config: {width} channels do not divide into {count} heads "
+                    f"(attention_head_dim) and {groups} groups (norm_num_groups)"
+                )
+        depths, up_depths = _transformer_layers(raw, layers)
+        cross = _per_level("cross_attention_dim", raw.get("cross_attention_dim", 1280), levels)
+        if len(set(cross)) != 1:
+            raise ValueError(f"unet config: cross_attention_dim={list(cross)} differs by level")
+        size = raw.get("sample_size") or 64
+        if isinstance(size, list | tuple):
+            if len(set(size)) != 1:
+                raise ValueError(f"unet config: sample_size={list(size)} is not square")
+            size = size[0]
         return cls(
             in_channels=raw.get("in_channels", 4),
             out_channels=raw.get("out_channels", 4),
-            sample_size=raw.get("sample_size") or 64,
+            sample_size=size,
             block_out_channels=channels,
             down_block_types=down,
             up_block_types=up,
-            has_mid_block=mid is not None,
+            mid_block_type=mid,
             layers_per_block=layers,
-            num_attention_heads=_per_level(heads, levels),
-            transformer_layers=tuple(_per_level(d, n) for d, n in zip(depths, layers, strict=True)),
-            up_transformer_layers=tuple(
-                _per_level(d, n + 1) for d, n in zip(reverse, reversed(layers), strict=True)
-            ),
-            mid_transformer_layers=last[0] if isinstance(last, list | tuple) else last,
-            cross_attention_dim=cross,
+            num_attention_heads=heads,
+            transformer_layers=depths,
+            up_transformer_layers=up_depths,
+            mid_transformer_layers=depths[-1][0],
+            cross_attention_dim=cross[0],
             use_linear_projection=raw.get("use_linear_projection", False),
-            norm_num_groups=raw.get("norm_num_groups", 32),
+            norm_num_groups=groups,
             norm_eps=raw.get("norm_eps", 1e-5),
             flip_sin_to_cos=raw.get("flip_sin_to_cos", True),
             freq_shift=raw.get("freq_shift", 0),
@@ -135,9 +154,31 @@ class UNetConfig:
         )
 
 
-def _per_level(value: Any, levels: int) -> tuple[int, ...]:
-    """One value for every level, from a scalar or a list of that length."""
+def _transformer_layers(
+    raw: Mapping[str, Any], layers: tuple[int, ...]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Transformer depth after each resnet, of the down blocks and of the up blocks in their order.
+
+    A level's depth is one number, or a list with one number for each resnet.
+    """
+    levels = len(layers)
+    name, reverse = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    down = _per_level(name, raw.get(name, 1), levels)
+    if raw.get(reverse) is not None:
+        up = _per_level(reverse, raw[reverse], levels)
+    elif any(isinstance(depth, list | tuple) for depth in down):
+        raise ValueError(f"unet config: {name}={list(down)} differs by layer and needs {reverse}")
+    else:
+        up = down[::-1]
+    return (
+        tuple(_per_level(name, d, n) for d, n in zip(down, layers, strict=True)),
+        tuple(_per_level(reverse, d, n + 1) for d, n in zip(up, reversed(layers), strict=True)),
+    )
+
+
+def _per_level(name: str, value: Any, levels: int) -> tuple:
+    """One value for every level (or layer), from a scalar or a list of that length."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
     if len(values) != levels:
-        raise ValueError(f"unet config: {list(values)} needs one value for each of {levels} levels")
+        raise ValueError(f"unet config: {name}={list(values)} needs {levels} values")
     return values

@@ -17,6 +17,8 @@ from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from tlcm_jax.models.transformer import Attention
 
 _EPSILON = 1e-6
+# Fields whose only supported value is the one given: what they switch on is not implemented.
+_ONLY = {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class VAEConfig:
         used = {*raw.get("down_block_types", ()), *raw.get("up_block_types", ())}
         if used - blocks:
             raise ValueError(f"vae config: block types {sorted(used - blocks)} are not supported")
-        for name, value in (("act_fn", "silu"), ("shift_factor", None), ("latents_mean", None)):
+        for name, value in _ONLY.items():
             if raw.get(name, value) != value:
                 raise ValueError(
                     f"vae config: {name}={raw[name]!r} is not supported (only {value!r})"
@@ -149,19 +151,26 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`[b, h/f, w/f, latent_channels]` latents to `[b, h, w, 3]` pixels."""
+    """`[b, h/f, w/f, latent_channels]` latents to `[b, h, w, 3]` pixels.
+
+    In two halves, for decoding by tiles: `middle` ends with the middle block, all at the latents'
+    resolution; `upwards` goes on from there.
+    """
 
     config: VAEConfig
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, middle: bool = True, upwards: bool = True) -> Array:
         config, dtype = self.config, self.dtype
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
-        x = Conv(channels[0], dtype=dtype, name="conv_in")(x)
-        x = _MidBlock(channels[0], groups, config.mid_block_add_attention, dtype, name="mid_block")(
-            x
-        )
+        if middle:
+            x = Conv(channels[0], dtype=dtype, name="conv_in")(x)
+            x = _MidBlock(
+                channels[0], groups, config.mid_block_add_attention, dtype, name="mid_block"
+            )(x)
+        if not upwards:
+            return x
         for i, features in enumerate(channels):
             resample = "up" if i < len(channels) - 1 else "none"
             x = _Block(
@@ -201,10 +210,22 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: Array) -> Array:
-        """Images `[b, h, w, 3]`, nominally in -1..1, fp32, from unscaled latents."""
+        """Images `[b, h, w, 3]`, nominally in -1..1, fp32, from unscaled latents.
+
+        In memory-bound cases `vae_tiling.decode_tiled` does the same by tiles. SDXL's published
+        weights overflow fp16 here (`force_upcast`); bf16 has fp32's range and does not.
+        """
+        return self.decode_upwards(self.decode_middle(latents))
+
+    def decode_middle(self, latents: Array) -> Array:
+        """The first half of `decode`, `[b, h/f, w/f, d]`, at the latents' resolution."""
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
-        return self.decoder(latents).astype(jnp.float32)
+        return self.decoder(latents, upwards=False)
+
+    def decode_upwards(self, hidden: Array) -> Array:
+        """The second half of `decode`, from what `decode_middle` returns."""
+        return self.decoder(hidden, middle=False).astype(jnp.float32)
 
     def __call__(self, images: Array) -> Array:
         """Reconstruction through the posterior mean."""

@@ -1,0 +1,83 @@
+"""Prompts to token ids, also prompts longer than the text encoders have positions for.
+
+CLIP's towers read 77 tokens: begin, 75 of text, end. A longer text is cut into chunks of 75
+tokens, each of which gets its own begin and end and is encoded on its own; the states are joined
+along the token axis (`models.clip_text`). This is what A1111, compel and diffusers' community
+pipelines do; the cut falls where it falls, also inside a word. Chunks that a shorter prompt of
+the batch does not reach are the empty prompt.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+
+def tokenize(
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    prompts: Sequence[str],
+    prompts_2: Sequence[str] | None = None,
+    *,
+    chunks: int | None = 1,
+) -> tuple[np.ndarray, ...]:
+    """Token ids for each text encoder.
+
+    Args:
+      tokenizers: one for each encoder; each pads as its own folder says.
+      prompts: n texts.
+      prompts_2: the second encoder's texts, where they differ (diffusers' `prompt_2`): what SDXL's
+        bigG reads, and so the pooled embedding.
+      chunks: 1 cuts every text at its 77th token; k gives each text k chunks and cuts the rest;
+        None gives as many as the longest text needs. Conditional and null conditioning need the
+        same number.
+
+    Returns:
+      For each tokenizer int32 ids, `[n, 77]` with one chunk, else `[n, chunks, 77]`.
+
+    Raises:
+      ValueError: `prompts_2` without a second tokenizer or of another length, or `chunks` below 1.
+    """
+    if prompts_2 is not None and len(tokenizers) < 2:
+        raise ValueError("prompts_2 needs a model with two text encoders; this one has one")
+    if prompts_2 is not None and len(prompts_2) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(prompts_2)} prompts_2")
+    if chunks is not None and chunks < 1:
+        raise ValueError(f"chunks = {chunks}: must be at least 1")
+    texts = [prompts, *[prompts if prompts_2 is None else prompts_2] * (len(tokenizers) - 1)]
+    words = [_words(tokenizer, text) for tokenizer, text in zip(tokenizers, texts, strict=True)]
+    if chunks is None:
+        chunks = max(
+            -(-len(row) // _room(tokenizer)) or 1
+            for tokenizer, rows in zip(tokenizers, words, strict=True)
+            for row in rows
+        )
+    return tuple(
+        _chunked(tokenizer, rows, chunks) for tokenizer, rows in zip(tokenizers, words, strict=True)
+    )
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Each prompt's ids without begin and end, uncut."""
+    return tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def _room(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of text in a chunk: all but begin and end."""
+    return tokenizer.model_max_length - 2
+
+
+def _chunked(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], chunks: int
+) -> np.ndarray:
+    """Ids `[n, 77]` or `[n, chunks, 77]` of rows without begin and end."""
+    length, room = tokenizer.model_max_length, _room(tokenizer)
+    ids = np.full((len(rows), chunks, length), tokenizer.pad_token_id, np.int32)
+    ids[:, :, 0] = tokenizer.bos_token_id
+    for row, places in zip(rows, ids, strict=True):
+        for i, place in enumerate(places):
+            part = row[i * room : (i + 1) * room]
+            place[1 : 1 + len(part)] = part
+            place[1 + len(part)] = tokenizer.eos_token_id
+    return ids[:, 0] if chunks == 1 else ids
