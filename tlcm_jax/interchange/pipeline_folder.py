@@ -91,7 +91,7 @@ def write_pipeline(
     """Writes a whole pipeline folder whose scheduler is the student's `LCMScheduler`.
 
     Args:
-      pipeline: every network, and (by its `source`) the folder that tokenizers are copied from.
+      pipeline: every network, and (by its `folder`) where tokenizers are copied from.
       folder: the folder to be; written under another name first, and renamed when whole.
       unet: the student's weights (`models.lora.merge`); the pipeline's own by default.
       dtype: of all weights, one of `files.DTYPES`.
@@ -103,12 +103,12 @@ def write_pipeline(
 
     Raises:
       FileExistsError: the folder holds files and `replace` is not given.
-      FileNotFoundError: the pipeline's source, whose tokenizers are needed, is gone.
+      FileNotFoundError: the pipeline's folder, whose tokenizers are needed, is gone.
       ValueError: a weight does not fit in the dtype.
       OSError: the disk is full or the folder cannot be written; nothing half written is left.
     """
     folder = Path(folder)
-    source = Path(pipeline.source)
+    source = Path(pipeline.folder)
     params = {**pipeline.params, "unet": pipeline.params["unet"] if unet is None else unet}
     index = dict(pipeline.configs["model_index"])
     index["scheduler"] = ["diffusers", "LCMScheduler"]
