@@ -73,7 +73,7 @@ def fetch(source: HubId, *, weights: bool = True, variant: str | None = None) ->
     """
     name, revision = source.repository, source.revision
     try:
-        info = HfApi().repo_info(name, revision=revision)
+        info = HfApi().model_info(name, revision=revision)
         files = needed([file.rfilename for file in info.siblings or ()], weights, variant)
         # By commit, so that all files are of one version whatever is pushed meanwhile.
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=files))

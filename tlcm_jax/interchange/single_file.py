@@ -95,6 +95,23 @@ class _Component(Tensors):
         self._tensors.release()
 
 
+def family_of(configs: Mapping[str, Any]) -> str:
+    """The layout, a key of `ldm_names.PREFIXES`, that a pipeline is written in.
+
+    Args:
+      configs: `Pipeline.configs`.
+
+    Raises:
+      ValueError: there is none for it.
+    """
+    if "text_encoder_2" in configs:
+        return "sdxl"
+    if configs["text_encoder"].get("hidden_act", "quick_gelu") != "quick_gelu":
+        # OpenCLIP's tower without its last layer, which the file's readers expect.
+        raise ValueError("SD 2.x cannot be written as a single file; export it as a pipeline")
+    return "sd"
+
+
 def write_single_file(
     path: Path,
     params: Mapping[str, Any],

@@ -1,6 +1,7 @@
 """Loads each export in its own consumer, diffusers on PyTorch, and compares what both draw.
 
-What is exercised is what a user does: `from_pretrained` or `load_lora_weights`, then
+What is exercised is what a user does: `from_pretrained`, `from_single_file` or `load_lora_weights`
+(which hands the factors to PEFT), then
 `pipe(prompt, timesteps=[...], guidance_scale=0, latents=..., generator=..., output_type="latent")`.
 diffusers' `LCMScheduler` draws its fresh noise from that generator, in order, one draw a step;
 nothing else draws from it, because the first latents are given. A second generator of the same
@@ -11,6 +12,7 @@ on both sides; arithmetic is fp32.
 """
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +24,16 @@ import numpy as np
 from absl import logging
 
 from tlcm_jax.diffusion.sampler import sample, timesteps_for
+from tlcm_jax.interchange import names
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.interchange.hub import NETWORKS
 from tlcm_jax.interchange.lora_files import read_lora
-from tlcm_jax.interchange.products import product_folder
+from tlcm_jax.interchange.pipeline import Pipeline
+from tlcm_jax.interchange.pipeline_folder import is_component
+from tlcm_jax.interchange.placement import to_devices
+from tlcm_jax.interchange.products import product_folder, product_kind
+from tlcm_jax.interchange.sources import CONFIG_FOLDER
+from tlcm_jax.interchange.tensors import open_component
 from tlcm_jax.models import lora
 
 PROMPTS = ("a photo of a red apple", "a drawing of a blue bird")
@@ -66,7 +75,7 @@ def verify_products(
 
     Args:
       products: as `export_products` returned them.
-      teacher: the teacher's pipeline folder, which the LoRAs are loaded onto.
+      teacher: the teacher, as `load_pipeline` reads it, which LoRAs and UNets are loaded onto.
       prompts: what is drawn.
       steps: step counts of METHOD.md's table.
       seed: of the noise.
@@ -80,7 +89,7 @@ def verify_products(
       ModuleNotFoundError: the consumer is not installed; nothing is deleted.
     """
     require_consumer()
-    ours = _Ours(Path(teacher))
+    ours = _Ours(teacher)
     results: dict[str, dict[int, float]] = {}
     failures = []
     for target, path in products.items():
@@ -105,16 +114,20 @@ def verify_products(
 class _Ours:
     """Our side: one compiled function a step count, for every product's weights."""
 
-    def __init__(self, teacher: Path):
+    def __init__(self, teacher: str | Path):
         self.teacher = load_pipeline(teacher)
         self._draw: dict[int, Callable] = {}
 
     def weights(self, path: Path) -> tuple[dict[str, Any], set[str]]:
         """All networks' weights with the product in them, and the layers that a LoRA adapts."""
-        base = self.teacher.params
-        if path.is_file():
+        base, kind = self.teacher.params, product_kind(path)
+        if kind == "lora":
             adapter = read_lora(path, base["unet"])
             return {**base, "unet": lora.merge(base["unet"], adapter)}, _layer_names(adapter)
+        if kind == "unet":
+            tensors = open_component(path, NETWORKS["unet"])
+            views = names.matched(tensors, base["unet"], str(path))
+            return {**base, "unet": to_devices(views, base["unet"], tensors.release)}, set()
         product = load_pipeline(path)
         ours, theirs = self.teacher.schedule, product.schedule
         if ours.prediction_type != theirs.prediction_type or not np.array_equal(
@@ -146,7 +159,7 @@ def _compare(
 ) -> dict[int, float]:
     """The relative difference of one product's latents, by step count."""
     params, layers = ours.weights(path)
-    theirs = _load_consumer(path, Path(ours.teacher.source), layers)
+    theirs = _load_consumer(path, ours.teacher, layers)
     shape = (len(prompts), *ours.teacher.latent_shape())
     noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
     differences = {}
@@ -157,22 +170,35 @@ def _compare(
     return differences
 
 
-def _load_consumer(path: Path, teacher: Path, layers: set[str]) -> Any:
+def _load_consumer(path: Path, teacher: Pipeline, layers: set[str]) -> Any:
     """The diffusers pipeline with the product in it, loaded as the model card says."""
     import diffusers
     import torch
 
-    folder = path if path.is_dir() else teacher
+    kind = product_kind(path)
     with _only_errors():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True
-        )
+        if kind == "pipeline":
+            pipe = _from_pretrained(path)
+        elif kind == "single-file":
+            pipe = _from_single_file(path, path.parent / CONFIG_FOLDER, teacher)
+        else:
+            single = Path(teacher.source).is_file()
+            folder = Path(teacher.folder)
+            pipe = (
+                _from_single_file(Path(teacher.source), folder, teacher)
+                if single
+                else _from_pretrained(folder)
+            )
+            pipe.scheduler = diffusers.LCMScheduler.from_config(
+                pipe.scheduler.config, original_inference_steps=8
+            )
         pipe.set_progress_bar_config(disable=True)
-        if path.is_dir():
+        if kind == "unet":
+            pipe.unet = diffusers.UNet2DConditionModel.from_pretrained(
+                str(path), dtype=torch.float32
+            )
+        if kind != "lora":
             return pipe
-        pipe.scheduler = diffusers.LCMScheduler.from_config(
-            pipe.scheduler.config, original_inference_steps=8
-        )
         pipe.load_lora_weights(str(path))
         # Factors stored in fp16 stay so beside fp32 weights; this compares in fp32 throughout.
         pipe.unet.to(torch.float32)
@@ -187,6 +213,28 @@ def _load_consumer(path: Path, teacher: Path, layers: set[str]) -> Any:
             f"diffusers adapted {len(loaded & layers)} of its {len(layers)} layers; not {wrong}"
         )
     return pipe
+
+
+def _from_pretrained(folder: Path) -> Any:
+    import diffusers
+    import torch
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    # What is fetched of a hub id leaves out what generation does without.
+    absent = {k: None for k, v in index.items() if is_component(v) and not (folder / k).is_dir()}
+    return diffusers.DiffusionPipeline.from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True, **absent
+    )
+
+
+def _from_single_file(file: Path, config: Path, teacher: Pipeline) -> Any:
+    import diffusers
+    import torch
+
+    kind = getattr(diffusers, teacher.configs["model_index"]["_class_name"])
+    return kind.from_single_file(
+        str(file), config=str(config), dtype=torch.float32, local_files_only=True
+    )
 
 
 @contextlib.contextmanager
