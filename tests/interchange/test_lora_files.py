@@ -318,6 +318,8 @@ def test_broken_inputs(tmp_path, unet, adapter):
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         read_lora(path, unet)
     folder = peft_folder(tmp_path / "adapter", adapter)
+    with pytest.raises(FileNotFoundError, match="give a folder that does: .*/adapter$"):
+        read_lora(tmp_path, unet)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
         read_lora(folder, unet)

@@ -190,8 +190,10 @@ def _locate(path: Path) -> tuple[Path, dict | None]:
         return path / DIFFUSERS_FILE, None
     for other in sorted(path.iterdir()):
         refuse_pickle(other)
+    inside = sorted(str(found.parent) for found in path.glob(f"**/{PEFT_CONFIG}"))
     raise FileNotFoundError(
-        f"{path} holds neither {PEFT_CONFIG} nor {DIFFUSERS_FILE}; give the LoRA's safetensors file"
+        f"{path} holds neither {PEFT_CONFIG} nor {DIFFUSERS_FILE}; give "
+        + (f"a folder that does: {', '.join(inside[:10])}" if inside else "the safetensors file")
     )
 
 
