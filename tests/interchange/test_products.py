@@ -14,6 +14,7 @@ from tests.support.tiny_pipeline import random_adapter
 from tlcm_jax import export, sample
 from tlcm_jax.interchange.diffusers_folder import abstract_pipeline, load_pipeline
 from tlcm_jax.interchange.lora_files import read_lora
+from tlcm_jax.interchange.model_card import Recipe, model_card
 from tlcm_jax.interchange.names import matched
 from tlcm_jax.interchange.placement import to_host
 from tlcm_jax.interchange.tensors import open_component
@@ -172,6 +173,20 @@ def test_whole_weights_of_a_run(workdir, tiny, tmp_path, capsys):
     assert missed == pytest.approx(error, abs=6e-5) and 0 < missed < 0.1  # a rank-2 change, a bias
     card = (tmp_path / "lora" / "README.md").read_text()
     assert "LoRA of rank 3" in card and f"misses {error:.1%} of it" in " ".join(card.split())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "call"),
+    [
+        ("tiny", 'from_pretrained("path/to/tiny"'),
+        ("someone/tiny", 'from_pretrained("someone/tiny"'),
+        ("tiny.safetensors", 'from_single_file("path/to/tiny.safetensors"'),
+    ],
+)
+def test_card_loads_its_teacher_as_it_was_given(teacher, call):
+    recipe = Recipe(name="tiny", teacher=teacher)
+    assert f"StableDiffusionXLPipeline.{call})" in model_card(recipe, "lora")
+    assert f"StableDiffusionXLPipeline.{call}, unet=unet)" in model_card(recipe, "unet")
 
 
 def test_export_refuses_before_it_works(workdir, tmp_path):

@@ -152,7 +152,7 @@ def _snippet(recipe: Recipe, product: str) -> str:
     "a prompt", timesteps=[{_times(4)}], guidance_scale=0,
     generator=torch.Generator().manual_seed(0),
 ).images[0]"""
-    here, teacher = "path/to/this/folder", f"path/to/{recipe.teacher}"
+    here, base = "path/to/this/folder", _loading(recipe.teacher)
     if product == "pipeline":
         names, load = kind, f'pipe = {kind}.from_pretrained("{here}")'
     elif product == "single-file":
@@ -160,7 +160,7 @@ def _snippet(recipe: Recipe, product: str) -> str:
         names = kind
         load = f'pipe = {kind}.from_single_file("{here}/{file}", config="{here}/config")'
     else:
-        names, load = f"LCMScheduler, {kind}", f'pipe = {kind}.from_pretrained("{teacher}")'
+        names, load = f"LCMScheduler, {kind}", f"pipe = {kind}.{base})"
         scheduler = (
             "pipe.scheduler = LCMScheduler.from_config("
             "pipe.scheduler.config, original_inference_steps=8)"
@@ -169,7 +169,7 @@ def _snippet(recipe: Recipe, product: str) -> str:
             names += ", UNet2DConditionModel"
             load = (
                 f'unet = UNet2DConditionModel.from_pretrained("{here}")\n'
-                f'pipe = {kind}.from_pretrained("{teacher}", unet=unet)\n{scheduler}'
+                f"pipe = {kind}.{base}, unet=unet)\n{scheduler}"
             )
         else:
             load += f'\n{scheduler}\npipe.load_lora_weights("{here}/{FILES[product]}")'
@@ -178,6 +178,13 @@ from diffusers import {names}
 
 {load}
 {draw}"""
+
+
+def _loading(teacher: str) -> str:
+    """How diffusers loads a teacher, up to further arguments."""
+    if teacher.endswith(".safetensors"):
+        return f'from_single_file("path/to/{teacher}"'
+    return f'from_pretrained("{teacher if "/" in teacher else f"path/to/{teacher}"}"'
 
 
 def _advice(recipe: Recipe, product: str) -> str:
