@@ -10,7 +10,7 @@ command fails. It needs PyTorch and diffusers.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
@@ -55,7 +55,8 @@ def run(values: flags.FlagValues) -> None:
     config, trained = load_adapter(values.workdir, values.step)
     pipeline = load_pipeline(config["model"]["path"], on_device=False)
     recipe = Recipe.from_config(config, pipeline)
-    adapter, unet = trained, None
+    adapter: Mapping | None = trained
+    unet = None
     if not is_adapter(trained):
         adapter, unet = None, trained
         if LORAS.keys() & set(values.to):

@@ -1,10 +1,13 @@
 """From views of a file to arrays where they are used, one tensor at a time.
 
 A tensor is read, cast and laid out in one pass, straight to its devices: beside the arrays that
-are wanted, at most one tensor is held (the largest), whatever the file's size.
+are wanted, at most one tensor is held, or several that together are no larger than the largest,
+whatever the file's size.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import flax.traverse_util
@@ -14,6 +17,8 @@ import numpy as np
 from tlcm_jax.interchange.names import Path_
 
 Shardings = Callable[[Any], Any]
+
+_THREADS = min(16, os.cpu_count() or 1)
 
 
 def to_host(views: Mapping[Path_, np.ndarray], shapes: Mapping, release: Callable) -> dict:
@@ -56,20 +61,25 @@ def to_devices(
     """
     wanted = flax.traverse_util.flatten_dict(shapes)
     placed = flax.traverse_util.flatten_dict(shardings or {})
-    most = max(leaf.size * leaf.dtype.itemsize for leaf in wanted.values())
+    sizes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in wanted.items()}
+    most = max(sizes.values())
     filled: dict[Path_, jax.Array] = {}
-    held: list[jax.Array] = []
-    for path, view in views.items():
-        leaf = wanted[path]
-        if sum(array.nbytes for array in held) + leaf.size * leaf.dtype.itemsize > most:
-            # Transfers still under way hold their source: wait, so that they do not add up.
-            jax.block_until_ready(held)
-            held.clear()
-            release()
-        filled[path] = _put(view, leaf, placed.get(path))
-        held.append(filled[path])
-    jax.block_until_ready(held)
-    release()
+    held: dict[Path_, Future] = {}
+
+    def finish() -> None:
+        filled.update({path: array.result() for path, array in held.items()})
+        jax.block_until_ready([filled[path] for path in held])
+        held.clear()
+        release()
+
+    # Transposing is slower than reading: a tensor a thread, until together they are as large as
+    # the largest. They are then waited for, so that their sources do not add up.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for path, view in views.items():
+            if sum(sizes[other] for other in held) + sizes[path] > most:
+                finish()
+            held[path] = pool.submit(_put, view, wanted[path], placed.get(path))
+        finish()
     return flax.traverse_util.unflatten_dict(filled)
 
 

@@ -1,5 +1,6 @@
 """What a student is handed out as: LoRA files, a UNet, a pipeline, a single file; with cards."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def export_products(
         if target == "pipeline":
             write_pipeline(pipeline, folder, unet=unet, dtype=dtype, replace=replace, extra=card)
         else:
-            _write_folder(folder, replace, card["README.md"], lambda part, t=target: write(t, part))
+            _write_folder(folder, replace, card["README.md"], functools.partial(write, target))
         products[target] = folder / FILES[target] if target in FILES else folder
     return products
 
