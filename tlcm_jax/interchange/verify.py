@@ -11,10 +11,8 @@ Our side reads the weights back from the product itself, so that what rounding t
 on both sides; arithmetic is fp32.
 """
 
-import contextlib
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,12 @@ import numpy as np
 from absl import logging
 
 from tlcm_jax.diffusion.sampler import sample, timesteps_for
-from tlcm_jax.interchange import names
+from tlcm_jax.interchange import consumer, names
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.hub import NETWORKS
 from tlcm_jax.interchange.lora_files import read_lora
-from tlcm_jax.interchange.pipeline import Pipeline
-from tlcm_jax.interchange.pipeline_folder import is_component
 from tlcm_jax.interchange.placement import to_devices
 from tlcm_jax.interchange.products import product_folder, product_kind
-from tlcm_jax.interchange.sources import CONFIG_FOLDER
 from tlcm_jax.interchange.tensors import open_component
 from tlcm_jax.models import lora
 
@@ -159,7 +154,13 @@ def _compare(
 ) -> dict[int, float]:
     """The relative difference of one product's latents, by step count."""
     params, layers = ours.weights(path)
-    theirs = _load_consumer(path, ours.teacher, layers)
+    theirs = consumer.load(path, ours.teacher)
+    loaded = consumer.adapted_layers(theirs)
+    if loaded != layers:
+        wrong = ", ".join(sorted(loaded ^ layers)[:10])
+        raise VerificationError(
+            f"diffusers adapted {len(loaded & layers)} of its {len(layers)} layers; not {wrong}"
+        )
     shape = (len(prompts), *ours.teacher.latent_shape())
     noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
     differences = {}
@@ -168,92 +169,6 @@ def _compare(
         drawn = ours.draw(params, prompts, noise, fresh)
         differences[count] = float(np.linalg.norm(drawn - expected) / np.linalg.norm(expected))
     return differences
-
-
-def _load_consumer(path: Path, teacher: Pipeline, layers: set[str]) -> Any:
-    """The diffusers pipeline with the product in it, loaded as the model card says."""
-    import diffusers
-    import torch
-
-    kind = product_kind(path)
-    with _only_errors():
-        if kind == "pipeline":
-            pipe = _from_pretrained(path)
-        elif kind == "single-file":
-            pipe = _from_single_file(path, path.parent / CONFIG_FOLDER, teacher)
-        else:
-            single = Path(teacher.source).is_file()
-            folder = Path(teacher.folder)
-            pipe = (
-                _from_single_file(Path(teacher.source), folder, teacher)
-                if single
-                else _from_pretrained(folder)
-            )
-            pipe.scheduler = diffusers.LCMScheduler.from_config(
-                pipe.scheduler.config, original_inference_steps=8
-            )
-        pipe.set_progress_bar_config(disable=True)
-        if kind == "unet":
-            pipe.unet = diffusers.UNet2DConditionModel.from_pretrained(
-                str(path), dtype=torch.float32
-            )
-        if kind != "lora":
-            return pipe
-        pipe.load_lora_weights(str(path))
-        # Factors stored in fp16 stay so beside fp32 weights; this compares in fp32 throughout.
-        pipe.unet.to(torch.float32)
-    loaded = {
-        name.removesuffix(".lora_A")
-        for name, _ in pipe.unet.named_modules()
-        if name.endswith(".lora_A")
-    }
-    if loaded != layers:
-        wrong = ", ".join(sorted(loaded ^ layers)[:10])
-        raise VerificationError(
-            f"diffusers adapted {len(loaded & layers)} of its {len(layers)} layers; not {wrong}"
-        )
-    return pipe
-
-
-def _from_pretrained(folder: Path) -> Any:
-    import diffusers
-    import torch
-
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    # What is fetched of a hub id leaves out what generation does without.
-    absent = {k: None for k, v in index.items() if is_component(v) and not (folder / k).is_dir()}
-    return diffusers.DiffusionPipeline.from_pretrained(
-        str(folder), dtype=torch.float32, local_files_only=True, **absent
-    )
-
-
-def _from_single_file(file: Path, config: Path, teacher: Pipeline) -> Any:
-    import diffusers
-    import torch
-
-    kind = getattr(diffusers, teacher.configs["model_index"]["_class_name"])
-    return kind.from_single_file(
-        str(file), config=str(config), dtype=torch.float32, local_files_only=True
-    )
-
-
-@contextlib.contextmanager
-def _only_errors() -> Iterator[None]:
-    """Silences bars and hints of the consumer's loaders, which do not concern an export."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    loggers = (diffusers_logging, transformers_logging)
-    levels = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
-            logger.enable_progress_bar()
 
 
 def draw_consumer(
