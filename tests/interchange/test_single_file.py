@@ -12,7 +12,7 @@ from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.interchange import names
 from tlcm_jax.interchange.diffusers_folder import abstract_pipeline, load_pipeline
 from tlcm_jax.interchange.ldm_names import places
-from tlcm_jax.interchange.single_file import write_single_file
+from tlcm_jax.interchange.single_file import family_of, write_single_file
 
 
 @pytest.fixture(scope="module", params=["sdxl", "sd"])
@@ -211,6 +211,11 @@ def test_names_of_the_published_file(tmp_path):
     for component in ("unet", "vae", "text_encoder"):  # whole tensors: one place each
         keys = [place.key for place in found[component].values()]
         assert len(set(keys)) == len(keys)
+
+
+def test_sd2_has_no_place():
+    with pytest.raises(ValueError, match="SD 2.x cannot be written as a single file"):
+        family_of({"text_encoder": {"hidden_act": "gelu"}})
 
 
 def test_names_without_a_place():

@@ -72,6 +72,8 @@ def export_products(
     targets = list(dict.fromkeys(targets))
     if adapter is None and (unet is None or LORAS.keys() & set(targets)):
         raise ValueError("a LoRA can only be exported of an adapter: extract one from the weights")
+    if "single-file" in targets:
+        family_of(pipeline.configs)  # refuses what the layout cannot hold, before all else
     if set(targets) - LORAS.keys():
         pipeline = fp32(pipeline)
         if unet is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from tlcm_jax.interchange import names
 from tlcm_jax.interchange.files import cast, save_tensors
@@ -57,6 +58,8 @@ class SingleFile:
         left = [key for key in self._tensors if key not in self._used]
         unknown = [f"unexpected {key}" for key in left if not _NO_WEIGHTS.fullmatch(key)]
         names.raise_if(unknown, f"{self._path} does not fit its config")
+        if left:
+            logging.info("%s: left out %d tensors that are no weights", self._path, len(left))
 
 
 class _Component(Tensors):
