@@ -20,7 +20,7 @@ from tlcm_jax.training import loop
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.mesh import make_mesh, shard_batch
 from tlcm_jax.training.metrics import MetricsWriter
-from tlcm_jax.training.sharding import place
+from tlcm_jax.training.sharding import place, tree_shardings
 from tlcm_jax.training.workdir import claim_workdir
 from tlcm_jax.workdir import CHECKPOINTS
 
@@ -66,7 +66,7 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
-        on_device=False,
+        shardings=lambda params: tree_shardings(params, mesh),
     )
     plans = blueprints(settings, pipeline, mesh)
     warn_truncated(prompts, pipeline.tokenizers[0])
@@ -76,7 +76,6 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
     adapter_key, run_key = jax.random.split(jax.random.key(settings.seed))
     adapter = settings.adapter
     trainable = lora.init(pipeline.params["unet"], adapter.targets, adapter.rank, adapter_key)
-    pipeline = dataclasses.replace(pipeline, params=place(pipeline.params, mesh))
     null = pipeline.null_conditioning(model.resolution or None)
     frozen = {"unet": pipeline.params["unet"], "null": place(null, mesh)}
     _log_sizes(settings, trainable, prompts, mesh)

@@ -3,10 +3,10 @@
     python -m tlcm_jax.evaluate --model runs/emoji --prompts miniature/prompts/heldout.txt \
         --steps 1,2,3,4,8 --scores judge --output evaluations/emoji
 
-PATH of --model is a diffusers pipeline folder or the workdir of a run. Writes `metrics.json`,
-`report.html` and `samples/`. The teacher is the model without its adapter; a model that has none
-is compared with --teacher, if that is given. Its pictures are kept in `teacher/` of the workdir,
-or else of the output, so that it is drawn once.
+PATH of --model is a diffusers pipeline folder, a single-file checkpoint, a hub id or the workdir of
+a run. Writes `metrics.json`, `report.html` and `samples/`. The teacher is the model without its
+adapter; a model that has none is compared with --teacher, if that is given. Its pictures are kept
+in `teacher/` of the workdir, or else of the output, so that it is drawn once.
 """
 
 import json
@@ -34,8 +34,8 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags in `values`."""
     here = {"flag_values": values}
     must = {"required": True, **here}
-    flags.DEFINE_string("model", None, "Pipeline folder or workdir.", **must)
-    flags.DEFINE_string("lora", None, "LoRA file or folder, put onto the model.", **here)
+    flags.DEFINE_string("model", None, "Folder, file, hub id or workdir.", **must)
+    flags.DEFINE_multi_string("lora", None, "LoRA to put onto the model: PATH[:WEIGHT].", **here)
     flags.DEFINE_string("teacher", None, "Undistilled pipeline folder to compare with.", **here)
     flags.DEFINE_multi_string("prompts", None, "Prompt file; may be given again.", **must)
     flags.DEFINE_integer("limit", 0, "Prompts used of a file; 0: all.", lower_bound=0, **here)

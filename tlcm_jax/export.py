@@ -1,22 +1,25 @@
-"""Writes what a run trained as LoRA files and a diffusers pipeline folder, and verifies them.
+"""Writes what a run trained in the formats that PyTorch programs read, and verifies them.
 
-    python -m tlcm_jax.export --workdir runs/emoji --to lora,kohya,pipeline --output DIR --verify
+    python -m tlcm_jax.export --workdir runs/emoji --to lora,kohya,unet,pipeline,single-file \
+        --output DIR --verify
 
 Each product is a folder under DIR with its model card. `--verify` loads each in diffusers, draws
 in 2, 4 and 8 steps and compares with this library; a product that differs is deleted, and the
 command fails. It needs PyTorch and diffusers.
 """
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.files import DTYPES
 from tlcm_jax.interchange.model_card import Recipe
-from tlcm_jax.interchange.products import TARGETS, check_targets, export_products
+from tlcm_jax.interchange.products import LORAS, TARGETS, check_targets, export_products
 from tlcm_jax.interchange.verify import require_consumer, verify_products
+from tlcm_jax.models.adapters import extracted, is_adapter
 from tlcm_jax.workdir import load_adapter
 
 
@@ -30,6 +33,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("verify", False, "Compare each product with diffusers.", **where)
     newest = "Checkpoint to export, in steps over all stages; the newest by default."
     flags.DEFINE_integer("step", None, newest, lower_bound=0, **where)
+    extracted = "Rank of the LoRA extracted from a run that trained whole weights."
+    flags.DEFINE_integer("rank", 64, extracted, lower_bound=1, **where)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,10 +52,21 @@ def run(values: flags.FlagValues) -> None:
     check_targets(values.to, values.dtype)
     if values.verify:
         require_consumer()
-    config, adapter = load_adapter(values.workdir, values.step)
+    config, trained = load_adapter(values.workdir, values.step)
     pipeline = load_pipeline(config["model"]["path"], on_device=False)
     recipe = Recipe.from_config(config, pipeline)
-    products = export_products(pipeline, adapter, values.to, values.output, values.dtype, recipe)
+    adapter: Mapping | None = trained
+    unet = None
+    if not is_adapter(trained):
+        adapter, unet = None, trained
+        if LORAS.keys() & set(values.to):
+            teacher = pipeline.params["unet"]
+            adapter, missed = extracted(teacher, trained, values.rank)
+            recipe = dataclasses.replace(recipe, rank=values.rank, missed=missed)
+            print(f"LoRA of rank {values.rank}, extracted: misses {missed:.2%} of the change")
+    products = export_products(
+        pipeline, adapter, values.to, values.output, values.dtype, recipe, unet=unet
+    )
     for target, path in products.items():
         print(f"{target}: {path}", flush=True)
     if not values.verify:

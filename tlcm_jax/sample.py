@@ -2,8 +2,9 @@
 
     python -m tlcm_jax.sample --model PATH [--lora FILE] --prompt TEXT --steps 4 --output out.png
 
-PATH is a diffusers pipeline folder, or the workdir of a run, whose adapter is then used. Each
---prompt is one picture; several are written as out-0.png, out-1.png, ... in their order.
+PATH is a diffusers pipeline folder, a single-file checkpoint, a hub id, or the workdir of a run,
+whose adapter is then used. --lora may be given again; FILE:0.8 applies a LoRA with that weight.
+Each --prompt is one picture; several are written as out-0.png, out-1.png, ... in their order.
 """
 
 import sys
@@ -19,7 +20,7 @@ from tlcm_jax import compilation
 from tlcm_jax.diffusion.sampler import timesteps_for
 from tlcm_jax.drawing import draw_student, draw_teacher
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.interchange.lora_files import read_lora
+from tlcm_jax.interchange.lora_stack import read_loras
 from tlcm_jax.interchange.pipeline import Pipeline
 from tlcm_jax.workdir import is_workdir, load_adapter
 
@@ -27,8 +28,8 @@ from tlcm_jax.workdir import is_workdir, load_adapter
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags in `values`."""
     where = {"flag_values": values}
-    flags.DEFINE_string("model", None, "Pipeline folder or workdir.", required=True, **where)
-    flags.DEFINE_string("lora", None, "LoRA file or folder, put onto the model.", **where)
+    flags.DEFINE_string("model", None, "Folder, file, hub id or workdir.", required=True, **where)
+    flags.DEFINE_multi_string("lora", None, "LoRA to put onto the model: PATH[:WEIGHT].", **where)
     flags.DEFINE_multi_string("prompt", None, "What to draw.", required=True, **where)
     flags.DEFINE_integer("steps", None, "1 to 8 (default 4); with --teacher any (25).", **where)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **where)
@@ -70,13 +71,14 @@ def run(values: flags.FlagValues) -> None:
 
 
 def load_model(
-    path: str, lora: str | None = None, *, adapted: bool = True
+    path: str, loras: Sequence[str] | None = None, *, adapted: bool = True
 ) -> tuple[Pipeline, Mapping[str, Any] | None]:
     """A pipeline, and the adapter to draw with, from what `--model` and `--lora` name.
 
     Args:
-      path: a pipeline folder, or a workdir: its teacher, and its newest adapter.
-      lora: a LoRA of any dialect. With a workdir it stands in the trained adapter's place.
+      path: what `load_pipeline` reads, or a workdir: its teacher, and its newest adapter.
+      loras: LoRAs of any dialect, `PATH` or `PATH:WEIGHT`, added up. With a workdir they stand in
+        the trained adapter's place.
       adapted: False leaves a workdir's adapter out.
     """
     adapter = None
@@ -85,8 +87,8 @@ def load_model(
         path = config["model"]["path"]
         adapter = trained if adapted else None
     pipeline = load_pipeline(path)
-    if lora is not None:
-        adapter = read_lora(lora, pipeline.params["unet"])
+    if loras:
+        adapter = read_loras(loras, pipeline.params["unet"])
     return pipeline, adapter
 
 

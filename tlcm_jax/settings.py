@@ -20,7 +20,7 @@ class ModelSettings:
     """The teacher.
 
     Attributes:
-      path: a diffusers pipeline folder.
+      path: a diffusers pipeline folder, a single-file checkpoint or a hub id.
       dtype: compute dtype of the networks.
       param_dtype: dtype that the frozen weights are kept in.
       resolution: side of the pictures in pixels; 0 takes the model's own.

@@ -21,7 +21,7 @@ def is_workdir(path: str | Path) -> bool:
 def load_adapter(
     workdir: str | Path, step: int | None = None
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """The config of a run and its adapter.
+    """The config of a run and what it trained.
 
     Args:
       workdir: the run's folder.
@@ -29,7 +29,8 @@ def load_adapter(
 
     Returns:
       The config as plain nested values, and the adapter as host arrays, scaled: fit for
-      `Pipeline.denoiser(lora=...)` and for export.
+      `Pipeline.denoiser(lora=...)` and for export. A tree of whole weights is returned as it is
+      (`models.adapters.is_adapter` tells).
 
     Raises:
       FileNotFoundError: it is not a workdir, or has no (such) checkpoint.

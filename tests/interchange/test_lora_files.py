@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.support.tiny_pipeline import random_adapter
 from tlcm_jax.interchange.lora_files import kohya_name, read_lora, write_lora
+from tlcm_jax.interchange.lora_stack import read_loras
 from tlcm_jax.models import lora
 
 RANK = 3
@@ -159,6 +160,70 @@ def test_folder_as_diffusers_saves_it(tmp_path, unet, adapter):
     assert_equal(read_lora(tmp_path, unet), adapter)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")),
+        (
+            (".lora_A.weight", ".lora_B.weight"),
+            (".lora_A.default.weight", ".lora_B.default.weight"),
+        ),
+    ],
+    ids=["diffusers' former names", "PEFT's adapter name"],
+)
+def test_other_spellings(tmp_path, unet, adapter, old, new):
+    path = write_lora(tmp_path / "lora.safetensors", adapter)
+
+    def respell(tensors):
+        for key in list(tensors):
+            value = tensors.pop(key)
+            for former, latter in zip(old, new, strict=True):
+                key = key.replace(former, latter)
+            tensors[key] = value
+
+    assert_equal(read_lora(rewrite(path, respell), unet), adapter)
+
+
+def test_kohya_with_the_names_of_single_files(tmp_path, unet, adapter):
+    """As kohya's trainer writes for SDXL."""
+    path = write_lora(tmp_path / "lora.safetensors", adapter, dialect="kohya")
+    block = "lora_unet_input_blocks_1_"
+    names = {
+        "lora_unet_down_blocks_0_resnets_0_conv1": block + "0_in_layers_2",
+        "lora_unet_down_blocks_0_resnets_0_time_emb_proj": block + "0_emb_layers_1",
+        "lora_unet_mid_block_resnets_0_conv_shortcut": "lora_unet_middle_block_0_skip_connection",
+        "lora_unet_down_blocks_0_attentions_0": block + "1",
+    }
+
+    def respell(tensors):
+        for key in list(tensors):
+            former = next(name for name in names if key.startswith(name))
+            tensors[key.replace(former, names[former])] = tensors.pop(key)
+
+    rewrite(path, respell)
+    assert f"{block}1_transformer_blocks_1_attn1_to_out_0.alpha" in load_file(path)
+    assert_equal(read_lora(path, unet), adapter)
+
+
+def test_several_with_weights(tmp_path, unet, adapter):
+    first = write_lora(tmp_path / "first.safetensors", adapter)
+    half = {"mid_block": lora.scaled(adapter["mid_block"], np.float32(3))}
+    second = write_lora(tmp_path / "second.safetensors", half, dialect="kohya")
+    both = read_loras([f"{first}:0.5", f"{second}:-2", str(first)], unet)
+    merged = flat(lora.merge(unet, both))
+    for path, kernel in flat(unet).items():
+        weight = 1.5 - 6 * (path[0] == "mid_block")
+        one = flat(lora.merge(unet, adapter, weight))[path]
+        np.testing.assert_allclose(merged[path], one, rtol=1e-5, atol=1e-6, err_msg=str(path))
+        assert path[-1] != "kernel" or merged[path].shape == kernel.shape
+    assert_equal(read_loras([str(first)], unet), adapter)
+    colon = tmp_path / "name:2"  # a path of its own, not a weight
+    colon.write_bytes(first.read_bytes())
+    assert_equal(read_loras([str(colon)], unet), adapter)
+    with pytest.raises(FileNotFoundError, match="first.safetensors:much' does not exist"):
+        read_loras([f"{first}:much"], unet)
+
+
 # What is refused.
 
 
@@ -253,6 +318,8 @@ def test_broken_inputs(tmp_path, unet, adapter):
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         read_lora(path, unet)
     folder = peft_folder(tmp_path / "adapter", adapter)
+    with pytest.raises(FileNotFoundError, match="give a folder that does: .*/adapter$"):
+        read_lora(tmp_path, unet)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
         read_lora(folder, unet)

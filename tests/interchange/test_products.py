@@ -14,13 +14,18 @@ from tests.support.tiny_pipeline import random_adapter
 from tlcm_jax import export, sample
 from tlcm_jax.interchange.diffusers_folder import abstract_pipeline, load_pipeline
 from tlcm_jax.interchange.lora_files import read_lora
+from tlcm_jax.interchange.model_card import Recipe, model_card
+from tlcm_jax.interchange.names import matched
+from tlcm_jax.interchange.placement import to_host
+from tlcm_jax.interchange.tensors import open_component
 from tlcm_jax.models import lora
+from tlcm_jax.models.adapters import extracted
 from tlcm_jax.training.checkpoints import Checkpoints, Position
 from tlcm_jax.training.state import create
 from tlcm_jax.workdir import CHECKPOINTS, load_adapter
 
 RANK, ALPHA = 2, 8.0
-KOHYA_FILE = "tlcm_kohya.safetensors"
+KOHYA_FILE, SINGLE_FILE = "tlcm_kohya.safetensors", "tlcm_checkpoint.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +128,73 @@ def test_cards(workdir, tmp_path):
     assert KOHYA_FILE in (tmp_path / "kohya" / "README.md").read_text()
 
 
+def test_single_file_and_unet_come_back_bit_for_bit(workdir, tiny, tmp_path):
+    run(export, "--workdir", workdir, "--to", "unet,single-file,pipeline", "--output", tmp_path,
+        "--dtype", "fp16")  # fmt: skip
+    pipeline = load_pipeline(tmp_path / "pipeline", on_device=False)
+    single = load_pipeline(tmp_path / "single-file" / SINGLE_FILE, on_device=False)
+    jax.tree.map(np.testing.assert_array_equal, single.params, pipeline.params)
+    assert single.configs["scheduler"]["_class_name"] == "LCMScheduler"
+    tensors = open_component(tmp_path / "unet", "diffusion_pytorch_model")
+    assert_trees_equal(
+        to_host(
+            matched(tensors, pipeline.params["unet"], "unet"), pipeline.params["unet"], lambda: None
+        ),
+        pipeline.params["unet"],
+    )
+    for target in ("unet", "single-file"):
+        card = (tmp_path / target / "README.md").read_text()
+        compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+        assert "| 8 | 999, 874, 749" in card and "## Scale" not in card
+
+
+def test_whole_weights_of_a_run(workdir, tiny, tmp_path, capsys):
+    """A checkpoint of a full fine-tune: exported as it is, and as an extracted LoRA."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text((workdir / "config.json").read_text())
+    teacher = load_pipeline(tiny, on_device=False).params["unet"]
+    tuned = lora.merge(teacher, adapter_of(tiny))
+    tuned["conv_in"]["bias"] = tuned["conv_in"]["bias"] + np.float32(0.001)
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    state = create(jax.tree.map(jnp.asarray, tuned), optax.sgd(1e-3), jax.random.key(0))
+    checkpoints.save(Position(0, "segments", 1, 1), state)
+    checkpoints.close()
+    arguments = ("--workdir", folder, "--output", tmp_path, "--dtype", "fp32", "--rank", 3)
+    run(export, *arguments, "--to", "lora,unet")
+    tensors = open_component(tmp_path / "unet", "diffusion_pytorch_model")
+    views = matched(tensors, teacher, "unet")
+    assert_trees_equal(to_host(views, teacher, lambda: None), tuned)
+    printed = capsys.readouterr().out
+    missed = float(printed.split("misses ")[1].split("%")[0]) / 100
+    read = read_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors", teacher)
+    expected, error = extracted(teacher, tuned, 3)
+    assert_trees_equal(lora.merge(teacher, read), lora.merge(teacher, expected))
+    assert missed == pytest.approx(error, abs=6e-5) and 0 < missed < 0.1  # a rank-2 change, a bias
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "LoRA of rank 3" in card and f"misses {error:.1%} of it" in " ".join(card.split())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "call"),
+    [
+        ("tiny", 'from_pretrained("path/to/tiny"'),
+        ("someone/tiny", 'from_pretrained("someone/tiny"'),
+        ("tiny.safetensors", 'from_single_file("path/to/tiny.safetensors"'),
+    ],
+)
+def test_card_loads_its_teacher_as_it_was_given(teacher, call):
+    recipe = Recipe(name="tiny", teacher=teacher)
+    assert f"StableDiffusionXLPipeline.{call})" in model_card(recipe, "lora")
+    assert f"StableDiffusionXLPipeline.{call}, unet=unet)" in model_card(recipe, "unet")
+
+
 def test_export_refuses_before_it_works(workdir, tmp_path):
     def refused(kind, message, *more):
         with pytest.raises(kind, match=message):
             run(export, "--workdir", workdir, "--output", tmp_path, *more)
 
-    refused(ValueError, "cannot export 'onnx'; choose from lora, kohya, pipeline", "--to", "onnx")
+    refused(ValueError, "cannot export 'onnx'; choose from lora, kohya, unet", "--to", "onnx")
     refused(ValueError, "cannot export nothing", "--to", "")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "thesis.txt").write_text("")
@@ -150,7 +216,7 @@ def test_sample_command(workdir, tmp_path):
 def test_model_that_is_sampled(workdir, tiny, tmp_path):
     run(export, "--workdir", workdir, "--to", "kohya", "--output", tmp_path, "--dtype", "fp32")
     _, trained = sample.load_model(str(workdir))
-    teacher, exported = sample.load_model(str(tiny), str(tmp_path / "kohya" / KOHYA_FILE))
+    teacher, exported = sample.load_model(str(tiny), [str(tmp_path / "kohya" / KOHYA_FILE)])
     assert_trees_equal(exported, jax.tree.map(np.asarray, trained))
     assert teacher.source == str(tiny)
     assert sample.load_model(str(workdir), adapted=False)[1] is None

@@ -15,7 +15,7 @@ from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline  # n
 from tlcm_jax.interchange.diffusers_folder import load_pipeline  # noqa: E402
 from tlcm_jax.interchange.model_card import Recipe  # noqa: E402
 from tlcm_jax.interchange.pipeline_folder import lcm_scheduler, write_json  # noqa: E402
-from tlcm_jax.interchange.products import export_products  # noqa: E402
+from tlcm_jax.interchange.products import TARGETS, export_products  # noqa: E402
 from tlcm_jax.interchange.verify import (  # noqa: E402
     VerificationError,
     draw_consumer,
@@ -51,7 +51,7 @@ def export(pipeline, targets, output, dtype):
 
 
 def test_products_draw_our_latents(teacher, tmp_path):
-    wanted = {"fp32": ("lora", "kohya", "pipeline"), "fp16": ("lora", "pipeline")}
+    wanted = {"fp32": TARGETS, "fp16": ("lora", "single-file")}
     products = {
         f"{target} {dtype}": path
         for dtype, targets in wanted.items()
@@ -62,6 +62,16 @@ def test_products_draw_our_latents(teacher, tmp_path):
     for name, differences in results.items():
         assert set(differences) == {2, 4, 8}
         assert max(differences.values()) < 1e-4, (name, differences)
+
+
+def test_products_of_sd15_draw_our_latents(tmp_path):
+    """One text tower, convolutions for projections, and a teacher that is itself a single file."""
+    folder = write_tiny_pipeline(tmp_path / "sd", family="sd")
+    first = export(load_pipeline(folder), ("single-file",), tmp_path / "first", "fp32")
+    teacher = load_pipeline(first["single-file"])
+    products = export(teacher, ("kohya", "single-file"), tmp_path / "second", "fp32")
+    results = verify_products(products, teacher.source, steps=(2,))
+    assert max(results["kohya"][2], results["single-file"][2]) < 1e-4
 
 
 @pytest.mark.parametrize("target", ["lora", "kohya"])

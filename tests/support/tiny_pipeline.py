@@ -1,13 +1,14 @@
 """A random pipeline folder with SDXL's architecture, small enough to build in every test session.
 
-    folder = write_tiny_pipeline(tmp_path / "tiny")     # six megabytes
+    folder = write_tiny_pipeline(tmp_path / "tiny")     # six megabytes; family="sd" for SD 1.5's
     pipeline = load_pipeline(folder)                    # ours
     StableDiffusionXLPipeline.from_pretrained(folder)   # theirs
 
 UNet of 32 and 64 channels with one layer a level, cross-attention 32 wide, groups of 8; an f4
-autoencoder; two CLIP towers 16 wide, the second with projection; a byte-level vocabulary of 522
-tokens. Pictures are 32 px, latents 8x8x4. Weights are normal with the variance that keeps
-activations near one; biases and norm scales are random too, so that a dropped one shows.
+autoencoder; two CLIP towers 8 and 24 wide, the second with projection (diffusers tells the towers
+of a single file apart by their widths); a byte-level vocabulary of 522 tokens. Pictures are 32 px,
+latents 8x8x4. Weights are normal with the variance that keeps activations near one; biases and
+norm scales are random too, so that a dropped one shows.
 """
 
 import json
@@ -63,7 +64,6 @@ VAE = {
 }
 TOWER = {
     "hidden_act": "quick_gelu",
-    "hidden_size": 16,
     "intermediate_size": 32,
     "max_position_embeddings": 77,
     "num_attention_heads": 2,
@@ -94,28 +94,52 @@ MODEL_INDEX = {
 }
 
 
+# What SD 1.5 has otherwise: one tower, projections by convolution, nothing but text.
+SD_UNET = {
+    **{k: v for k, v in UNET.items() if not k.startswith(("addition", "projection"))},
+    "attention_head_dim": 4,
+    "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+}
+SD_MODEL_INDEX = {
+    **{k: v for k, v in MODEL_INDEX.items() if not k.endswith(("_2", "empty_prompt"))},
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "safety_checker": [None, None],
+    "requires_safety_checker": False,
+}
+
+
 def write_tiny_pipeline(
-    folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, dtype: str = "fp32"
+    folder: Path,
+    *,
+    family: str = "sdxl",
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    dtype: str = "fp32",
 ) -> Path:
     """Writes the folder and returns it; the same arguments give the same bytes."""
-    vocabulary = write_tokenizers(folder)
+    vocabulary = write_tokenizers(folder, ("tokenizer", "tokenizer_2")[: 1 + (family == "sdxl")])
     special = dict(
         bos_token_id=vocabulary["<|startoftext|>"],
         eos_token_id=vocabulary["<|endoftext|>"],
         pad_token_id=vocabulary["<|endoftext|>"],
         vocab_size=len(vocabulary),
     )
+    common = {**TOWER, **special, "model_type": "clip_text_model"}
     towers = {
-        "text_encoder": {
-            **TOWER, **special, "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
-        },
+        "text_encoder": {**common, "architectures": ["CLIPTextModel"], "hidden_size": 8},
         "text_encoder_2": {
-            **TOWER, **special, "architectures": ["CLIPTextModelWithProjection"],
-            "hidden_act": "gelu", "model_type": "clip_text_model",
+            **common, "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu",
+            "hidden_size": 24,
         },
     }  # fmt: skip
+    unet, index = UNET, MODEL_INDEX
+    if family == "sd":
+        unet, index = SD_UNET, SD_MODEL_INDEX
+        towers = {"text_encoder": {**towers["text_encoder"], "hidden_size": 32}}
     networks = {
-        "unet": (UNET, UNet2DConditionModel(UNetConfig.from_dict(UNET))),
+        "unet": (unet, UNet2DConditionModel(UNetConfig.from_dict(unet))),
         "vae": (VAE, AutoencoderKL(VAEConfig.from_dict(VAE))),
         **{
             name: (config, CLIPTextModel(CLIPTextConfig.from_dict(config)))
@@ -127,7 +151,7 @@ def write_tiny_pipeline(
         write_component(folder / name, config, params, dtype)
     scheduler = {**SCHEDULER, "prediction_type": prediction_type}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "model_index.json", index)
     return folder
 
 
@@ -156,7 +180,9 @@ def random_adapter(adapter: dict, rng: np.random.Generator, size: float = 0.05) 
     )
 
 
-def write_tokenizers(folder: Path) -> dict[str, int]:
+def write_tokenizers(
+    folder: Path, names: tuple[str, ...] = ("tokenizer", "tokenizer_2")
+) -> dict[str, int]:
     """Writes `tokenizer` and `tokenizer_2`, which pads with "!" as SDXL's does."""
     symbols = _byte_symbols()
     words = [symbol + "</w>" for symbol in symbols]
@@ -168,7 +194,8 @@ def write_tokenizers(folder: Path) -> dict[str, int]:
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
     }
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+    for name in names:
+        pad = "!" if name == "tokenizer_2" else "<|endoftext|>"
         marks = {**special, "pad_token": pad}
         write_json(
             folder / name / "tokenizer_config.json",

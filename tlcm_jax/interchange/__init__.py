@@ -1,1 +1,5 @@
-"""Weights in and out: diffusers folders, LoRA dialects. Reads and writes; computes nothing."""
+"""Weights in and out: diffusers folders, single files, LoRA dialects. Reads and writes."""
+
+from tlcm_jax.interchange.diffusers_folder import load_pipeline
+
+__all__ = ["load_pipeline"]

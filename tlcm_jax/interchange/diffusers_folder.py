@@ -1,4 +1,4 @@
-"""Reads a diffusers pipeline folder of the Stable Diffusion family into a `Pipeline`."""
+"""Reads a pipeline of the Stable Diffusion family: a diffusers folder, a hub id, a single file."""
 
 import dataclasses
 import functools
@@ -14,7 +14,8 @@ from transformers import CLIPTokenizer
 from tlcm_jax.diffusion.schedule import NoiseSchedule
 from tlcm_jax.interchange import names
 from tlcm_jax.interchange.pipeline import Pipeline
-from tlcm_jax.interchange.tensors import open_component, refuse_pickle
+from tlcm_jax.interchange.placement import Shardings, to_devices, to_host
+from tlcm_jax.interchange.sources import Source
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.models.unet import UNet2DConditionModel
 from tlcm_jax.models.unet_config import UNetConfig
@@ -30,35 +31,53 @@ def load_pipeline(
     param_dtype: Any = None,
     remat: str = "none",
     on_device: bool = True,
+    shardings: Shardings | None = None,
+    variant: str | None = None,
+    config: str | Path | None = None,
 ) -> Pipeline:
-    """Loads a pipeline folder.
+    """Loads a pipeline, tensor by tensor.
 
     Args:
-      path: a folder with `model_index.json`.
+      path: a folder with `model_index.json`; a hub id, `ORGANISATION/NAME[@REVISION]`; or a
+        single-file checkpoint of SDXL or SD 1.x.
       dtype: compute dtype of every network.
       param_dtype: dtype the weights are kept in; `dtype` by default.
       remat: the UNet's rematerialisation policy.
-      on_device: put the weights on the default device; otherwise they stay in host memory, for
-        a caller that shards them.
+      on_device: put the weights on devices; otherwise they stay in host memory.
+      shardings: where on devices: from the tree of shapes (`Pipeline.params` of
+        `abstract_pipeline`) to a tree of shardings. By default all is on the default device.
+      variant: read `*.VARIANT.safetensors`, such as fp16; by default the files without one, else
+        those of fp16.
+      config: a pipeline folder or hub id whose configs and tokenizers a single file goes with. By
+        default the folder `config` beside the file, else its family's published ones, from the
+        hub.
 
     Raises:
       FileNotFoundError: the folder, or a part of it, is not there; the message says which.
       ValueError: a config or tensor does not fit, or weights are pickled.
     """
-    folder = Path(path)
-    pipeline = abstract_pipeline(folder, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
+    source = Source.find(path, variant=variant, config=config)
+    pipeline = _abstract(source, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     params = {}
+    # All are checked before the first is read.
+    opened = {}
     for name, shapes in pipeline.params.items():
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        tensors = open_component(folder / name, stem)
-        params[name] = names.from_torch(tensors, shapes, str(folder / name))
-    if on_device:
-        params = jax.tree.map(jnp.asarray, params)
+        tensors = source.component(name, shapes)
+        opened[name] = (tensors, names.matched(tensors, shapes, source.label(name)))
+    source.check_all_used()
+    placed = None if shardings is None else shardings(pipeline.params)
+    for name, (tensors, views) in opened.items():
+        shapes = pipeline.params[name]
+        if on_device:
+            where = None if placed is None else placed[name]
+            params[name] = to_devices(views, shapes, tensors.release, where)
+        else:
+            params[name] = to_host(views, shapes, tensors.release)
     tokenizers = ("tokenizer", "tokenizer_2")[: len(pipeline.text_encoders)]
     return dataclasses.replace(
         pipeline,
         params=params,
-        tokenizers=tuple(_tokenizer(folder / name) for name in tokenizers),
+        tokenizers=tuple(_tokenizer(source.folder / name) for name in tokenizers),
     )
 
 
@@ -70,8 +89,12 @@ def abstract_pipeline(
 
     Args and errors are those of `load_pipeline`.
     """
-    folder = Path(path)
-    configs = _read_configs(folder)
+    source = Source.find(path, weights=False)
+    return _abstract(source, dtype=dtype, param_dtype=param_dtype, remat=remat)
+
+
+def _abstract(source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> Pipeline:
+    configs = _read_configs(source.folder)
     index = configs["model_index"]
     two_towers = "text_encoder_2" in configs
     unet = UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype, remat)
@@ -91,20 +114,13 @@ def abstract_pipeline(
         params={name: abstract_params(net, param_dtype) for name, net in components.items()},
         configs=configs,
         zero_null=two_towers and index.get("force_zeros_for_empty_prompt", True),
-        source=str(path),
+        source=source.name,
+        folder=str(source.folder),
     )
 
 
 def _read_configs(folder: Path) -> dict[str, dict]:
     """Every JSON config of a pipeline folder, by component."""
-    if folder.is_file():
-        refuse_pickle(folder)
-        raise ValueError(f"{folder} is a file; give the diffusers pipeline folder")
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"model {str(folder)!r} is not a folder; give a diffusers pipeline folder "
-            "(one that holds model_index.json)"
-        )
     index = _read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in _PIPELINES:

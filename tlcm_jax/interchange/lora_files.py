@@ -11,7 +11,9 @@ has it folded in too, so alpha = r and every reader's own scale is 1.
 | PEFT folder | `base_model.model.<path>.lora_A.weight`, alpha in `adapter_config.json` |
 
 Convolutions are `[r, in, kh, kw]` and `[out, r, 1, 1]`. In kohya's names an underscore may be a
-dot or an underscore; they are resolved through the UNet's own module paths.
+dot or an underscore; they are resolved through the UNet's own module paths. For SDXL kohya's own
+trainer names layers as single-file checkpoints do (`lora_unet_input_blocks_4_1_...`), and so may a
+file here. Diffusers' former `.lora.down.weight` and PEFT's `.lora_A.default.weight` are read too.
 """
 
 import json
@@ -26,6 +28,8 @@ import numpy as np
 
 from tlcm_jax.interchange import names
 from tlcm_jax.interchange.files import cast, save_tensors, whole
+from tlcm_jax.interchange.ldm_names import unet_layers
+from tlcm_jax.interchange.names import Path_
 from tlcm_jax.interchange.tensors import TensorFile, refuse_pickle
 
 DIALECTS = ("diffusers", "kohya")
@@ -34,15 +38,22 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 
-Path_ = tuple[str, ...]
-
 _PARTS = {
     ".lora_A.weight": "lora_A",
     ".lora_B.weight": "lora_B",
+    ".lora_A.default.weight": "lora_A",
+    ".lora_B.default.weight": "lora_B",
+    ".lora.down.weight": "lora_A",
+    ".lora.up.weight": "lora_B",
     ".lora_down.weight": "lora_A",
     ".lora_up.weight": "lora_B",
     ".alpha": "alpha",
 }
+# How the names of layers begin in kohya's files for SDXL, and in no UNet's own names.
+_LDM_STEMS = tuple(
+    f"lora_unet_{stem}_"
+    for stem in ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out")
+)
 
 
 def write_lora(
@@ -128,7 +139,7 @@ def read_lora(path: str | Path, unet: Mapping[str, Any]) -> dict:
             problems.append(f"{name} has only {', '.join(sorted(keys))}")
             continue
         down, up = (
-            names.to_flax_layout(("kernel",), np.asarray(tensors[keys[which]], np.float32))
+            names.to_flax_layout(("kernel",), np.array(tensors[keys[which]], np.float32))
             for which in ("lora_A", "lora_B")
         )
         if not _fits(down.shape, up.shape, kernels[layer]):
@@ -144,7 +155,7 @@ def read_lora(path: str | Path, unet: Mapping[str, Any]) -> dict:
             scale = scale_of(name, rank)
         adapter[(*layer, "lora_A")] = np.ascontiguousarray(down)
         adapter[(*layer, "lora_B")] = np.ascontiguousarray(up * np.float32(scale))
-    _raise_if(problems, f"{file} does not fit this UNet")
+    names.raise_if(problems, f"{file} does not fit this UNet")
     return flax.traverse_util.unflatten_dict(adapter)
 
 
@@ -179,8 +190,10 @@ def _locate(path: Path) -> tuple[Path, dict | None]:
         return path / DIFFUSERS_FILE, None
     for other in sorted(path.iterdir()):
         refuse_pickle(other)
+    inside = sorted(str(found.parent) for found in path.glob(f"**/{PEFT_CONFIG}"))
     raise FileNotFoundError(
-        f"{path} holds neither {PEFT_CONFIG} nor {DIFFUSERS_FILE}; give the LoRA's safetensors file"
+        f"{path} holds neither {PEFT_CONFIG} nor {DIFFUSERS_FILE}; give "
+        + (f"a folder that does: {', '.join(inside[:10])}" if inside else "the safetensors file")
     )
 
 
@@ -243,6 +256,9 @@ def _resolve(
     flat: dict[str, list[Path_]] = {}
     for layer in kernels:
         flat.setdefault(kohya_name(layer), []).append(layer)
+    if any(key.startswith(_LDM_STEMS) for key in tensors):
+        for name, ldm_name in unet_layers(dotted).items():
+            flat.setdefault(kohya_name((ldm_name,)), []).append(dotted[name])
     parts: dict[Path_, dict[str, str]] = {}
     problems = []
     for key in tensors:
@@ -262,7 +278,7 @@ def _resolve(
             raise ValueError(f"{file} holds {'.'.join(found[0])} twice, in two dialects")
         else:
             parts[found[0]][_PARTS[suffix]] = key
-    _raise_if(problems, f"{file}: keys that match no layer of the UNet")
+    names.raise_if(problems, f"{file}: keys that match no layer of the UNet")
     if not parts:
         raise ValueError(f"{file} holds no LoRA")
     return parts
@@ -273,9 +289,3 @@ def _fits(down: tuple, up: tuple, kernel: tuple) -> bool:
     ones = (1,) * (len(kernel) - 2)
     rank = down[-1]
     return down[:-1] == kernel[:-1] and up == (*ones, rank, kernel[-1]) and rank > 0
-
-
-def _raise_if(problems: list[str], what: str) -> None:
-    if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{what}: {'; '.join(problems[:10])}{more}")

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tlcm_jax.diffusion.sampler import timesteps_for
+from tlcm_jax.interchange.hub import HubId
 
 PROJECT = "tlcm_jax"
-# File names of the LoRA products; the first is the one that diffusers looks for in a folder.
-LORA_FILES = {"lora": "pytorch_lora_weights.safetensors", "kohya": "tlcm_kohya.safetensors"}
+# Products that are a file; the first name is the one that diffusers looks for in a folder.
+FILES = {
+    "lora": "pytorch_lora_weights.safetensors",
+    "kohya": "tlcm_kohya.safetensors",
+    "single-file": "tlcm_checkpoint.safetensors",
+}
 _PIPELINE = {
     True: "StableDiffusionXLPipeline",
     False: "StableDiffusionPipeline",
@@ -26,6 +31,8 @@ class Recipe:
       teacher: folder or hub id it was distilled from.
       licence: the teacher's, in words.
       rank: of the adapter; 0 if not known.
+      missed: of a LoRA extracted from full weights, the part of their change that it misses; 0
+        for one that was trained as such.
       stages: one line for each stage of the recipe.
       sdxl: whether the pipeline is SDXL's.
     """
@@ -34,6 +41,7 @@ class Recipe:
     teacher: str
     licence: str = "not stated"
     rank: int = 0
+    missed: float = 0.0
     stages: tuple[str, ...] = ()
     sdxl: bool = True
 
@@ -49,9 +57,8 @@ class Recipe:
         order = config.get("stage_order") or list(stages)
         return cls(
             name=str(config.get("name", "student")),
-            # The folder's own name: where it lay on the machine that trained is nobody's business.
-            teacher=Path(pipeline.source).name,
-            licence=teacher_licence(Path(pipeline.source)),
+            teacher=_teacher(pipeline.source),
+            licence=teacher_licence(Path(pipeline.folder)),
             rank=int((config.get("adapter") or {}).get("rank", 0)),
             stages=tuple(_stage_line(stages[name]) for name in order),
             sdxl=len(pipeline.text_encoders) == 2,
@@ -68,6 +75,12 @@ class Recipe:
             "guidance_scale": "0",
             "made_with": PROJECT,
         }
+
+
+def _teacher(source: str) -> str:
+    """A hub id, or a folder's own name: where it lay when it was used is nobody's business."""
+    hub_id = HubId.parse(source)
+    return Path(source).name if hub_id is None else hub_id.repository
 
 
 def teacher_licence(folder: Path) -> str:
@@ -89,7 +102,7 @@ def model_card(recipe: Recipe, product: str) -> str:
 
     Args:
       recipe: how the student was made.
-      product: `lora`, `kohya` or `pipeline`.
+      product: one of `products.TARGETS`.
     """
     stages = "\n".join(f"{i}. {line}" for i, line in enumerate(recipe.stages, 1))
     table = "\n".join(f"| {n} | {_times(n)} |" for n in range(1, 9))
@@ -97,7 +110,10 @@ def model_card(recipe: Recipe, product: str) -> str:
     form = {
         "lora": f"a LoRA{rank} in diffusers' names",
         "kohya": f"a LoRA{rank} in kohya's names (ComfyUI, A1111; diffusers reads it too)",
+        "unet": "the student's UNet, as diffusers' `from_pretrained` reads it",
         "pipeline": "a whole diffusers pipeline, the student's weights merged in",
+        "single-file": "a single-file checkpoint for ComfyUI and A1111, the student's weights "
+        "merged in; `config` beside it is for diffusers, which otherwise fetches the teacher's",
     }[product]
     return f"""---
 library_name: diffusers
@@ -120,7 +136,7 @@ scheduler's own may miss it.
 | steps | `timesteps` |
 |---|---|
 {table}
-{_advice(product)}
+{_advice(recipe, product)}
 ## Recipe
 Teacher: `{recipe.teacher}`, frozen; no images.
 {stages}
@@ -136,25 +152,53 @@ def _snippet(recipe: Recipe, product: str) -> str:
     "a prompt", timesteps=[{_times(4)}], guidance_scale=0,
     generator=torch.Generator().manual_seed(0),
 ).images[0]"""
+    here, base = "path/to/this/folder", _loading(recipe.teacher)
     if product == "pipeline":
-        return f"""import torch
-from diffusers import {kind}
-
-pipe = {kind}.from_pretrained("path/to/this/folder")
-{draw}"""
+        names, load = kind, f'pipe = {kind}.from_pretrained("{here}")'
+    elif product == "single-file":
+        file = FILES[product]
+        names = kind
+        load = f'pipe = {kind}.from_single_file("{here}/{file}", config="{here}/config")'
+    else:
+        names, load = f"LCMScheduler, {kind}", f"pipe = {kind}.{base})"
+        scheduler = (
+            "pipe.scheduler = LCMScheduler.from_config("
+            "pipe.scheduler.config, original_inference_steps=8)"
+        )
+        if product == "unet":
+            names += ", UNet2DConditionModel"
+            load = (
+                f'unet = UNet2DConditionModel.from_pretrained("{here}")\n'
+                f"pipe = {kind}.{base}, unet=unet)\n{scheduler}"
+            )
+        else:
+            load += f'\n{scheduler}\npipe.load_lora_weights("{here}/{FILES[product]}")'
     return f"""import torch
-from diffusers import LCMScheduler, {kind}
+from diffusers import {names}
 
-pipe = {kind}.from_pretrained("path/to/{recipe.teacher}")
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=8)
-pipe.load_lora_weights("path/to/this/folder/{LORA_FILES[product]}")
+{load}
 {draw}"""
 
 
-def _advice(product: str) -> str:
-    if product == "pipeline":
+def _loading(teacher: str) -> str:
+    """How diffusers loads a teacher, up to further arguments."""
+    if teacher.endswith(".safetensors"):
+        return f'from_single_file("path/to/{teacher}"'
+    return f'from_pretrained("{teacher if "/" in teacher else f"path/to/{teacher}"}"'
+
+
+def _advice(recipe: Recipe, product: str) -> str:
+    if product not in ("lora", "kohya"):
         return ""
-    return """
+    extracted = (
+        f"""
+The student was trained without a LoRA. This one is the nearest of its rank to what was learnt, and
+misses {recipe.missed:.1%} of it: the other products are the student itself.
+"""
+        if recipe.missed
+        else ""
+    )
+    return f"""{extracted}
 ## Scale
 Alpha equals the rank, so the scale is 1, which is right for the teacher. On fine-tunes of the
 teacher start at 1; if pictures look over-sharp or over-saturated, try 0.7 to 0.9

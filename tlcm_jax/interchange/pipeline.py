@@ -29,7 +29,8 @@ class Pipeline:
       tokenizers: as many.
       configs: each component's own JSON, as on disk; exports write it back.
       zero_null: the null conditioning is zeros (SDXL) rather than the encoded empty prompt.
-      source: where the weights came from, for messages.
+      source: where the weights came from: what `load_pipeline` was given.
+      folder: the local folder, in diffusers' layout, with the configs and tokenizers.
     """
 
     unet: UNet2DConditionModel
@@ -41,6 +42,7 @@ class Pipeline:
     configs: Mapping[str, Any]
     zero_null: bool
     source: str
+    folder: str
 
     @property
     def resolution(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from tlcm_jax.interchange import names
 from tlcm_jax.interchange.files import cast, save_tensors, whole
+from tlcm_jax.interchange.hub import NETWORKS
 from tlcm_jax.interchange.pipeline import Pipeline
 
 # What a component may consist of besides the weights written here. Anything else, pickles above
@@ -70,8 +71,8 @@ def write_component(
       ValueError: a weight does not fit in the dtype, or is not finite.
       OSError: the folder cannot be written.
     """
-    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
-    write_json(folder / "config.json", config)
+    stem = NETWORKS.get(folder.name, "diffusion_pytorch_model")
+    write_json(folder / "config.json", cleaned(config))
     tensors = {
         name: cast(f"{folder.name} {name}", value, dtype)
         for name, value in names.to_torch(jax.tree.map(np.asarray, params)).items()
@@ -91,7 +92,7 @@ def write_pipeline(
     """Writes a whole pipeline folder whose scheduler is the student's `LCMScheduler`.
 
     Args:
-      pipeline: every network, and (by its `source`) the folder that tokenizers are copied from.
+      pipeline: every network, and (by its `folder`) where tokenizers are copied from.
       folder: the folder to be; written under another name first, and renamed when whole.
       unet: the student's weights (`models.lora.merge`); the pipeline's own by default.
       dtype: of all weights, one of `files.DTYPES`.
@@ -103,36 +104,51 @@ def write_pipeline(
 
     Raises:
       FileExistsError: the folder holds files and `replace` is not given.
-      FileNotFoundError: the pipeline's source, whose tokenizers are needed, is gone.
+      FileNotFoundError: the pipeline's folder, whose tokenizers are needed, is gone.
       ValueError: a weight does not fit in the dtype.
       OSError: the disk is full or the folder cannot be written; nothing half written is left.
     """
     folder = Path(folder)
-    source = Path(pipeline.source)
     params = {**pipeline.params, "unet": pipeline.params["unet"] if unet is None else unet}
-    index = dict(pipeline.configs["model_index"])
-    index["scheduler"] = ["diffusers", "LCMScheduler"]
     with whole(folder, replace=replace) as part:
-        part.mkdir()
-        for name in list(index):
-            if name in params or name == "scheduler" or not _is_component(index[name]):
-                continue
-            if not _copy_data(source / name, part / name):
-                if name not in _OPTIONAL:
-                    raise FileNotFoundError(
-                        f"{source / name} is missing or pickled; the export needs it"
-                    )
-                index[name] = [None, None]
-                if name == "safety_checker":
-                    index["requires_safety_checker"] = False
+        write_configs(pipeline, part)
         for name, tree in params.items():
-            write_component(part / name, _cleaned(pipeline.configs[name]), tree, dtype)
-        scheduler = lcm_scheduler(pipeline.configs["scheduler"])
-        write_json(part / "scheduler" / "scheduler_config.json", scheduler)
-        write_json(part / "model_index.json", _cleaned(index))
+            write_component(part / name, pipeline.configs[name], tree, dtype)
         for name, text in (extra or {}).items():
             (part / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def write_configs(pipeline: Pipeline, folder: Path) -> None:
+    """Writes a pipeline folder without the networks' weights: configs, scheduler, tokenizers.
+
+    Args:
+      pipeline: as in `write_pipeline`.
+      folder: the folder to make.
+
+    Raises:
+      FileNotFoundError: a component that is copied is missing, or pickled.
+    """
+    source = Path(pipeline.folder)
+    folder.mkdir()
+    index = dict(pipeline.configs["model_index"])
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    for name in list(index):
+        if name in pipeline.params or name == "scheduler" or not is_component(index[name]):
+            continue
+        if not _copy_data(source / name, folder / name):
+            if name not in _OPTIONAL:
+                raise FileNotFoundError(
+                    f"{source / name} is missing or pickled; the export needs it"
+                )
+            index[name] = [None, None]
+            if name == "safety_checker":
+                index["requires_safety_checker"] = False
+    for name in pipeline.params:
+        write_json(folder / name / "config.json", cleaned(pipeline.configs[name]))
+    scheduler = lcm_scheduler(pipeline.configs["scheduler"])
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", cleaned(index))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -141,7 +157,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _is_component(entry: Any) -> bool:
+def is_component(entry: Any) -> bool:
     """Whether a `model_index.json` entry names a component: [library, class]."""
     return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
 
@@ -160,6 +176,6 @@ def _copy_data(source: Path, target: Path) -> bool:
     return True
 
 
-def _cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
+def cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without where it once lay: a path of the machine that saved it."""
     return {key: value for key, value in config.items() if key != "_name_or_path"}

@@ -1,52 +1,96 @@
 """Reading safetensors, one tensor at a time; pickled weights are refused.
 
-bf16 and fp16 files are handed over in the dtype asked for; nothing else is computed.
+Files are mapped, not read: a tensor is a view of the file until whoever places it copies what it
+needs, once, in the dtype and the layout asked for.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import mmap
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
 
 
-class TensorFile(Mapping[str, np.ndarray]):
-    """A lazy, read-only mapping over one or several safetensors files.
+class Tensors(Mapping[str, np.ndarray]):
+    """Named tensors in files: views, which cost nothing until they are copied."""
+
+    def label(self, name: str) -> str:
+        """What the file itself calls a tensor, for messages."""
+        return name
+
+    def release(self) -> None:
+        """Gives memory that earlier copies drew from the files back to the system."""
+
+
+class TensorFile(Tensors):
+    """A lazy, read-only mapping over one or several safetensors files, in the files' order.
 
     Attributes:
       metadata: the text in the files' headers.
     """
 
     def __init__(self, files: list[Path]):
-        """Opens the files.
+        """Maps the files.
 
         Raises:
-          ValueError: a file is not a whole safetensors file; it is named.
+          ValueError: a file is not a whole safetensors file, or two hold the same tensor; they
+            are named.
         """
-        self._where = {}
+        self._views: dict[str, np.ndarray] = {}
+        self._maps: list[mmap.mmap] = []
         self.metadata: dict[str, str] = {}
         for file in files:
             try:
-                handle = safe_open(file, framework="numpy")
+                with safe_open(file, framework="numpy"):  # checks the whole header
+                    pass
+                header, start, mapped = _map(file)
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{file} is not a readable safetensors file ({error}); fetch it again"
                 ) from None
-            self._where.update({name: handle for name in handle.keys()})
-            self.metadata.update(handle.metadata() or {})
+            self._maps.append(mapped)
+            self.metadata.update(header.pop("__metadata__", None) or {})
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                if name in self._views:
+                    raise ValueError(f"{file} holds {name} once more than its sister files")
+                if entry["dtype"] not in _DTYPES:
+                    raise ValueError(f"{file}: {name} is of dtype {entry['dtype']}; convert it")
+                dtype = np.dtype(_DTYPES[entry["dtype"]])
+                offset = start + entry["data_offsets"][0]
+                self._views[name] = np.ndarray(entry["shape"], dtype, mapped, offset)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._where[name].get_tensor(name)
+        return self._views[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._views)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._views)
+
+    def release(self) -> None:
+        """Drops the pages that were read from this process; views stay valid."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _map(file: Path) -> tuple[dict, int, mmap.mmap]:
+    """A checked file's header, where its data begins, and its bytes."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        return header, 8 + size, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def refuse_pickle(path: Path) -> None:
@@ -60,27 +104,46 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def open_component(folder: Path, stem: str) -> TensorFile:
+def weights_name(names: Collection[str], stem: str, variant: str | None = None) -> str | None:
+    """Which of a component folder's files to open: its weights, or the index of its shards.
+
+    Args:
+      names: the folder's file names.
+      stem: `diffusion_pytorch_model` or `model`.
+      variant: such as `fp16`; by default the files without one, else those of `fp16`.
+    """
+    for chosen in ("", ".fp16") if variant is None else (f".{variant}",):
+        for name in (f"{stem}{chosen}.safetensors", f"{stem}.safetensors.index{chosen}.json"):
+            if name in names:
+                return name
+    return None
+
+
+def open_component(folder: Path, stem: str, variant: str | None = None) -> TensorFile:
     """The weights of one pipeline component, single or sharded.
 
     Args:
       folder: e.g. `model/unet`.
       stem: `diffusion_pytorch_model` or `model`.
+      variant: as in `weights_name`.
 
     Raises:
       ValueError: there are only pickled weights, or a shard is missing or broken.
-      FileNotFoundError: there are no weights.
+      FileNotFoundError: there are no weights, or none of that variant.
     """
-    for variant in ("", ".fp16"):
-        single = folder / f"{stem}{variant}.safetensors"
-        if single.is_file():
-            return TensorFile([single])
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if index.is_file():
-            return TensorFile([folder / shard for shard in _shards(index)])
-    for other in sorted(folder.glob("*")) if folder.is_dir() else ():
-        refuse_pickle(other)
-    raise FileNotFoundError(f"{folder} holds no {stem}.safetensors; the model folder is not whole")
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    name = weights_name([path.name for path in files], stem, variant)
+    if name is not None and name.endswith(".json"):
+        return TensorFile([folder / shard for shard in _shards(folder / name)])
+    if name is not None:
+        return TensorFile([folder / name])
+    others = [path.name for path in files if path.suffix == ".safetensors"]
+    if not others:
+        for path in files:
+            refuse_pickle(path)
+    wanted = f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
+    there = f" (it has {', '.join(others)})" if others else ""
+    raise FileNotFoundError(f"{folder} holds no {wanted}{there}; the model folder is not whole")
 
 
 def _shards(index: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """Loads each export in its own consumer, diffusers on PyTorch, and compares what both draw.
 
-What is exercised is what a user does: `from_pretrained` or `load_lora_weights`, then
+What is exercised is what a user does: `from_pretrained`, `from_single_file` or `load_lora_weights`
+(which hands the factors to PEFT), then
 `pipe(prompt, timesteps=[...], guidance_scale=0, latents=..., generator=..., output_type="latent")`.
 diffusers' `LCMScheduler` draws its fresh noise from that generator, in order, one draw a step;
 nothing else draws from it, because the first latents are given. A second generator of the same
@@ -10,9 +11,8 @@ Our side reads the weights back from the product itself, so that what rounding t
 on both sides; arithmetic is fp32.
 """
 
-import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,13 @@ import numpy as np
 from absl import logging
 
 from tlcm_jax.diffusion.sampler import sample, timesteps_for
+from tlcm_jax.interchange import consumer, names
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.interchange.hub import NETWORKS
 from tlcm_jax.interchange.lora_files import read_lora
-from tlcm_jax.interchange.products import product_folder
+from tlcm_jax.interchange.placement import to_devices
+from tlcm_jax.interchange.products import product_folder, product_kind
+from tlcm_jax.interchange.tensors import open_component
 from tlcm_jax.models import lora
 
 PROMPTS = ("a photo of a red apple", "a drawing of a blue bird")
@@ -66,7 +70,7 @@ def verify_products(
 
     Args:
       products: as `export_products` returned them.
-      teacher: the teacher's pipeline folder, which the LoRAs are loaded onto.
+      teacher: the teacher, as `load_pipeline` reads it, which LoRAs and UNets are loaded onto.
       prompts: what is drawn.
       steps: step counts of METHOD.md's table.
       seed: of the noise.
@@ -80,7 +84,7 @@ def verify_products(
       ModuleNotFoundError: the consumer is not installed; nothing is deleted.
     """
     require_consumer()
-    ours = _Ours(Path(teacher))
+    ours = _Ours(teacher)
     results: dict[str, dict[int, float]] = {}
     failures = []
     for target, path in products.items():
@@ -105,16 +109,20 @@ def verify_products(
 class _Ours:
     """Our side: one compiled function a step count, for every product's weights."""
 
-    def __init__(self, teacher: Path):
+    def __init__(self, teacher: str | Path):
         self.teacher = load_pipeline(teacher)
         self._draw: dict[int, Callable] = {}
 
     def weights(self, path: Path) -> tuple[dict[str, Any], set[str]]:
         """All networks' weights with the product in them, and the layers that a LoRA adapts."""
-        base = self.teacher.params
-        if path.is_file():
+        base, kind = self.teacher.params, product_kind(path)
+        if kind == "lora":
             adapter = read_lora(path, base["unet"])
             return {**base, "unet": lora.merge(base["unet"], adapter)}, _layer_names(adapter)
+        if kind == "unet":
+            tensors = open_component(path, NETWORKS["unet"])
+            views = names.matched(tensors, base["unet"], str(path))
+            return {**base, "unet": to_devices(views, base["unet"], tensors.release)}, set()
         product = load_pipeline(path)
         ours, theirs = self.teacher.schedule, product.schedule
         if ours.prediction_type != theirs.prediction_type or not np.array_equal(
@@ -146,7 +154,13 @@ def _compare(
 ) -> dict[int, float]:
     """The relative difference of one product's latents, by step count."""
     params, layers = ours.weights(path)
-    theirs = _load_consumer(path, Path(ours.teacher.source), layers)
+    theirs = consumer.load(path, ours.teacher)
+    loaded = consumer.adapted_layers(theirs)
+    if loaded != layers:
+        wrong = ", ".join(sorted(loaded ^ layers)[:10])
+        raise VerificationError(
+            f"diffusers adapted {len(loaded & layers)} of its {len(layers)} layers; not {wrong}"
+        )
     shape = (len(prompts), *ours.teacher.latent_shape())
     noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
     differences = {}
@@ -155,57 +169,6 @@ def _compare(
         drawn = ours.draw(params, prompts, noise, fresh)
         differences[count] = float(np.linalg.norm(drawn - expected) / np.linalg.norm(expected))
     return differences
-
-
-def _load_consumer(path: Path, teacher: Path, layers: set[str]) -> Any:
-    """The diffusers pipeline with the product in it, loaded as the model card says."""
-    import diffusers
-    import torch
-
-    folder = path if path.is_dir() else teacher
-    with _only_errors():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True
-        )
-        pipe.set_progress_bar_config(disable=True)
-        if path.is_dir():
-            return pipe
-        pipe.scheduler = diffusers.LCMScheduler.from_config(
-            pipe.scheduler.config, original_inference_steps=8
-        )
-        pipe.load_lora_weights(str(path))
-        # Factors stored in fp16 stay so beside fp32 weights; this compares in fp32 throughout.
-        pipe.unet.to(torch.float32)
-    loaded = {
-        name.removesuffix(".lora_A")
-        for name, _ in pipe.unet.named_modules()
-        if name.endswith(".lora_A")
-    }
-    if loaded != layers:
-        wrong = ", ".join(sorted(loaded ^ layers)[:10])
-        raise VerificationError(
-            f"diffusers adapted {len(loaded & layers)} of its {len(layers)} layers; not {wrong}"
-        )
-    return pipe
-
-
-@contextlib.contextmanager
-def _only_errors() -> Iterator[None]:
-    """Silences bars and hints of the consumer's loaders, which do not concern an export."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    loggers = (diffusers_logging, transformers_logging)
-    levels = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
-            logger.enable_progress_bar()
 
 
 def draw_consumer(
