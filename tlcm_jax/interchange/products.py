@@ -45,7 +45,7 @@ def export_products(
     Args:
       pipeline: the teacher. The pipeline product reads its weights again from `pipeline.source`,
         in fp32 whatever the run kept them in.
-      adapter: the trained LoRA, scaled.
+      adapter: the trained LoRA, scaled; or the trained weights, of a UNet trained whole.
       targets: some of `TARGETS`.
       output: the folder that holds the products.
       dtype: of all weights, one of `files.DTYPES`.
@@ -55,11 +55,17 @@ def export_products(
       Where each product is: the LoRAs' safetensors files, the pipeline's folder.
 
     Raises:
-      ValueError: an unknown target or dtype, or weights that do not fit in the dtype.
+      ValueError: an unknown target or dtype, a LoRA of weights that were trained whole, or
+        weights that do not fit in the dtype.
       FileExistsError: `output/<target>` holds something else than an earlier export.
       OSError: a product cannot be written; it is named, and those before it are whole.
     """
     check_targets(targets, dtype)
+    if not lora.is_low_rank(adapter) and set(targets) & set(_DIALECTS):
+        raise ValueError(
+            f"the student's weights were trained whole, so there is no LoRA to write as "
+            f"{', '.join(sorted(set(targets) & set(_DIALECTS)))}; export 'pipeline'"
+        )
     output = Path(output)
     products: dict[str, Path] = {}
     for target in dict.fromkeys(targets):

@@ -65,6 +65,11 @@ def init(params: Tree, targets: Sequence[str], rank: int, key: Array) -> dict:
     return flax.traverse_util.unflatten_dict(adapter)
 
 
+def is_low_rank(adapter: Tree) -> bool:
+    """Whether a trained tree is an adapter's factors, and not weights to take the base's place."""
+    return any(path[-1] == "lora_A" for path in flax.traverse_util.flatten_dict(adapter))
+
+
 def scaled(adapter: Tree, scale: float) -> dict:
     """The adapter with `scale` (alpha / rank) multiplied into every `lora_B`."""
 
@@ -77,7 +82,9 @@ def scaled(adapter: Tree, scale: float) -> dict:
 def merge(params: Tree, adapter: Tree, scale: float = 1.0) -> dict:
     """Base weights with the adapter added: what gradient-free calls and exports use.
 
-    Every product is taken in fp32 and the sum returned in the base's dtype.
+    Every product is taken in fp32 and the sum returned in the base's dtype. An adapter may also
+    hold leaves under the base's own names, which take their places: all of them, if the base was
+    trained whole.
 
     Raises:
       KeyError: the adapter names a layer that the base does not have.
@@ -86,7 +93,10 @@ def merge(params: Tree, adapter: Tree, scale: float = 1.0) -> dict:
     factors = flax.traverse_util.flatten_dict(adapter)
     merged = dict(base)
     for path, down in factors.items():
+        if path[-1] == "lora_B":
+            continue
         if path[-1] != "lora_A":
+            merged[path] = down.astype(base[path].dtype)
             continue
         kernel = base[(*path[:-1], "kernel")]
         up = factors[(*path[:-1], "lora_B")]

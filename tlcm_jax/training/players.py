@@ -109,3 +109,41 @@ def show(
 def parameters(others: Mapping[str, tuple[PyTree, PyTree]]) -> dict[str, PyTree]:
     """The players' parameters by name, out of the state's (parameters, optax state)."""
     return {name: pair[0] for name, pair in others.items()}
+
+
+def take_turns(
+    players: Mapping[str, Player],
+    train: Mapping[str, Callable],
+    others: Mapping[str, tuple[PyTree, PyTree]],
+    frozen: PyTree,
+    shown: Shown,
+) -> tuple[dict[str, tuple[PyTree, PyTree]], dict[str, Array]]:
+    """Equation (2) for every player, as a scan over its updates.
+
+    Args:
+      players: who they are.
+      train: of each, `(state, frozen, examples, keys, loop) -> (state, metrics)`, one update.
+      others: of each, its parameters and optax state.
+      frozen: what is not trained.
+      shown: what they are shown.
+
+    Returns:
+      Their new parameters and optax states, and what they report, by `NAME/...`.
+    """
+    trained, told = {}, {}
+    for name, player in players.items():
+
+        def turn(state: tuple, xs: tuple, update: Callable = train[name]) -> tuple:
+            return update(state, frozen, *xs, loop=True)
+
+        trained[name], told[name] = jax.lax.scan(turn, others[name], shown.of(name, player))
+    return trained, summed_up(told)
+
+
+def summed_up(told: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+    """What players report of one round, `[updates]` each, as means by `NAME/...`."""
+    return {
+        f"{name}/{key}": jnp.mean(value)
+        for name, reported in told.items()
+        for key, value in reported.items()
+    }

@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tlcm_jax.training.mesh import AXES, check_batch, replicated
-from tlcm_jax.training.players import Player, Shown, parameters, show
+from tlcm_jax.training.players import Player, Shown, parameters, show, summed_up, take_turns
 from tlcm_jax.training.sharding import RULES, Rules, tree_shardings
 from tlcm_jax.training.state import TrainState
 
@@ -141,22 +141,14 @@ def make_step(
         examples, keys = _prepare(objective, settings, mesh, state, frozen, batch)
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, Metrics]:
-            student, others = carry
-            if not players:
-                student, metrics = update(student, frozen, *xs, loop=True)
-                return (student, others), metrics
-            shown = show(objective, players, student[0], frozen, *xs)
-            trained, told = {}, {}
-            for name, player in players.items():
-
-                def one(carry: tuple, xs: tuple, train: Any = train[name]) -> tuple:
-                    return train(carry, frozen, *xs, loop=True)
-
-                trained[name], metrics = jax.lax.scan(one, others[name], shown.of(name, player))
-                told[name] = metrics
-            seen = parameters(trained)
-            student, metrics = update(student, frozen, xs[0], shown.keys, seen, loop=True)
-            return (student, trained), {**metrics, **_told(told)}
+            (student, others), (examples, keys) = carry, xs
+            seen, said = (), {}
+            if players:
+                shown = show(objective, players, student[0], frozen, examples, keys)
+                others, said = take_turns(players, train, others, frozen, shown)
+                seen, keys = (parameters(others),), shown.keys
+            student, metrics = update(student, frozen, examples, keys, *seen, loop=True)
+            return (student, others), {**metrics, **said}
 
         carry = ((state.trainable, state.opt_state), state.players)
         (student, others), metrics = jax.lax.scan(
@@ -206,7 +198,7 @@ def make_step(
     def finish(step: Array, examples: PyTree, collected: list) -> tuple[Array, Metrics]:
         if players:
             collected = [
-                {**mine, **_told({name: _stack(turns) for name, turns in told.items()})}
+                {**mine, **summed_up({name: _stack(turns) for name, turns in told.items()})}
                 for mine, told in collected
             ]
         return step + 1, _summary(mesh, _stack(collected), _count(examples))
@@ -375,15 +367,6 @@ def _at(tree: PyTree, index: Array) -> PyTree:
 
 def _stack(metrics: list[Metrics]) -> Metrics:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics)
-
-
-def _told(metrics: dict[str, Metrics]) -> Metrics:
-    """What the other players report of one round, `[turns]` each, as scalars by `NAME/...`."""
-    return {
-        f"{name}/{key}": jnp.mean(value)
-        for name, reported in metrics.items()
-        for key, value in reported.items()
-    }
 
 
 def _summary(mesh: Mesh | None, metrics: Metrics, count: int) -> Metrics:
