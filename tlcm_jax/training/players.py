@@ -130,7 +130,8 @@ def take_turns(
     Returns:
       Their new parameters and optax states, and what they report, by `NAME/...`.
     """
-    trained, told = {}, {}
+    trained: dict[str, tuple[PyTree, PyTree]] = {}
+    told: dict[str, dict[str, Array]] = {}
     for name, player in players.items():
 
         def turn(state: tuple, xs: tuple, update: Callable = train[name]) -> tuple:

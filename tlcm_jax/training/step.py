@@ -142,12 +142,13 @@ def make_step(
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, Metrics]:
             (student, others), (examples, keys) = carry, xs
-            seen, said = (), {}
-            if players:
-                shown = show(objective, players, student[0], frozen, examples, keys)
-                others, said = take_turns(players, train, others, frozen, shown)
-                seen, keys = (parameters(others),), shown.keys
-            student, metrics = update(student, frozen, examples, keys, *seen, loop=True)
+            if not players:
+                student, metrics = update(student, frozen, examples, keys, loop=True)
+                return (student, others), metrics
+            shown = show(objective, players, student[0], frozen, examples, keys)
+            others, said = take_turns(players, train, others, frozen, shown)
+            seen = parameters(others)
+            student, metrics = update(student, frozen, examples, shown.keys, seen, loop=True)
             return (student, others), {**metrics, **said}
 
         carry = ((state.trainable, state.opt_state), state.players)
