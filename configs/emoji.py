@@ -13,13 +13,55 @@ from ml_collections import ConfigDict
 
 from tlcm_jax import paths
 
+VARIANTS = ("", "smoke", "paper")
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; `variant` is empty or `smoke`."""
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/emoji.py has no variant {variant!r}; use ':smoke' or none")
-    smoke = variant == "smoke"
+    """The recipe, or one of its variants: see above."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/emoji.py has no variant {variant!r}; use ':smoke', ':paper'")
+    smoke, paper = variant == "smoke", variant == "paper"
     prompts = paths.MINIATURE / "prompts"
+    guidance_scale = 6.0
+    stages = dict(
+        # Not in the paper: half the cost of a pair of stage 1, and right from the first update.
+        trajectories=dict(
+            objective="trajectory_regression",
+            steps=2 if smoke else 85,
+            # 24 paths of 8 milestones: 6 updates of 32.
+            batch_size=24,
+            updates=6,
+            learning_rate=1e-3,
+            warmup_updates=0 if smoke else 20,
+            decay="cosine",
+            final_fraction=0.05,
+            settings=dict(guidance_scale=guidance_scale, teacher_substeps=1),
+        ),
+        segments=dict(
+            objective="segment_consistency",
+            steps=45,
+            # 16 prompts make 272 pairs: 8 updates of 34.
+            batch_size=16,
+            updates=8,
+            learning_rate=1e-3,
+            warmup_updates=10,
+            decay="cosine",
+            final_fraction=0.1,
+            settings=dict(guidance_scale=guidance_scale, nodes_per_segment=2),
+        ),
+        endpoints=dict(
+            objective="endpoint_consistency",
+            steps=2 if smoke else 30 if paper else 15,
+            # 16 rollouts of 4 states: 2 updates of 32.
+            batch_size=16,
+            updates=2,
+            learning_rate=3e-4 if paper else 1e-4,
+            decay="cosine",
+            final_fraction=0.1,
+            settings=dict(guidance_scale=guidance_scale, teacher_substeps=2, states_per_rollout=4),
+        ),
+    )
+    order = ("segments", "endpoints") if paper else ("trajectories", "endpoints")
     return ConfigDict(
         dict(
             name="emoji-xl",
@@ -27,40 +69,15 @@ def get_config(variant: str = "") -> ConfigDict:
             model=dict(path=str(paths.EMOJI_XL), dtype="float32"),
             prompts=(str(prompts / "train.txt"),),
             adapter=dict(rank=64, alpha=64.0, merged=True),
-            stage_order=("segments", "endpoints"),
-            stages=dict(
-                segments=dict(
-                    objective="segment_consistency",
-                    steps=2 if smoke else 60,
-                    # 16 prompts make 272 pairs: 8 updates of 34.
-                    batch_size=16,
-                    updates=8,
-                    learning_rate=1e-3,
-                    warmup_updates=0 if smoke else 10,
-                    decay="cosine",
-                    final_fraction=0.1,
-                    settings=dict(guidance_scale=4.0, nodes_per_segment=2),
-                ),
-                endpoints=dict(
-                    objective="endpoint_consistency",
-                    steps=2 if smoke else 60,
-                    # 16 rollouts of 4 states: 2 updates of 32.
-                    batch_size=16,
-                    updates=2,
-                    learning_rate=3e-4,
-                    warmup_updates=0 if smoke else 10,
-                    decay="cosine",
-                    final_fraction=0.1,
-                    settings=dict(guidance_scale=4.0, teacher_substeps=2, states_per_rollout=4),
-                ),
-            ),
+            stage_order=order,
+            stages={name: stages[name] for name in order},
             mesh=dict(data=-1, fsdp=1),
             log_every=1 if smoke else 5,
             checkpoint_every=20,
             evaluation=dict(
                 prompts=(str(prompts / "heldout.txt"), str(prompts / "composition.txt")),
                 judge=str(paths.JUDGE),
-                guidance_scale=4.0,
+                guidance_scale=guidance_scale,
                 limit=16 if smoke else 0,
             ),
             export=("lora", "pipeline"),

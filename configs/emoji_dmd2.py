@@ -13,17 +13,20 @@ from configs import emoji
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; `variant` as in `configs/emoji.py`."""
-    config = emoji.get_config(variant)
+    """The recipe; there are no variants."""
+    if variant:
+        raise ValueError(f"configs/emoji_dmd2.py has no variant {variant!r}")
+    config = emoji.get_config("paper")
     config.name = "emoji-xl-dmd2"
     del config.stages["segments"]
     config.stage_order = ("endpoints",)
     stage = config.stages.endpoints
+    guidance_scale = stage.settings.guidance_scale
     # No consistency loss, and so no walk of the teacher's.
     stage.settings = ConfigDict(dict(segments=4, states_per_rollout=4, weight=0.0))
     stage.terms = ConfigDict(
         dict(
-            distribution_matching=dict(guidance_scale=4.0, critic_learning_rate=3e-4),
+            distribution_matching=dict(guidance_scale=guidance_scale, critic_learning_rate=3e-4),
             adversarial=dict(weight=5e-3, critic_learning_rate=1e-3),
         )
     )

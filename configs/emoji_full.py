@@ -18,29 +18,31 @@ SEGMENTS = (8, 4, 2)
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; `variant` as in `configs/emoji.py`."""
-    config = emoji.get_config(variant)
+    """The recipe; there are no variants."""
+    if variant:
+        raise ValueError(f"configs/emoji_full.py has no variant {variant!r}")
+    config = emoji.get_config("paper")
     config.name = "emoji-xl-full"
-    smoke = variant == "smoke"
     look = dict(latent_lpips=dict(weights=str(paths.MINIATURE / "latent_lpips")))
+    guidance_scale = config.stages.segments.settings.guidance_scale
     first, second = config.stages.segments.to_dict(), config.stages.endpoints.to_dict()
     stages = {}
     for segments in SEGMENTS:
         # 16 nodes a path whatever M; the steps of the default's first stage are shared out.
-        settings = dict(segments=segments, nodes_per_segment=16 // segments, guidance_scale=4.0)
+        settings = dict(
+            segments=segments, nodes_per_segment=16 // segments, guidance_scale=guidance_scale
+        )
         steps = max(1, first["steps"] // len(SEGMENTS))
         stages[f"segments{segments}"] = dict(first, steps=steps, settings=settings, terms=look)
     stages["endpoints"] = dict(second, terms=look)
-    later = dict(
-        second, learning_rate=1e-4, decay="constant", warmup_updates=0, steps=2 if smoke else 20
-    )
+    later = dict(second, learning_rate=1e-4, decay="constant", steps=20)
     scorer = dict(scorer="contrastive", weights=str(paths.MINIATURE / "scorer"))
     stages["preference"] = dict(later, terms=dict(look, preference=scorer))
     stages["matching"] = dict(
         later,
         terms=dict(
             look,
-            distribution_matching=dict(guidance_scale=4.0, critic_learning_rate=1e-4),
+            distribution_matching=dict(guidance_scale=guidance_scale, critic_learning_rate=1e-4),
             adversarial=dict(weight=5e-3, critic_learning_rate=1e-3),
         ),
     )

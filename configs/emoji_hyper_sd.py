@@ -14,10 +14,13 @@ SEGMENTS = (8, 4, 2, 1)
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; `variant` as in `configs/emoji.py`."""
-    config = emoji.get_config(variant)
+    """The recipe; there are no variants."""
+    if variant:
+        raise ValueError(f"configs/emoji_hyper_sd.py has no variant {variant!r}")
+    config = emoji.get_config("paper")
     config.name = "emoji-xl-hyper-sd"
     first = config.stages.segments
+    guidance_scale = first.settings.guidance_scale
     stages = {}
     for segments in SEGMENTS:
         stage = stages[f"segments{segments}"] = ConfigDict(first.to_dict())
@@ -28,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
             dict(
                 segments=segments,
                 nodes_per_segment=16 // segments,
-                guidance_scale=4.0,
+                guidance_scale=guidance_scale,
                 landing="trajectory",
             )
         )

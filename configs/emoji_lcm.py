@@ -12,13 +12,14 @@ from configs import emoji
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; `variant` as in `configs/emoji.py`."""
-    config = emoji.get_config(variant)
+    """The recipe; there are no variants."""
+    if variant:
+        raise ValueError(f"configs/emoji_lcm.py has no variant {variant!r}")
+    config = emoji.get_config("paper")
     config.name = "emoji-xl-lcm"
     del config.stages["endpoints"]
     config.stage_order = ("segments",)
     # As many nodes a path as the default's 8 segments of 2, and so as many evaluations.
-    config.stages.segments.settings = ConfigDict(
-        dict(segments=1, nodes_per_segment=16, guidance_scale=4.0)
-    )
+    settings = config.stages.segments.settings
+    settings.segments, settings.nodes_per_segment = 1, 16
     return config

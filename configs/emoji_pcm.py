@@ -12,13 +12,18 @@ from configs import emoji
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; `variant` as in `configs/emoji.py`."""
-    config = emoji.get_config(variant)
+    """The recipe; there are no variants."""
+    if variant:
+        raise ValueError(f"configs/emoji_pcm.py has no variant {variant!r}")
+    config = emoji.get_config("paper")
     config.name = "emoji-xl-pcm"
     del config.stages["endpoints"]
     config.stage_order = ("segments",)
     stage = config.stages.segments
-    stage.settings = ConfigDict(dict(segments=4, nodes_per_segment=4, guidance_scale=4.0))
+    guidance_scale = stage.settings.guidance_scale
+    stage.settings = ConfigDict(
+        dict(segments=4, nodes_per_segment=4, guidance_scale=guidance_scale)
+    )
     stage.terms = ConfigDict(
         dict(
             # Compared within the phase: t' from the lower milestone to the next one up.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from tlcm_jax import evaluation_report, paths
+from tlcm_jax import compilation, evaluation_report, paths
 from tlcm_jax.data.prompt_sets import read_prompt_set
 from tlcm_jax.evaluation import check_steps, evaluate
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
@@ -102,4 +102,5 @@ def run(values: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
+    compilation.use_cache()
     app.run(main)

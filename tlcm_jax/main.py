@@ -3,19 +3,20 @@
 The same command resumes a run that was stopped.
 """
 
-import os
 import sys
 import time
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from tlcm_jax import compilation
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/emoji.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, samples, report.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
-    os.path.join("~", ".cache", "tlcm_jax", "compiled"),
+    compilation.CACHE,
     "Where compiled programs are kept from run to run; empty keeps none.",
 )
 
@@ -31,9 +32,7 @@ def main(argv: list[str]) -> None:
     distributed.initialize()
     import jax
 
-    if _CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compilation.use_cache(_CACHE.value)
     from tlcm_jax.distil import distil
     from tlcm_jax.finish import Ending, finish
 

@@ -15,6 +15,7 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
+from tlcm_jax import compilation
 from tlcm_jax.diffusion.sampler import timesteps_for
 from tlcm_jax.drawing import draw_student, draw_teacher
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
@@ -108,4 +109,5 @@ def _targets(output: Path, count: int) -> list[Path]:
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)  # Orbax tells each of its options
     define_flags(flags.FLAGS)
+    compilation.use_cache()
     app.run(main)

@@ -15,6 +15,8 @@ from tlcm_jax.distillation import stages
 from tlcm_jax.distillation.consistency import SegmentConsistencySettings
 from tlcm_jax.distillation.endpoints import EndpointConsistencySettings
 from tlcm_jax.distillation.networks import Networks
+from tlcm_jax.distillation.objective import batch_size
+from tlcm_jax.distillation.trajectories import TrajectoryRegressionSettings
 
 CASES = {
     "node_reuse": SegmentConsistencySettings(),
@@ -23,6 +25,7 @@ CASES = {
     "endpoint": EndpointConsistencySettings(),
     "shared_rollout": EndpointConsistencySettings(states_per_rollout=2),
     "milestones": EndpointConsistencySettings(rollout="milestones", teacher_substeps=2),
+    "trajectory": TrajectoryRegressionSettings(),
 }
 
 
@@ -48,7 +51,9 @@ def in_frozen(world):
     ), {"scale": jnp.ones(()), "null": world.frozen}
 
 
-@pytest.mark.parametrize("case", ["node_reuse", "literal", "shared_rollout", "milestones"])
+@pytest.mark.parametrize(
+    "case", ["node_reuse", "literal", "shared_rollout", "milestones", "trajectory"]
+)
 def test_no_gradient_reaches_teacher_states_or_rollout(world, case):
     """The whole of `produce` is constant in the parameters of every network that it runs."""
     networks, frozen = in_frozen(world)
@@ -131,7 +136,7 @@ def test_network_evaluations_are_those_stated(world, case):
     jax.effects_barrier()
     forwards.subtract(produced)
 
-    samples = len(pairs.t_m)
+    samples = batch_size(pairs)
     stated = stage.evaluations_per_sample(settings)
     assert samples == 2 * stage.examples_per_prompt(settings)
     assert produced["teacher"] == stated.teacher * samples
@@ -150,9 +155,10 @@ def test_the_stated_costs():
     assert costs["endpoint"] == 4 + 6 + 2
     assert costs["shared_rollout"] == 2 + 6 + 2
     assert costs["milestones"] == 8 + 4 + 2
+    assert costs["trajectory"] == 4 + 1
 
 
-@pytest.mark.parametrize("case", ["node_reuse", "literal", "shared_rollout"])
+@pytest.mark.parametrize("case", ["node_reuse", "literal", "shared_rollout", "trajectory"])
 def test_examples_are_made_where_their_prompts_are(world, case):
     """On eight devices: equal to one device's, and no latent crosses between devices."""
     objective = build(world, CASES[case])

@@ -1,4 +1,4 @@
-"""Distillation on Gaussian data, where the right answer is known: both stages must find it.
+"""Distillation on Gaussian data, where the right answer is known: every objective must find it.
 
 Two answers are compared. The *discrete* one is what the settings ask for: the teacher's DDIM with
 the settings' own steps, iterated; the student must reach it closely. The *exact* one is the
@@ -13,7 +13,7 @@ import optax
 
 from tlcm_jax.diffusion import ddim, gaussian, paths
 from tlcm_jax.diffusion.prediction import predict_x0
-from tlcm_jax.distillation import consistency, endpoints
+from tlcm_jax.distillation import consistency, endpoints, trajectories
 
 
 def train(world, objective, steps, rate, batch):
@@ -82,6 +82,23 @@ def test_stage_2_finds_the_endpoint_map(world):
     objective = endpoints.endpoint_consistency(
         world.networks, world.schedule, world.shape, settings
     )
+    trained = train(world, objective, steps=400, rate=0.1, batch=64)
+    check_endpoints(world, trained, 30)
+
+
+def test_trajectory_regression_finds_the_endpoint_map(world):
+    settings = trajectories.TrajectoryRegressionSettings(
+        guidance_scale=world.scale, teacher_substeps=30
+    )
+    objective = trajectories.trajectory_regression(
+        world.networks, world.schedule, world.shape, settings
+    )
+    trained = train(world, objective, steps=200, rate=0.1, batch=16)
+    check_endpoints(world, trained, 30)
+
+
+def check_endpoints(world, trained, substeps):
+    """The student's x0 at the milestones is the end of the teacher's discrete trajectory."""
     edges = paths.milestones(8)
     t = jnp.repeat(jnp.asarray(edges[:-1]), 256)
     z = world.marginal(jax.random.key(7), t)
@@ -91,8 +108,10 @@ def test_stage_2_finds_the_endpoint_map(world):
         return predict_x0(student, world.schedule, z, t, world.conditioning(len(t)))
 
     exact = gaussian.flow(world.schedule, z, t, jnp.zeros_like(t), world.guided(len(t)))
-    steps = jnp.arange(31)
-    stops = jnp.concatenate([high - (high - low) * steps // 30 for high, low in pairwise(edges)])
+    steps = jnp.arange(substeps + 1)
+    stops = jnp.concatenate(
+        [high - (high - low) * steps // substeps for high, low in pairwise(edges)]
+    )
 
     def walk(z, stop):
         # Samples that begin below this time wait for the walk to reach them.
@@ -100,7 +119,6 @@ def test_stage_2_finds_the_endpoint_map(world):
 
     discrete = jax.lax.scan(walk, z, (stops[:-1], stops[1:]))[0]
 
-    trained = train(world, objective, steps=400, rate=0.1, batch=64)
     assert rms(end(world.trainable()) - exact) > 0.5
     assert rms(discrete - exact) < 0.007
     assert rms(end(trained) - discrete) < 1e-3

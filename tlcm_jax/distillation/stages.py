@@ -16,6 +16,7 @@ from tlcm_jax.distillation import (
     endpoints,
     perceptual,
     preference,
+    trajectories,
 )
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import Evaluations, Objective
@@ -51,6 +52,12 @@ STAGES = {
         objective=endpoints.endpoint_consistency,
         evaluations_per_sample=endpoints.evaluations_per_sample,
         examples_per_prompt=endpoints.examples_per_prompt,
+    ),
+    "trajectory_regression": Stage(
+        settings=trajectories.TrajectoryRegressionSettings,
+        objective=trajectories.trajectory_regression,
+        evaluations_per_sample=trajectories.evaluations_per_sample,
+        examples_per_prompt=trajectories.examples_per_prompt,
     ),
 }
 

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlcm_jax.diffusion import gaussian, paths
+from tlcm_jax.diffusion.guidance import guided
+from tlcm_jax.diffusion.prediction import eps_from_x0
+from tlcm_jax.distillation import trajectories
+from tlcm_jax.distillation.trajectories import TrajectoryRegressionSettings
+
+
+def make(world, **changes):
+    settings = TrajectoryRegressionSettings(guidance_scale=2.0, **changes)
+    return trajectories.trajectory_regression(world.networks, world.schedule, world.shape, settings)
+
+
+def points_of(world, objective, batch):
+    arguments = (world.trainable(), world.frozen, {"conditioning": world.conditioning(batch)})
+    return jax.jit(objective.produce)(*arguments, jax.random.key(0))
+
+
+@pytest.mark.parametrize("substeps", [1, 3])
+def test_points_are_the_milestones_of_the_guided_teacher_s_path(world, substeps):
+    points = points_of(world, make(world, teacher_substeps=substeps), 5)
+    falling = paths.milestones(8)
+    np.testing.assert_array_equal(points.t, np.tile(falling[:-1], 5))
+    z = points.z.reshape(5, 8, *world.shape)
+    end = points.end.reshape(5, 8, *world.shape)
+    np.testing.assert_array_equal(end, np.broadcast_to(end[:, :1], end.shape))
+    teacher = guided(gaussian.denoiser(world.schedule), 2.0, world.frozen)
+    follow = jnp.concatenate([z, end[:, :1]], axis=1)
+    for k, (high, low) in enumerate(zip(falling, falling[1:], strict=False)):
+        start, steps = jnp.full(5, high), jnp.full(5, substeps)
+        times = paths.equal_times(start, jnp.full(5, low), steps, substeps)
+        here = world.conditioning(5)
+        _, then = paths.teacher_path(teacher, world.schedule, z[:, k], times, here)
+        np.testing.assert_allclose(follow[:, k + 1], then, atol=2e-5)
+
+
+def test_paths_begin_in_pure_noise(world):
+    points = points_of(world, make(world), 2000)
+    start = np.asarray(points.z)[np.asarray(points.t) == 999]
+    assert abs(start.mean()) < 0.03
+    assert abs(start.std() - 1) < 0.03
+
+
+def test_the_weight_is_the_clipped_snr(world):
+    points = points_of(world, make(world), 4)
+
+    def constant(trainable, frozen):
+        return lambda z, t, c: eps_from_x0(world.schedule, z, jnp.full_like(z, 0.5), t)
+
+    networks = type(world.networks)(
+        student=constant, teacher=world.networks.teacher, null=world.networks.null
+    )
+    settings = TrajectoryRegressionSettings(snr_limit=5.0)
+    objective = trajectories.trajectory_regression(networks, world.schedule, world.shape, settings)
+    loss, metrics = objective.loss(None, world.frozen, points, jax.random.key(0))
+    expected = np.mean(np.square(0.5 - np.asarray(points.end)), axis=(1, 2, 3))
+    np.testing.assert_allclose(metrics["mse_x0"], expected, rtol=1e-4)
+    alphas = np.asarray(world.schedule.alphas_cumprod)[np.asarray(points.t)]
+    weight = np.minimum(1 / (1 - alphas), 5.0)  # SNR + 1
+    np.testing.assert_allclose(loss, weight * expected, rtol=1e-4)
+    assert weight.min() < 1.1 and weight.max() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segments": 0}, "segments = 0"),
+        ({"teacher_substeps": 0}, "teacher_substeps = 0"),
+        ({"teacher_substeps": 125}, "teacher_substeps = 125: must be at most 124"),
+        ({"snr_limit": 0.5}, "snr_limit = 0.5: must be at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(world, **changes)

@@ -1,0 +1,171 @@
+"""Regression on the teacher's whole trajectories: our cheaper way to what stage 2 is after.
+
+Knowledge distillation of a sampler (Luhman and Luhman 2021, arXiv 2101.02388), at every milestone.
+The guided teacher walks from pure noise to the end, p equal DDIM steps a segment,
+
+    z_T-1 = e,   z_{b_k} -> z_{b_{k+1}},   ...,   z_0,                            (1)
+
+and the student is to see the end from every milestone on the way,
+
+    L = min(SNR(b_k) + 1, snr_limit) || f(z_{b_k}, b_k) - z_0 ||^2.               (2)
+
+Where consistency (consistency.py, endpoints.py) hands the teacher's knowledge from point to point,
+through targets of the student's own that are wrong at first, (2) gives it to all points at once:
+the same solution, and no target network and no rollout to pay for. What it gives up is states of
+the student's own making.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from tlcm_jax.diffusion import paths
+from tlcm_jax.diffusion.guidance import forwards, guided
+from tlcm_jax.diffusion.prediction import Denoiser, predict_x0
+from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.distillation.networks import Networks
+from tlcm_jax.distillation.objective import (
+    Evaluations,
+    Objective,
+    Parts,
+    batch_size,
+    check_at_least,
+    check_at_most,
+    check_divides,
+    consistency,
+    mean_square,
+    repeat,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryRegressionSettings:
+    """The choices of trajectory regression.
+
+    Attributes:
+      segments: M, milestones of a path, each one a state.
+      teacher_substeps: p, DDIM steps a segment.
+      guidance_scale: w of the teacher, fixed.
+      snr_limit: of the weight in (2); 1 weighs all milestones alike.
+    """
+
+    segments: int = 8
+    teacher_substeps: int = 2
+    guidance_scale: float = 8.0
+    snr_limit: float = 1.0
+
+    def __post_init__(self):
+        check_at_least("segments", self.segments, 1)
+        check_at_least("teacher_substeps", self.teacher_substeps, 1)
+        check_at_least("guidance_scale", self.guidance_scale, 0)
+        check_at_least("snr_limit", self.snr_limit, 1)
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        """Raises a ValueError if these settings do not fit the time axis of `schedule`."""
+        shortest = paths.shortest_segment(self.segments, schedule.train_steps)
+        check_divides("segments", self.segments, schedule.train_steps)
+        reason = f"the shortest of {self.segments} segments of {schedule.train_steps} times"
+        check_at_most("teacher_substeps", self.teacher_substeps, shortest, reason)
+
+
+class TrajectoryPoints(NamedTuple):
+    """Examples: a milestone of a teacher's trajectory, and its end.
+
+    Attributes:
+      z: `[n, h, w, c]` the latent at the milestone `t`, `[n]`, above 0.
+      end: `[n, h, w, c]` the trajectory's z_0.
+      conditioning: pytree `[n, ...]`.
+    """
+
+    z: Float[Array, "n h w c"]
+    t: Int[Array, " n"]
+    end: Float[Array, "n h w c"]
+    conditioning: PyTree[Array]
+
+
+def examples_per_prompt(settings: TrajectoryRegressionSettings) -> int:
+    """Points that one prompt of a batch makes: the milestones of its path."""
+    return settings.segments
+
+
+def evaluations_per_sample(settings: TrajectoryRegressionSettings) -> Evaluations:
+    """Network forwards a point: the p guided calls of its segment."""
+    teacher = forwards(settings.guidance_scale) * settings.teacher_substeps
+    return Evaluations(teacher=teacher, student=1.0)
+
+
+def trajectory_regression(
+    networks: Networks,
+    schedule: NoiseSchedule,
+    latent_shape: tuple[int, int, int],
+    settings: TrajectoryRegressionSettings,
+) -> Objective:
+    """Equation (2) as an objective.
+
+    Args:
+      networks: student, teacher, null conditioning.
+      schedule: the teacher's noise schedule.
+      latent_shape: (h, w, c) of the latents.
+      settings: the choices.
+
+    Returns:
+      The objective; its examples are `TrajectoryPoints`, `segments` of them a prompt. Its metric
+      `mse_x0` is (2) without the weight.
+
+    Raises:
+      ValueError: the settings do not fit the schedule.
+    """
+    settings.check(schedule)
+    substeps = settings.teacher_substeps
+    stops = path_times(settings.segments, substeps, schedule.train_steps)
+
+    def produce(
+        trainable: PyTree[Array], frozen: PyTree[Array], batch: PyTree[Array], key: PRNGKeyArray
+    ) -> TrajectoryPoints:
+        del trainable
+        conditioning = batch["conditioning"]
+        size = batch_size(conditioning)
+        noise = jax.random.normal(key, (size, *latent_shape))
+        teacher = guided(networks.teacher(frozen), settings.guidance_scale, networks.null(frozen))
+        times = jnp.broadcast_to(jnp.asarray(stops, jnp.int32), (size, len(stops)))
+        nodes, end = paths.teacher_path(teacher, schedule, noise, times, conditioning)
+        # Batch-major, so that merging the node axis keeps a sample's points on its own device.
+        z, t = (jnp.moveaxis(leaf[::substeps], 0, 1) for leaf in (nodes.z, nodes.t))
+        z, t = z.reshape(-1, *latent_shape), t.reshape(-1)
+        end, conditioning = repeat((end, conditioning), settings.segments)
+        return jax.lax.stop_gradient(TrajectoryPoints(z, t, end, conditioning))
+
+    def predict(student: Denoiser, points: TrajectoryPoints) -> Float[Array, "n h w c"]:
+        return predict_x0(student, schedule, points.z, points.t, points.conditioning)
+
+    def distance(
+        x0: Float[Array, "n h w c"], end: Float[Array, "n h w c"], points: TrajectoryPoints
+    ) -> tuple[Float[Array, " n"], dict[str, Array]]:
+        mse_x0 = mean_square(x0 - end)
+        snr = jnp.square(schedule.alpha(points.t) / schedule.sigma(points.t))[:, 0, 0, 0]
+        weight = jnp.minimum(snr + 1, settings.snr_limit)
+        return weight * mse_x0, {"mse_x0": mse_x0}  # (2)
+
+    parts = Parts(
+        predict=predict,
+        goal=lambda target, points: points.end,
+        land=lambda x0, points: x0,
+        level=lambda points: jnp.zeros_like(points.t),
+        distance=distance,
+        refresh=lambda points, key: points,  # they lie on the teacher's path
+    )
+    return consistency(networks, produce, parts)
+
+
+def path_times(segments: int, substeps: int, train_steps: int = 1000) -> tuple[int, ...]:
+    """The stops of (1): `substeps` equal steps a segment, from T - 1 to 0, milestones included."""
+    falling = paths.milestones(segments, train_steps)
+    inner = [
+        high - (high - low) * step // substeps
+        for high, low in zip(falling, falling[1:], strict=False)
+        for step in range(substeps)
+    ]
+    return (*inner, 0)
