@@ -50,6 +50,23 @@ def test_stage_order():
         read(config | {"stage_order": ["first"]})
 
 
+def test_terms_are_settings_of_a_stage():
+    terms = {"adversarial": {"weight": 0.1, "layers": ["mid_block"]}, "distribution_matching": {}}
+    stage = read(changed(stages__first__terms=terms)).stages["first"]
+    assert list(stage.terms) == ["adversarial", "distribution_matching"]
+    assert stage.terms["adversarial"].layers == ("mid_block",)
+    assert stage.terms["distribution_matching"].critic_updates == 5
+    assert read(MINIMAL).stages["first"].terms == {}
+
+
+def test_progressive_segments_are_a_list_of_stages():
+    """MLCM's M = 8, 4, 2: one objective three times, each with its own settings."""
+    first = MINIMAL["stages"]["first"]
+    names = {f"m{m}": dict(first, settings={"segments": m}) for m in (8, 4, 2)}
+    settings = read(dict(MINIMAL, stages=names, stage_order=["m8", "m4", "m2"]))
+    assert [stage.settings.segments for stage in settings.stages.values()] == [8, 4, 2]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -65,6 +82,17 @@ def test_stage_order():
         (changed(stages={}), "stages: the recipe has none"),
         (changed(adapter={"rank": 0}), "adapter.rank = 0"),
         (changed(stages__first__settings={"skip": 0}), "skip = 0: must be at least 1"),
+        (changed(stages__first__terms={"gan": {}}), "unknown term 'gan'; known: latent_lpips"),
+        (
+            changed(stages__first__terms={"adversarial": {"weight": -1}}),
+            "stages.first.terms.adversarial: weight = -1.0: must be at least 0",
+        ),
+        (
+            changed(stages__first__terms={"preference": {"scorer": "a"}}),
+            "'stages.first.terms.preference.weights' is missing",
+        ),
+        (changed(trainable="lora"), "trainable = 'lora': must be one of adapter, full"),
+        (changed(trainable="full"), "a UNet trained whole has no LoRA; export 'pipeline'"),
     ],
 )
 def test_bad_recipes_name_the_key(config, message):

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
+from tlcm_jax.companions import Companions, load_companions
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.pipeline import Pipeline
 from tlcm_jax.models import lora
-from tlcm_jax.recipe import blueprints
-from tlcm_jax.settings import MAY_CHANGE, Settings, read
+from tlcm_jax.recipe import blueprints, initial_trainable
+from tlcm_jax.settings import MAY_CHANGE, Settings, StageSettings, read
 from tlcm_jax.training import loop
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.mesh import make_mesh, shard_batch
@@ -31,7 +32,8 @@ class Distilled:
 
     Attributes:
       pipeline: the teacher, its weights on the mesh.
-      adapter: the trained LoRA, scaled: fit for `pipeline.denoiser(lora=...)` and for export.
+      adapter: the trained LoRA, scaled: fit for `pipeline.denoiser(lora=...)` and for export. Of
+        a UNet trained whole, its weights, which `models.lora.merge` puts in the teacher's place.
       history: the rows of `metrics.jsonl`.
       completed: False when the run was asked to stop; the same command resumes it.
     """
@@ -68,27 +70,29 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
         remat=model.remat,
         shardings=lambda params: tree_shardings(params, mesh),
     )
-    plans = blueprints(settings, pipeline, mesh)
+    companions = load_companions(settings)
+    plans = blueprints(settings, pipeline, mesh, companions)
     warn_truncated(prompts, pipeline.tokenizers[0])
     lead = jax.process_index() == 0
     claim_workdir(workdir, config, may_change=MAY_CHANGE, write=lead)
 
     adapter_key, run_key = jax.random.split(jax.random.key(settings.seed))
-    adapter = settings.adapter
-    trainable = lora.init(pipeline.params["unet"], adapter.targets, adapter.rank, adapter_key)
+    trainable = initial_trainable(settings, pipeline.params["unet"], adapter_key)
     null = pipeline.null_conditioning(model.resolution or None)
-    frozen = {"unet": pipeline.params["unet"], "null": place(null, mesh)}
+    frozen = {
+        "unet": pipeline.params["unet"],
+        "null": place(null, mesh),
+        "vae": pipeline.params["vae"],
+        **place(companions.params, mesh),
+    }
     _log_sizes(settings, trainable, prompts, mesh)
 
-    batches = PromptBatches(pipeline, prompts, mesh, settings)
+    batches = PromptBatches(pipeline, prompts, mesh, settings, companions)
     writer = MetricsWriter(workdir, write=lead)
     checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, keep=settings.keep_checkpoints)
     try:
         result = loop.run(
-            [
-                plan.stage(batches.stage(i, plan.settings.batch_size))
-                for i, plan in enumerate(plans)
-            ],
+            [plan.stage(batches.stage(i, plan.settings)) for i, plan in enumerate(plans)],
             trainable,
             frozen,
             run_key,
@@ -106,7 +110,7 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
         checkpoints.close()
     return Distilled(
         pipeline=pipeline,
-        adapter=lora.scaled(result.state.trainable, adapter.scale),
+        adapter=lora.scaled(result.state.trainable, settings.adapter.scale),
         history=result.history,
         completed=result.completed,
     )
@@ -115,8 +119,16 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
 class PromptBatches:
     """Encodes prompts on the devices, batch by batch; batch k is a pure function of k."""
 
-    def __init__(self, pipeline: Pipeline, prompts: Sequence[str], mesh: Mesh, settings: Settings):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        prompts: Sequence[str],
+        mesh: Mesh,
+        settings: Settings,
+        companions: Companions,
+    ):
         """Keeps what every stage shares; the tokens are made once."""
+        self._companions = companions
         self._tokens = pipeline.tokenize(prompts)
         self._prompts = prompts
         self._mesh = mesh
@@ -125,11 +137,16 @@ class PromptBatches:
         self._params = {k: v for k, v in pipeline.params.items() if k.startswith("text_encoder")}
         self._encode = jax.jit(lambda params, ids: pipeline.encode_tokens(params, ids, resolution))
 
-    def stage(self, index: int, batch_size: int):
-        """The batches of one stage: `(k) -> {'conditioning': ...}`, sharded over the mesh."""
+    def stage(self, index: int, settings: StageSettings):
+        """The batches of one stage, sharded over the mesh.
+
+        Returns:
+          `(k) -> {'conditioning': ...}`, and beside it the texts that the stage's terms read.
+        """
+        texts = self._companions.texts(settings, self._prompts)
         stream = PromptStream(
             self._prompts,
-            batch_size,
+            settings.batch_size,
             # A stage of its own order: the second does not begin where the first began.
             seed=1000 * self._seed + index,
             process_index=jax.process_index(),
@@ -138,8 +155,9 @@ class PromptBatches:
 
         def batch(k: int) -> dict:
             rows = stream.indices(k)
-            ids = shard_batch(self._mesh, tuple(tokens[rows] for tokens in self._tokens))
-            return {"conditioning": self._encode(self._params, ids)}
+            here = jax.tree.map(lambda x: x[rows], (tuple(self._tokens), texts))
+            ids, read = shard_batch(self._mesh, here)
+            return {"conditioning": self._encode(self._params, ids), **read}
 
         return batch
 

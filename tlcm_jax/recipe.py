@@ -9,24 +9,39 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from tlcm_jax.companions import Companions
 from tlcm_jax.distillation import stages
-from tlcm_jax.distillation.networks import Networks
-from tlcm_jax.distillation.objective import Objective
+from tlcm_jax.distillation.networks import Networks, Role
+from tlcm_jax.distillation.objective import Critic, Objective
+from tlcm_jax.distillation.preference import parted
 from tlcm_jax.interchange.pipeline import Pipeline
 from tlcm_jax.models import lora
+from tlcm_jax.models.discriminator import Heads, choose_layers
+from tlcm_jax.models.unet import feature_widths
 from tlcm_jax.settings import AdapterSettings, Settings, StageSettings
 from tlcm_jax.training.loop import Stage
 from tlcm_jax.training.mesh import check_batch
 from tlcm_jax.training.optimizers import adamw
+from tlcm_jax.training.players import Player
 from tlcm_jax.training.step import StepSettings, make_step
 
 
-def networks(pipeline: Pipeline, adapter: AdapterSettings) -> Networks:
-    """The roles of one frozen base: no adapter is the teacher, theta the student and target.
+def networks(
+    pipeline: Pipeline,
+    adapter: AdapterSettings,
+    trainable: str = "adapter",
+    others: Mapping[str, Any] | None = None,
+) -> Networks:
+    """The roles of one frozen base, by adapter.
 
-    The trainable tree is the adapter; the frozen tree is `{'unet': base, 'null': conditioning}`.
+    No adapter is the teacher and the real score, theta the student and target, phi the fake
+    score, psi the discriminator's backbone.
+
+    The trainable tree is theta, or with `full` the base's own leaves; the frozen tree holds
+    `{'unet': base, 'null': conditioning}`, and what `others`, further roles, read from it.
     """
 
     def merged(trainable: Any, frozen: Any) -> Callable:
@@ -35,12 +50,64 @@ def networks(pipeline: Pipeline, adapter: AdapterSettings) -> Networks:
     def factored(trainable: Any, frozen: Any) -> Callable:
         return pipeline.denoiser(frozen["unet"], lora.scaled(trainable, adapter.scale))
 
+    adapted = merged if adapter.merged else factored
     return Networks(
-        student=merged if adapter.merged else factored,
+        student=merged if trainable == "full" else adapted,
         inference=merged,
         teacher=lambda frozen: pipeline.denoiser(frozen["unet"]),
         null=lambda frozen: frozen["null"],
+        fake=Role(initial=lambda key: _fresh(pipeline, adapter, key), network=adapted),
+        discriminator=lambda layers: discriminator(pipeline, adapter, layers),
+        **(others or {}),
     )
+
+
+def discriminator(pipeline: Pipeline, adapter: AdapterSettings, layers: tuple[str, ...]) -> Role:
+    """Heads on the base's states at some blocks, with an adapter of its own up to its middle.
+
+    Raises:
+      ValueError: a block that the UNet does not have.
+    """
+    config = pipeline.unet.config
+    widths = feature_widths(config)
+    layers = choose_layers(layers, widths)
+    heads = Heads(layers, config.norm_num_groups, pipeline.unet.dtype)
+
+    def initial(key: Any) -> dict:
+        adapter_key, head_key = jax.random.split(key)
+        # No state depends on the way up.
+        below = {
+            name: leaves
+            for name, leaves in _fresh(pipeline, adapter, adapter_key).items()
+            if not name.startswith("up_blocks")
+        }
+        maps = {layer: jnp.zeros((1, 1, 1, widths[layer])) for layer in layers}
+        return {"adapter": below, "heads": heads.init(head_key, maps)["params"]}
+
+    def network(psi: Any, frozen: Any) -> Callable:
+        if adapter.merged:
+            base = lora.merge(frozen["unet"], psi["adapter"], adapter.scale)
+            features = pipeline.features(base)
+        else:
+            features = pipeline.features(frozen["unet"], lora.scaled(psi["adapter"], adapter.scale))
+
+        def judge(z: Any, t: Any, conditioning: Any) -> Any:
+            return heads.apply({"params": psi["heads"]}, features(z, t, conditioning))
+
+        return judge
+
+    return Role(initial=initial, network=network)
+
+
+def _fresh(pipeline: Pipeline, adapter: AdapterSettings, key: Any) -> dict:
+    return lora.init(pipeline.params["unet"], adapter.targets, adapter.rank, key)
+
+
+def initial_trainable(settings: Settings, unet_params: Mapping[str, Any], key: Any) -> Any:
+    """What the first stage begins with: a fresh adapter, or the teacher's own weights."""
+    if settings.trainable == "full":
+        return unet_params
+    return lora.init(unet_params, settings.adapter.targets, settings.adapter.rank, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +129,29 @@ class Blueprint:
     examples: int
 
 
-def blueprints(settings: Settings, pipeline: Pipeline, mesh: Mesh) -> list[Blueprint]:
+def blueprints(
+    settings: Settings, pipeline: Pipeline, mesh: Mesh, companions: Companions | None = None
+) -> list[Blueprint]:
     """Builds every stage of a recipe, checking all that can be checked before compiling.
+
+    Args:
+      settings: the recipe.
+      pipeline: the teacher, its weights or their shapes.
+      mesh: what the steps run on.
+      companions: the networks that terms need besides; none by default.
 
     Raises:
       ValueError: settings that do not fit the schedule, the mesh or each other.
     """
-    roles = networks(pipeline, settings.adapter)
+    companions = companions or Companions()
     shape = pipeline.latent_shape(settings.model.resolution or None)
-    return [
-        _blueprint(name, stage, roles, pipeline, shape, mesh)
-        for name, stage in settings.stages.items()
-    ]
+    plans = []
+    for name, stage in settings.stages.items():
+        others = companions.roles(stage, pipeline)
+        roles = networks(pipeline, settings.adapter, settings.trainable, others)
+        stage = dataclasses.replace(stage, terms=companions.terms(stage))
+        plans.append(_blueprint(name, stage, roles, pipeline, shape, mesh))
+    return plans
 
 
 def _blueprint(
@@ -85,7 +163,13 @@ def _blueprint(
     mesh: Mesh,
 ) -> Blueprint:
     kind = stages.find(settings.objective)
-    objective = stages.build(settings.objective, roles, pipeline.schedule, shape, settings.settings)
+    try:
+        terms = stages.build_terms(roles, pipeline.schedule, settings.terms)
+        objective = stages.build(
+            settings.objective, roles, pipeline.schedule, shape, settings.settings, terms
+        )
+    except ValueError as error:
+        raise ValueError(f"stages.{name}: {error}") from None
     examples = settings.batch_size * kind.examples_per_prompt(settings.settings)
     parts = settings.updates * settings.accumulate
     where = f"stages.{name}"
@@ -104,13 +188,16 @@ def _blueprint(
         final_fraction=settings.final_fraction,
         max_grad_norm=settings.max_grad_norm,
     )
+    players = {who: _player(critic, settings) for who, critic in objective.critics.items()}
     step = make_step(
         objective,
         optimizer,
         StepSettings(updates=settings.updates, accumulate=settings.accumulate),
         mesh,
+        players=players,
     )
-    evaluations = kind.evaluations_per_sample(settings.settings).total
+    evaluations = stages.evaluations(settings.objective, settings.settings, terms).total
+    chosen = settings.terms.get("preference")
 
     def stage(batches: Callable[[int], Any]) -> Stage:
         return Stage(
@@ -120,15 +207,25 @@ def _blueprint(
             steps=settings.steps,
             batches=batches,
             evaluations_per_example=evaluations,
+            players=players,
+            **({} if chosen is None else {"enough": parted(chosen)}),
         )
 
     return Blueprint(name, settings, objective, stage, examples)
 
 
+def _player(critic: Critic, settings: StageSettings) -> Player:
+    """A critic with its optimiser: the student's clip, a constant rate of its own."""
+    return Player(
+        initial=critic.initial,
+        loss=critic.loss,
+        optimizer=adamw(critic.learning_rate, b1=critic.b1, max_grad_norm=settings.max_grad_norm),
+        updates=critic.updates,
+    )
+
+
 def abstract_adapter(settings: Settings, unet_params: Mapping[str, Any]) -> Any:
     """Shapes of the trainable tree."""
-    adapter = settings.adapter
     return jax.eval_shape(
-        lambda params: lora.init(params, adapter.targets, adapter.rank, jax.random.key(0)),
-        unet_params,
+        lambda params: initial_trainable(settings, params, jax.random.key(0)), unet_params
     )

@@ -71,7 +71,7 @@ class AdapterSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """One stage of the recipe.
+    """One stage of the recipe: a consistency objective, and terms beside its loss.
 
     Attributes:
       objective: a name in `distillation.stages.STAGES`.
@@ -85,6 +85,8 @@ class StageSettings:
       final_fraction: what the decay leaves of the learning rate.
       max_grad_norm: of the gradient clip.
       settings: the objective's own settings dataclass.
+      terms: settings dataclasses of what joins the loss, by a name in
+        `distillation.stages.TERMS`; each has a `weight`, and none of weight 0 costs anything.
     """
 
     objective: str
@@ -98,6 +100,7 @@ class StageSettings:
     final_fraction: float = 0.0
     max_grad_norm: float = 1.0
     settings: Any = None
+    terms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,8 @@ class Settings:
       name: shown in the report and the model card.
       seed: of everything random.
       prompts: files of training prompts.
+      trainable: what all stages train: `adapter`, or `full`, the UNet's own weights, which are
+        kept in float32 beside the teacher's. Critics are adapters in both cases.
       stages: the stages by name, in order.
       mesh: sizes of the axes `data` and `fsdp`; -1 takes the rest.
       log_every: steps between rows of metrics.
@@ -144,6 +149,7 @@ class Settings:
     model: ModelSettings
     prompts: tuple[str, ...]
     adapter: AdapterSettings = AdapterSettings()
+    trainable: str = "adapter"
     stages: Mapping[str, StageSettings]
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1})
     log_every: int = 10
@@ -155,6 +161,11 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages: the recipe has none; give at least one")
+        _one_of("trainable", self.trainable, ("adapter", "full"))
+        if self.trainable == "full" and {"lora", "kohya"} & set(self.export):
+            raise ValueError(
+                f"export = {self.export}: a UNet trained whole has no LoRA; export 'pipeline'"
+            )
 
 
 # Keys that may differ when a workdir is resumed: they change what is shown, not what is learnt.
@@ -184,6 +195,13 @@ def _read_stage(name: str, raw: Mapping[str, Any]) -> StageSettings:
     raw = dict(raw)
     kind = stages.find(raw.get("objective", "")).settings
     raw["settings"] = _build(kind, raw.get("settings") or {}, f"{where}.settings")
+    terms = raw.get("terms") or {}
+    if not isinstance(terms, Mapping):
+        raise ValueError(f"config key {where + '.terms'!r} must be a mapping, got {terms!r}")
+    raw["terms"] = {
+        term: _build(stages.find_term(term).settings, chosen, f"{where}.terms.{term}")
+        for term, chosen in terms.items()
+    }
     return _build(StageSettings, raw, where)
 
 

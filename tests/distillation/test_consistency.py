@@ -72,6 +72,22 @@ def test_pairs_are_two_points_of_one_teacher_trajectory(world, default_pairs, mo
     np.testing.assert_allclose(pairs.z_n, stepped, atol=2e-5)
 
 
+def test_trajectory_jumps_end_anywhere_between_milestone_and_target(world, default_pairs):
+    """Hyper-SD's s ~ U{b .. t_n}; where s = t_n the target is the teacher's latent itself."""
+    objective = make(world, settings(landing="trajectory"))
+    pairs = pairs_of(world, objective, 64)
+    floor = np.asarray(paths.segment_floor(pairs.t_m, 8))
+    s, t_n = np.asarray(pairs.boundary), np.asarray(pairs.t_n)
+    assert np.all((floor <= s) & (s <= t_n))
+    np.testing.assert_array_equal(t_n, np.maximum(pairs.t_m - 20, floor))
+    wide = t_n - floor > 40
+    share = (s - floor)[wide] / (t_n - floor)[wide]
+    assert abs(share.mean() - 0.5) < 0.05 and abs(share.std() - 12**-0.5) < 0.03
+    teacher = guided(gaussian.denoiser(world.schedule), 2.0, world.frozen)
+    loss, _ = loss_of(world, make(world, settings(landing="trajectory"), lambda *_: teacher), pairs)
+    assert np.sum(s == t_n) > 50 and np.max(loss[s == t_n]) < 1e-11
+
+
 def test_node_reuse_gives_a_pair_at_every_node_of_every_path(default_pairs):
     times = np.asarray(default_pairs.t_m).reshape(64, 17)
     assert np.all(times[:, 0] == 999)
@@ -182,6 +198,7 @@ def test_the_x0_loss_is_the_z_loss_over_the_jump_s_coefficient(world, default_pa
         ({"nodes_per_segment": 0}, "nodes_per_segment = 0"),
         ({"loss_space": "eps"}, "loss_space = 'eps': must be one of z, x0"),
         ({"snr_limit": 0.5}, "snr_limit = 0.5: must be at least 1"),
+        ({"landing": "end"}, "landing = 'end': must be one of milestone, trajectory"),
     ],
 )
 def test_bad_settings_are_refused(changes, message):
@@ -194,3 +211,5 @@ def test_settings_that_the_time_axis_cannot_hold_are_refused(world):
         make(world, settings(nodes_per_segment=125))
     with pytest.raises(ValueError, match="1 to 999 segments"):
         make(world, settings(segments=1000))
+    with pytest.raises(ValueError, match="segments = 7: must divide the 1000 times .* 5 and 8 do"):
+        make(world, settings(segments=7))

@@ -2,7 +2,7 @@
 
     eps_w(z, t, c) = eps(z, t, null) + w (eps(z, t, c) - eps(z, t, null))        (1)
 
-w = 1 is the conditional model itself; TLCM's teacher has w = 8, fixed.
+w = 1 is the conditional model itself, and is called as such; TLCM's teacher has w = 8, fixed.
 """
 
 import jax
@@ -13,7 +13,7 @@ from tlcm_jax.diffusion.prediction import Denoiser
 
 
 def guided(denoiser: Denoiser, scale: float, null: PyTree[Array]) -> Denoiser:
-    """Equation (1) as a `Denoiser`: one call of `denoiser`, on a batch of 2b.
+    """Equation (1) as a `Denoiser`: one call of `denoiser`, on a batch of 2b (of b if w = 1).
 
     Args:
       denoiser: the network without guidance.
@@ -24,6 +24,8 @@ def guided(denoiser: Denoiser, scale: float, null: PyTree[Array]) -> Denoiser:
     Returns:
       A denoiser for a batch of b, whose eps is float32.
     """
+    if scale == 1:
+        return lambda z, t, conditioning: denoiser(z, t, conditioning).astype(jnp.float32)
 
     def denoise(z, t, conditioning):
         # Null and conditional lie side by side, sample by sample: merging the new axis *under*
@@ -40,6 +42,11 @@ def guided(denoiser: Denoiser, scale: float, null: PyTree[Array]) -> Denoiser:
         return unconditional + scale * (conditional - unconditional)
 
     return denoise
+
+
+def forwards(scale: float) -> float:
+    """Network forwards a sample that a guided call costs."""
+    return 1.0 if scale == 1 else 2.0
 
 
 def _merge(pairs: Array) -> Array:

@@ -24,6 +24,9 @@ With `loss_space` "x0", (4) is compared as x0, with the weight of multistep cons
 
     L = min(SNR(t_m) + 1, snr_limit) || f(z_m, t_m) - x0* ||^2,
     DDIM(z_m, x0*, t_m -> b) = stopgrad g(z_n, t_n, b).                          (5)
+
+With `landing` "trajectory" the jump ends anywhere between, as in Hyper-SD (Ren et al. 2024, arXiv
+2404.13686): b in (3) stays, and in (4) s ~ U{b .. t_n} takes its place.
 """
 
 from dataclasses import dataclass
@@ -35,17 +38,20 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion import ddim, paths
-from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.prediction import predict_x0, x0_from_eps
+from tlcm_jax.diffusion.guidance import forwards, guided
+from tlcm_jax.diffusion.prediction import Denoiser, predict_x0, x0_from_eps
 from tlcm_jax.diffusion.schedule import NoiseSchedule, broadcast
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import (
     Evaluations,
     Objective,
+    Parts,
     batch_size,
     check_at_least,
     check_at_most,
     check_choice,
+    check_divides,
+    consistency,
     mean_square,
     repeat,
 )
@@ -67,6 +73,7 @@ class SegmentConsistencySettings:
         fewer prompts in a batch of pairs.
       loss_space: "z", the paper's (4), or "x0", (5); z won on the toy.
       snr_limit: of the weight in (5); 5 in multistep consistency models.
+      landing: where jumps end: "milestone", the paper's, or "trajectory", Hyper-SD's.
     """
 
     segments: int = 8
@@ -76,6 +83,7 @@ class SegmentConsistencySettings:
     nodes_per_segment: int = 2
     loss_space: str = "z"
     snr_limit: float = 5.0
+    landing: str = "milestone"
 
     def __post_init__(self):
         check_at_least("segments", self.segments, 1)
@@ -85,10 +93,12 @@ class SegmentConsistencySettings:
         check_at_least("nodes_per_segment", self.nodes_per_segment, 1)
         check_choice("loss_space", self.loss_space, ("z", "x0"))
         check_at_least("snr_limit", self.snr_limit, 1)
+        check_choice("landing", self.landing, ("milestone", "trajectory"))
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Raises a ValueError if these settings do not fit the time axis of `schedule`."""
         shortest = paths.shortest_segment(self.segments, schedule.train_steps)
+        check_divides("segments", self.segments, schedule.train_steps)
         reason = f"the shortest of {self.segments} segments of {schedule.train_steps} times"
         check_at_most("nodes_per_segment", self.nodes_per_segment, shortest, reason)
 
@@ -99,7 +109,7 @@ class SegmentPairs(NamedTuple):
     Attributes:
       z_m: `[n, h, w, c]` the noisier latent, at time `t_m`, `[n]`.
       z_n: `[n, h, w, c]` the cleaner latent, at time `t_n`, `[n]`, with boundary <= t_n < t_m.
-      boundary: `[n]` b, the segment's lower milestone.
+      boundary: `[n]` where the jump ends: b, the segment's lower milestone, or s above it.
       conditioning: pytree `[n, ...]`.
     """
 
@@ -121,7 +131,8 @@ def examples_per_prompt(settings: SegmentConsistencySettings) -> int:
 def evaluations_per_sample(settings: SegmentConsistencySettings) -> Evaluations:
     """Network forwards a pair: K guided calls make K pairs; M + 1 make the literal one."""
     calls = settings.segments + 1 if settings.mode == "literal" else 1
-    return Evaluations(rollout=0.0, teacher=2.0 * calls, target=1.0, student=1.0)
+    teacher = forwards(settings.guidance_scale) * calls
+    return Evaluations(teacher=teacher, target=1.0, student=1.0)
 
 
 def segment_consistency(
@@ -157,6 +168,8 @@ def segment_consistency(
         conditioning = batch["conditioning"]
         size = batch_size(conditioning)
         noise_key, time_key = jax.random.split(key)
+        if settings.landing == "trajectory":
+            time_key, landing_key = jax.random.split(time_key)
         noise = jax.random.normal(noise_key, (size, *latent_shape))
         if literal:
             times = literal_times(time_key, size, settings.segments, schedule.train_steps)
@@ -175,30 +188,48 @@ def segment_consistency(
         boundary = paths.segment_floor(t, settings.segments, schedule.train_steps)
         t_n = jnp.maximum(t - settings.skip, boundary)
         z_n = ddim.step(schedule, z, x0_from_eps(schedule, z, eps, t), t, t_n)  # (3)
+        if settings.landing == "trajectory":
+            boundary = jax.random.randint(landing_key, t.shape, boundary, t_n + 1)
         conditioning = repeat(conditioning, examples_per_prompt(settings))
         return jax.lax.stop_gradient(SegmentPairs(z, t, z_n, t_n, boundary, conditioning))
 
-    def loss(
-        trainable: PyTree[Array], frozen: PyTree[Array], pairs: SegmentPairs, key: PRNGKeyArray
-    ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        del key
-        z_m, t_m, z_n, t_n, boundary, conditioning = pairs
-        target = networks.target(trainable, frozen)
+    def predict(student: Denoiser, pairs: SegmentPairs) -> Float[Array, "n h w c"]:
+        return predict_x0(student, schedule, pairs.z_m, pairs.t_m, pairs.conditioning)
+
+    def goal(target: Denoiser, pairs: SegmentPairs) -> Float[Array, "n h w c"]:
+        _, _, z_n, t_n, boundary, conditioning = pairs
         x0_n = predict_x0(target, schedule, z_n, t_n, conditioning)
         jump = ddim.step(schedule, z_n, x0_n, t_n, boundary)
-        goal = jax.lax.stop_gradient(jnp.where(broadcast(t_n == boundary), z_n, jump))
+        return jax.lax.stop_gradient(jnp.where(broadcast(t_n == boundary), z_n, jump))
 
-        student = networks.student(trainable, frozen)
-        x0_m = predict_x0(student, schedule, z_m, t_m, conditioning)
-        mse_z = mean_square(ddim.step(schedule, z_m, x0_m, t_m, boundary) - goal)  # (4)
+    def land(x0: Float[Array, "n h w c"], pairs: SegmentPairs) -> Float[Array, "n h w c"]:
+        return ddim.step(schedule, pairs.z_m, x0, pairs.t_m, pairs.boundary)
+
+    def distance(
+        x0_m: Float[Array, "n h w c"], goal: Float[Array, "n h w c"], pairs: SegmentPairs
+    ) -> tuple[Float[Array, " n"], dict[str, Array]]:
+        mse_z = mean_square(land(x0_m, pairs) - goal)  # (4)
         if settings.loss_space == "z":
             return mse_z, {"mse_z": mse_z}
-        x0_goal = ddim.inverse(schedule, z_m, goal, t_m, boundary)
+        z_m, t_m = pairs.z_m, pairs.t_m
+        x0_goal = ddim.inverse(schedule, z_m, goal, t_m, pairs.boundary)
         snr = jnp.square(schedule.alpha(t_m) / schedule.sigma(t_m))[:, 0, 0, 0]
         weight = jnp.minimum(snr + 1, settings.snr_limit)
         return weight * mean_square(x0_m - x0_goal), {"mse_z": mse_z}  # (5)
 
-    return Objective(produce=produce, loss=loss)
+    def refresh(pairs: SegmentPairs, key: PRNGKeyArray) -> SegmentPairs:
+        del key
+        return pairs  # they lie on the teacher's path
+
+    parts = Parts(
+        predict=predict,
+        goal=goal,
+        land=land,
+        level=lambda pairs: pairs.boundary,
+        distance=distance,
+        refresh=refresh,
+    )
+    return consistency(networks, produce, parts)
 
 
 def literal_times(

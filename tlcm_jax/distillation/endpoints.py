@@ -22,18 +22,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion import paths
-from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.prediction import predict_x0
+from tlcm_jax.diffusion.guidance import forwards, guided
+from tlcm_jax.diffusion.prediction import Denoiser, predict_x0
 from tlcm_jax.diffusion.sampler import check_timesteps, sample
 from tlcm_jax.diffusion.schedule import NoiseSchedule, broadcast
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import (
     Evaluations,
     Objective,
+    Parts,
     batch_size,
     check_at_least,
     check_at_most,
     check_choice,
+    check_divides,
+    consistency,
     mean_square,
     repeat,
 )
@@ -52,6 +55,8 @@ class EndpointConsistencySettings:
         while f is still a segment jumper and "renoise" may be soft.
       rollout_timesteps: of "renoise"; q = 4 in the paper, these times.
       states_per_rollout: how many t_m one z0 serves, all different; 1 in the paper.
+      weight: of (3) beside a stage's terms. 0 leaves the terms alone, as in DMD2, and then no
+        teacher walks and no target is asked for.
     """
 
     segments: int = 8
@@ -60,6 +65,7 @@ class EndpointConsistencySettings:
     rollout: str = "renoise"
     rollout_timesteps: tuple[int, ...] = (999, 749, 499, 249)
     states_per_rollout: int = 1
+    weight: float = 1.0
 
     def __post_init__(self):
         check_at_least("segments", self.segments, 1)
@@ -67,6 +73,7 @@ class EndpointConsistencySettings:
         check_at_least("guidance_scale", self.guidance_scale, 0)
         check_choice("rollout", self.rollout, ("renoise", "milestones"))
         check_at_least("states_per_rollout", self.states_per_rollout, 1)
+        check_at_least("weight", self.weight, 0)
         check_at_most(
             "states_per_rollout", self.states_per_rollout, self.segments, "the number of milestones"
         )
@@ -74,6 +81,7 @@ class EndpointConsistencySettings:
     def check(self, schedule: NoiseSchedule) -> None:
         """Raises a ValueError if these settings do not fit the time axis of `schedule`."""
         shortest = paths.shortest_segment(self.segments, schedule.train_steps)
+        check_divides("segments", self.segments, schedule.train_steps)
         reason = f"the shortest of {self.segments} segments of {schedule.train_steps} times"
         check_at_most("teacher_substeps", self.teacher_substeps, shortest, reason)
         check_timesteps(schedule, self.rollout_timesteps, "rollout_timesteps")
@@ -85,6 +93,7 @@ class EndpointPairs(NamedTuple):
     Attributes:
       z_m: `[n, h, w, c]` the latent at the milestone `t_m`, `[n]`, above 0.
       z_n: `[n, h, w, c]` the teacher's latent at the next milestone, `t_n`, `[n]`.
+      z0: `[n, h, w, c]` the student's own sample (1) that z_m is a noisy copy of.
       conditioning: pytree `[n, ...]`.
     """
 
@@ -92,6 +101,7 @@ class EndpointPairs(NamedTuple):
     t_m: Int[Array, " n"]
     z_n: Float[Array, "n h w c"]
     t_n: Int[Array, " n"]
+    z0: Float[Array, "n h w c"]
     conditioning: PyTree[Array]
 
 
@@ -104,12 +114,11 @@ def evaluations_per_sample(settings: EndpointConsistencySettings) -> Evaluations
     """Network forwards a pair: q rollout steps shared by the rollout's states, p guided calls."""
     milestones = settings.rollout == "milestones"
     steps = settings.segments if milestones else len(settings.rollout_timesteps)
-    return Evaluations(
-        rollout=steps / settings.states_per_rollout,
-        teacher=2.0 * settings.teacher_substeps,
-        target=1.0,
-        student=1.0,
-    )
+    rollout = steps / settings.states_per_rollout
+    if settings.weight == 0:
+        return Evaluations(rollout=rollout, student=1.0)
+    teacher = forwards(settings.guidance_scale) * settings.teacher_substeps
+    return Evaluations(rollout=rollout, teacher=teacher, target=1.0, student=1.0)
 
 
 def endpoint_consistency(
@@ -157,31 +166,58 @@ def endpoint_consistency(
         index = milestone_indices(time_key, size, settings.segments, states).reshape(-1)
         falling = jnp.asarray(milestones, jnp.int32)
         t_m, t_n = falling[index], falling[index + 1]
-        fresh = jax.random.normal(state_key, z0.shape)
-        at_start = broadcast(t_m == schedule.train_steps - 1)
-        z_m = jnp.where(at_start, fresh, schedule.diffuse(z0, fresh, t_m))  # (2)
+        z_m = renoised(z0, t_m, state_key)
+        if settings.weight == 0:
+            return jax.lax.stop_gradient(EndpointPairs(z_m, t_m, z_m, t_m, z0, conditioning))
 
         teacher = guided(networks.teacher(frozen), settings.guidance_scale, networks.null(frozen))
         substeps = jnp.full_like(t_m, settings.teacher_substeps)
         times = paths.equal_times(t_m, t_n, substeps, settings.teacher_substeps)
         _, z_n = paths.teacher_path(teacher, schedule, z_m, times, conditioning)
-        return jax.lax.stop_gradient(EndpointPairs(z_m, t_m, z_n, t_n, conditioning))
+        return jax.lax.stop_gradient(EndpointPairs(z_m, t_m, z_n, t_n, z0, conditioning))
 
-    def loss(
-        trainable: PyTree[Array], frozen: PyTree[Array], pairs: EndpointPairs, key: PRNGKeyArray
+    def renoised(
+        z0: Float[Array, "n h w c"], t: Int[Array, " n"], key: PRNGKeyArray
+    ) -> Float[Array, "n h w c"]:
+        fresh = jax.random.normal(key, z0.shape)
+        at_start = broadcast(t == schedule.train_steps - 1)
+        return jnp.where(at_start, fresh, schedule.diffuse(z0, fresh, t))  # (2)
+
+    def predict(student: Denoiser, pairs: EndpointPairs) -> Float[Array, "n h w c"]:
+        return predict_x0(student, schedule, pairs.z_m, pairs.t_m, pairs.conditioning)
+
+    def goal(target: Denoiser, pairs: EndpointPairs) -> Float[Array, "n h w c"]:
+        if settings.weight == 0:
+            return jnp.zeros_like(pairs.z_m)
+        x0_n = predict_x0(target, schedule, pairs.z_n, pairs.t_n, pairs.conditioning)
+        return jax.lax.stop_gradient(jnp.where(broadcast(pairs.t_n == 0), pairs.z_n, x0_n))
+
+    def distance(
+        x0_m: Float[Array, "n h w c"], goal: Float[Array, "n h w c"], pairs: EndpointPairs
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        del key
-        z_m, t_m, z_n, t_n, conditioning = pairs
-        target = networks.target(trainable, frozen)
-        x0_n = predict_x0(target, schedule, z_n, t_n, conditioning)
-        goal = jax.lax.stop_gradient(jnp.where(broadcast(t_n == 0), z_n, x0_n))
-
-        student = networks.student(trainable, frozen)
-        x0_m = predict_x0(student, schedule, z_m, t_m, conditioning)
+        del pairs
+        if settings.weight == 0:
+            return jnp.zeros(len(x0_m)), {}
         mse_x0 = mean_square(x0_m - goal)  # (3)
-        return mse_x0, {"mse_x0": mse_x0}
+        return settings.weight * mse_x0, {"mse_x0": mse_x0}
 
-    return Objective(produce=produce, loss=loss)
+    def refresh(pairs: EndpointPairs, key: PRNGKeyArray) -> EndpointPairs:
+        time_key, state_key = jax.random.split(key)
+        count = len(pairs.t_m)
+        index = milestone_indices(time_key, count, settings.segments, 1).reshape(-1)
+        t_m = jnp.asarray(milestones, jnp.int32)[index]
+        return pairs._replace(t_m=t_m, z_m=renoised(pairs.z0, t_m, state_key))
+
+    parts = Parts(
+        predict=predict,
+        goal=goal,
+        land=lambda x0, pairs: x0,
+        level=lambda pairs: jnp.zeros_like(pairs.t_m),
+        distance=distance,
+        refresh=refresh,
+        sample=lambda pairs: pairs.z0,
+    )
+    return consistency(networks, produce, parts)
 
 
 def milestone_indices(

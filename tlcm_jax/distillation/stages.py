@@ -1,16 +1,26 @@
-"""The table of stages: a recipe names an objective, this file knows where it lives.
+"""The tables of stages and terms: a recipe names them, this file knows where they live.
 
-A new objective is one file beside this one, and one line in `STAGES`.
+A stage is one consistency objective and any number of terms beside its loss. A new objective is
+one file beside this one and one line in `STAGES`; a new term likewise, in `TERMS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tlcm_jax.diffusion.schedule import NoiseSchedule
-from tlcm_jax.distillation import consistency, endpoints, trajectories
+from tlcm_jax.distillation import (
+    adversarial,
+    consistency,
+    distribution_matching,
+    endpoints,
+    perceptual,
+    preference,
+    trajectories,
+)
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import Evaluations, Objective
+from tlcm_jax.distillation.terms import Term, composed, evaluations_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +62,46 @@ STAGES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TermKind:
+    """One kind of term.
+
+    Attributes:
+      settings: its frozen dataclass of choices.
+      term: `(networks, schedule, settings) -> Term`.
+    """
+
+    settings: type
+    term: Callable[..., Term]
+
+
+TERMS = {
+    "latent_lpips": TermKind(settings=perceptual.PerceptualSettings, term=perceptual.perceptual),
+    "preference": TermKind(settings=preference.PreferenceSettings, term=preference.preference),
+    "distribution_matching": TermKind(
+        settings=distribution_matching.DistributionMatchingSettings,
+        term=distribution_matching.distribution_matching,
+    ),
+    "adversarial": TermKind(settings=adversarial.AdversarialSettings, term=adversarial.adversarial),
+}
+
+
+def find_term(name: str) -> TermKind:
+    """The term of that name.
+
+    Raises:
+      ValueError: there is none; the message lists those there are.
+    """
+    if name not in TERMS:
+        raise ValueError(f"unknown term {name!r}; known: {', '.join(TERMS)}")
+    return TERMS[name]
+
+
+def evaluations(name: str, settings: Any, terms: Mapping[str, Term] | None = None) -> Evaluations:
+    """Network forwards that one example of a stage costs, those of its terms included."""
+    return find(name).evaluations_per_sample(settings) + evaluations_of(terms or {})
+
+
 def find(name: str) -> Stage:
     """The stage of that name.
 
@@ -69,6 +119,7 @@ def build(
     schedule: NoiseSchedule,
     latent_shape: tuple[int, int, int],
     settings: Any = None,
+    terms: Mapping[str, Term] | None = None,
 ) -> Objective:
     """Builds a stage's objective, checking every setting before anything is compiled.
 
@@ -78,9 +129,11 @@ def build(
       schedule: the teacher's noise schedule.
       latent_shape: (h, w, c) of the latents.
       settings: the stage's own settings, or None for the defaults.
+      terms: what joins its loss, by name; see `build_terms`.
 
     Raises:
-      ValueError: unknown name, or settings that do not fit the schedule.
+      ValueError: unknown name, settings that do not fit the schedule, or a term that the
+        objective makes nothing for.
       TypeError: settings of another stage.
     """
     stage = find(name)
@@ -90,4 +143,28 @@ def build(
         raise TypeError(
             f"stage {name!r} takes {stage.settings.__name__}, not {type(settings).__name__}"
         )
-    return stage.objective(networks, schedule, latent_shape, settings)
+    if not terms and getattr(settings, "weight", 1.0) == 0:
+        raise ValueError(f"stage {name!r} of weight 0 asks nothing of the student: give it terms")
+    base = stage.objective(networks, schedule, latent_shape, settings)
+    return composed(base, networks, terms or {})
+
+
+def build_terms(
+    networks: Networks, schedule: NoiseSchedule, settings: Mapping[str, Any]
+) -> dict[str, Term]:
+    """Builds the terms of a stage, checking every setting before anything is compiled.
+
+    Args:
+      networks: the roles.
+      schedule: the teacher's noise schedule.
+      settings: each term's own settings, by name. A term of weight 0 is left out.
+
+    Raises:
+      ValueError: unknown name, settings that do not fit, or a role that nobody plays.
+    """
+    terms = {}
+    for name, chosen in settings.items():
+        kind = find_term(name)
+        if chosen.weight > 0:
+            terms[name] = kind.term(networks, schedule, chosen)
+    return terms

@@ -23,16 +23,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion import paths
-from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.prediction import predict_x0
+from tlcm_jax.diffusion.guidance import forwards, guided
+from tlcm_jax.diffusion.prediction import Denoiser, predict_x0
 from tlcm_jax.diffusion.schedule import NoiseSchedule
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import (
     Evaluations,
     Objective,
+    Parts,
     batch_size,
     check_at_least,
     check_at_most,
+    check_divides,
+    consistency,
     mean_square,
     repeat,
 )
@@ -63,6 +66,7 @@ class TrajectoryRegressionSettings:
     def check(self, schedule: NoiseSchedule) -> None:
         """Raises a ValueError if these settings do not fit the time axis of `schedule`."""
         shortest = paths.shortest_segment(self.segments, schedule.train_steps)
+        check_divides("segments", self.segments, schedule.train_steps)
         reason = f"the shortest of {self.segments} segments of {schedule.train_steps} times"
         check_at_most("teacher_substeps", self.teacher_substeps, shortest, reason)
 
@@ -89,9 +93,8 @@ def examples_per_prompt(settings: TrajectoryRegressionSettings) -> int:
 
 def evaluations_per_sample(settings: TrajectoryRegressionSettings) -> Evaluations:
     """Network forwards a point: the p guided calls of its segment."""
-    return Evaluations(
-        rollout=0.0, teacher=2.0 * settings.teacher_substeps, target=0.0, student=1.0
-    )
+    teacher = forwards(settings.guidance_scale) * settings.teacher_substeps
+    return Evaluations(teacher=teacher, student=1.0)
 
 
 def trajectory_regression(
@@ -135,18 +138,26 @@ def trajectory_regression(
         end, conditioning = repeat((end, conditioning), settings.segments)
         return jax.lax.stop_gradient(TrajectoryPoints(z, t, end, conditioning))
 
-    def loss(
-        trainable: PyTree[Array], frozen: PyTree[Array], points: TrajectoryPoints, key: PRNGKeyArray
+    def predict(student: Denoiser, points: TrajectoryPoints) -> Float[Array, "n h w c"]:
+        return predict_x0(student, schedule, points.z, points.t, points.conditioning)
+
+    def distance(
+        x0: Float[Array, "n h w c"], end: Float[Array, "n h w c"], points: TrajectoryPoints
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        del key
-        z, t, end, conditioning = points
-        student = networks.student(trainable, frozen)
-        mse_x0 = mean_square(predict_x0(student, schedule, z, t, conditioning) - end)
-        snr = jnp.square(schedule.alpha(t) / schedule.sigma(t))[:, 0, 0, 0]
+        mse_x0 = mean_square(x0 - end)
+        snr = jnp.square(schedule.alpha(points.t) / schedule.sigma(points.t))[:, 0, 0, 0]
         weight = jnp.minimum(snr + 1, settings.snr_limit)
         return weight * mse_x0, {"mse_x0": mse_x0}  # (2)
 
-    return Objective(produce=produce, loss=loss)
+    parts = Parts(
+        predict=predict,
+        goal=lambda target, points: points.end,
+        land=lambda x0, points: x0,
+        level=lambda points: jnp.zeros_like(points.t),
+        distance=distance,
+        refresh=lambda points, key: points,  # they lie on the teacher's path
+    )
+    return consistency(networks, produce, parts)
 
 
 def path_times(segments: int, substeps: int, train_steps: int = 1000) -> tuple[int, ...]:

@@ -152,6 +152,30 @@ class Pipeline:
 
         return epsilon_denoiser(self.schedule, network)
 
+    def features(
+        self, params: Mapping[str, Any], lora: Mapping[str, Any] | None = None
+    ) -> Callable[[Array, Array, Conditioning], Mapping[str, Array]]:
+        """The UNet's states up to its middle, `(z, t, conditioning) -> {block: [b, h', w', c']}`.
+
+        Args:
+          params: the UNet's tree.
+          lora: an adapter already scaled.
+        """
+        variables = {"params": params} | ({} if lora is None else {"lora": lora})
+
+        def network(z: Array, t: Array, conditioning: Conditioning) -> Any:
+            return self.unet.apply(
+                variables,
+                z,
+                t,
+                conditioning.prompt_embeds,
+                conditioning.pooled,
+                conditioning.time_ids,
+                features=True,
+            )
+
+        return network
+
     def decode_latents(self, params: Mapping[str, Any], latents: Array) -> Array:
         """Pictures `[b, h, w, 3]` in 0..1 from scaled latents; traceable."""
         unscaled = latents / self.vae.config.scaling_factor

@@ -14,6 +14,7 @@ from tlcm_jax.interchange.pipeline_folder import write_component, write_configs,
 from tlcm_jax.interchange.single_file import family_of, write_single_file
 from tlcm_jax.interchange.sources import CONFIG_FOLDER
 from tlcm_jax.models import lora
+from tlcm_jax.models.adapters import is_adapter
 
 LORAS = {"lora": "diffusers", "kohya": "kohya"}
 TARGETS = (*LORAS, "unet", "pipeline", "single-file")
@@ -50,8 +51,8 @@ def export_products(
     Args:
       pipeline: the teacher. Products that hold its weights read them again from its source, in
         fp32 whatever the run kept them in.
-      adapter: the trained LoRA, scaled, or one extracted from full weights; None if no product
-        needs it.
+      adapter: the trained LoRA, scaled, or one extracted from full weights; or the weights of a
+        UNet trained whole, as `unet`. None if no product needs it.
       targets: some of `TARGETS`.
       output: the folder that holds the products.
       dtype: of all weights, one of `files.DTYPES`.
@@ -69,6 +70,8 @@ def export_products(
       OSError: a product cannot be written; it is named, and those before it are whole.
     """
     check_targets(targets, dtype)
+    if adapter is not None and not is_adapter(adapter):
+        adapter, unet = None, adapter
     targets = list(dict.fromkeys(targets))
     if adapter is None and (unet is None or LORAS.keys() & set(targets)):
         raise ValueError("a LoRA can only be exported of an adapter: extract one from the weights")

@@ -77,7 +77,9 @@ def scaled(adapter: Tree, scale: float) -> dict:
 def merge(params: Tree, adapter: Tree, scale: float = 1.0) -> dict:
     """Base weights with the adapter added: what gradient-free calls and exports use.
 
-    Every product is taken in fp32 and the sum returned in the base's dtype.
+    Every product is taken in fp32 and the sum returned in the base's dtype. An adapter may also
+    hold leaves under the base's own names, which take their places: all of them, if the base was
+    trained whole.
 
     Raises:
       KeyError: the adapter names a layer that the base does not have.
@@ -86,7 +88,10 @@ def merge(params: Tree, adapter: Tree, scale: float = 1.0) -> dict:
     factors = flax.traverse_util.flatten_dict(adapter)
     merged = dict(base)
     for path, down in factors.items():
+        if path[-1] == "lora_B":
+            continue
         if path[-1] != "lora_A":
+            merged[path] = down.astype(base[path].dtype)
             continue
         kernel = base[(*path[:-1], "kernel")]
         up = factors[(*path[:-1], "lora_B")]

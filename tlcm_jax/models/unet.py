@@ -16,6 +16,14 @@ from tlcm_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from tlcm_jax.models.unet_config import UNetConfig
 
 
+def feature_widths(config: UNetConfig) -> dict[str, int]:
+    """The channels of each block whose states `features` returns, by the block's name."""
+    widths = {f"down_blocks.{i}": c for i, c in enumerate(config.block_out_channels)}
+    if config.mid_block_type is not None:
+        widths["mid_block"] = config.block_out_channels[-1]
+    return widths
+
+
 class UNet2DConditionModel(nn.Module):
     """Predicts noise (or v) from a noisy latent, a timestep and text.
 
@@ -40,7 +48,9 @@ class UNet2DConditionModel(nn.Module):
         text_embeds: Array | None = None,
         time_ids: Array | None = None,
         timestep_cond: Array | None = None,
-    ) -> Array:
+        *,
+        features: bool = False,
+    ) -> Any:
         """Runs the network.
 
         Args:
@@ -52,9 +62,12 @@ class UNet2DConditionModel(nn.Module):
           time_ids: micro-conditioning `[b, 6]` (the refiner's `[b, 5]`); needed by SDXL.
           timestep_cond: `embeddings.guidance_embedding` `[b, time_cond_proj_dim]`; needed by
             LCM-style networks.
+          features: stop after the middle, and return what the blocks up to there made.
 
         Returns:
-          The prediction `[b, h, w, out_channels]`, fp32.
+          The prediction `[b, h, w, out_channels]`, fp32; or, with `features`, the states
+          `[b, h', w', c']` at the end of each block, at the block's own resolution, by the
+          block's name, in the order of `feature_widths`.
 
         Raises:
           ValueError: the input does not have the network's channels, or conditioning that the
@@ -68,6 +81,7 @@ class UNet2DConditionModel(nn.Module):
 
         levels = len(config.block_out_channels)
         skips = [x]
+        seen = {}
         for i in range(levels):
             block = DownBlock(
                 **self._block(i, config.down_block_types[i], config.transformer_layers[i]),
@@ -77,11 +91,15 @@ class UNet2DConditionModel(nn.Module):
             )
             x, states = block(x, embedding, context)
             skips += states
+            seen[f"down_blocks.{i}"] = states[config.layers_per_block[i] - 1]
 
         if config.mid_block_type is not None:
             mid = self._block(levels - 1, "CrossAttn", (config.mid_transformer_layers,))
             pairs = 1 if config.mid_block_type == "UNetMidBlock2DCrossAttn" else 0
             x = MidBlock(**mid, layers=pairs, name="mid_block")(x, embedding, context)
+            seen["mid_block"] = x
+        if features:
+            return seen
 
         for i in range(levels):
             level = levels - 1 - i

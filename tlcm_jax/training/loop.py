@@ -6,7 +6,7 @@ interrupted and repeats it bit for bit.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from tlcm_jax.training.checkpoints import Checkpoints, Position
 from tlcm_jax.training.metrics import Meter, MetricsWriter, Progress, Row
+from tlcm_jax.training.players import Player
 from tlcm_jax.training.preemption import Preemption
 from tlcm_jax.training.sharding import RULES, Rules, place, tree_shardings
 from tlcm_jax.training.state import TrainState, create
@@ -36,6 +37,9 @@ class Stage:
       steps: how many steps the stage has, at least 1.
       batches: batch number k of the stage, on the devices. A pure function of k.
       evaluations_per_example: UNet forward evaluations an example costs, for the throughput.
+      players: who else is trained inside `step`, by name; they live for this stage only.
+      enough: looks at the stage's rows after each, and says why the stage should end there, or
+        "". A pure function of the rows, so that a resumed run ends where the first did.
     """
 
     name: str
@@ -44,6 +48,8 @@ class Stage:
     steps: int
     batches: Callable[[int], PyTree]
     evaluations_per_example: float
+    players: Mapping[str, Player] = dataclasses.field(default_factory=dict)
+    enough: Callable[[Sequence[Row]], str] = lambda rows: ""
 
     def __post_init__(self) -> None:
         """Refuses a stage without steps."""
@@ -180,8 +186,9 @@ def _run_stage(
     meter = Meter(stage.evaluations_per_example)
     show = settings.progress and jax.process_index() == 0
     progress = Progress(stage.name, position.step, stage.steps, show)
+    ended = _ended(stage, writer.history)
     try:
-        while position.step < stage.steps:
+        while position.step < stage.steps and not ended:
             # Invariant: `state` is the state after `position.step` steps and has seen exactly the
             # batches before that number. The position moves together with the state, and the next
             # batch is drawn only after the save, so what is saved never counts a batch it has not
@@ -208,6 +215,11 @@ def _run_stage(
                 progress.settle(row)
                 names = {"step": position.total, "stage": stage.name, "stage_step": step}
                 writer.write({**names, **row})
+                ended = _ended(stage, writer.history)
+                if ended:
+                    logging.warning("stage %s ends at step %d: %s", stage.name, step, ended)
+                    end = save = True
+                    due = list(hooks)
             for hook in due:
                 # Before the save: a run that dies in a hook comes back to it.
                 hook.call(position, state)
@@ -219,6 +231,11 @@ def _run_stage(
     finally:
         progress.close()
     return state, position, True
+
+
+def _ended(stage: Stage, history: Sequence[Row]) -> str:
+    """Why the stage is over before its last step, or ""."""
+    return stage.enough([row for row in history if row["stage"] == stage.name])
 
 
 def _not_finite(stage: Stage, step: int, row: Row, checkpoints: Checkpoints) -> str:
@@ -251,7 +268,8 @@ def _create(stage: Stage, key: Array, index: int) -> Callable[[PyTree, Array], T
 
     def make(trainable: PyTree, key_data: Array) -> TrainState:
         run_key = jax.random.wrap_key_data(key_data, impl=impl)
-        return create(trainable, stage.optimizer, jax.random.fold_in(run_key, index))
+        stage_key = jax.random.fold_in(run_key, index)
+        return create(trainable, stage.optimizer, stage_key, stage.players)
 
     return make
 

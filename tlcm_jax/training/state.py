@@ -4,6 +4,7 @@ Trained parameters and both Adam moments are float32 whatever the compute type o
 (METHOD section 6); the frozen base is not part of the state and is never checkpointed.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+
+from tlcm_jax.training.players import Player
 
 PyTree = Any
 
@@ -25,15 +28,23 @@ class TrainState:
       opt_state: the optax state that belongs to `trainable`.
       key: typed PRNG key `[]` of the stage. It never changes: step k uses
         `fold_in(key, k)`, so a step is a function of (state, step) and a resumed run repeats it.
+      players: (parameters, optax state) of each other player by name; empty where the student is
+        the only one.
     """
 
     step: Array
     trainable: PyTree
     opt_state: PyTree
     key: Array
+    players: PyTree = flax.struct.field(default_factory=dict)
 
 
-def create(trainable: PyTree, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+def create(
+    trainable: PyTree,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    players: Mapping[str, Player] | None = None,
+) -> TrainState:
     """The state before a stage's first step.
 
     Args:
@@ -41,16 +52,23 @@ def create(trainable: PyTree, optimizer: optax.GradientTransformation, key: Arra
         a step donates its state and the caller's arrays must outlive it.
       optimizer: the optax transformation of the stage.
       key: typed PRNG key (`jax.random.key`) that no other stage uses.
+      players: the other players; each begins by its own `initial`.
 
     Returns:
       A `TrainState` at step 0.
     """
     trainable = jax.tree.map(_own, trainable)
+    others = {}
+    for i, (name, player) in enumerate(sorted((players or {}).items())):
+        # Counted down from the end of the range that steps, folded into the same key, count up.
+        params = jax.tree.map(_own, player.initial(jax.random.fold_in(key, 2**32 - 1 - i)))
+        others[name] = (params, player.optimizer.init(params))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
         opt_state=optimizer.init(trainable),
         key=key,
+        players=others,
     )
 
 

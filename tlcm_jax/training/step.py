@@ -10,10 +10,14 @@ fold_in(key, step):
   theta <- theta + optimiser(g)                                                          (3)
 
 (1) once, (2) and (3) `updates` times. The engine knows no loss by name.
+
+In a game, other players (`players.py`) are trained beside the student. Before each of its updates
+they are shown what it makes of that update's examples, and each takes updates of its own by (2)
+and (3); the student's loss then sees their parameters, and has no gradient in them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tlcm_jax.training.mesh import AXES, check_batch, replicated
+from tlcm_jax.training.players import Player, Shown, parameters, show, summed_up, take_turns
 from tlcm_jax.training.sharding import RULES, Rules, tree_shardings
 from tlcm_jax.training.state import TrainState
 
@@ -46,10 +51,10 @@ class StepSettings:
       updates: optimiser updates a step.
       accumulate: micro-batches an update; raises the batch of an update without its memory.
       fused: whether the step is one compiled program, with scans over the updates and
-        micro-batches, or one program that produces and one that updates, called `updates` times.
-        None: fused except on CPU, where XLA brings a convolution's gradients to its fast form
-        only outside loops (measured: inside a scan they ran 25 times slower). The results agree
-        to rounding.
+        micro-batches, or one program that produces and one that updates, called `updates` times
+        (and one for each other player). None: fused except on CPU, where XLA brings a
+        convolution's gradients to its fast form only outside loops (measured: inside a scan they
+        ran 25 times slower). The results agree to rounding.
     """
 
     updates: int = 1
@@ -73,7 +78,7 @@ class Step:
 
     Attributes:
       whole: the step as one jitted program; what ahead-of-time compilation looks at.
-      run: what a call runs: `whole`, or the same in two programs.
+      run: what a call runs: `whole`, or the same in several programs.
     """
 
     whole: Any
@@ -96,6 +101,7 @@ def make_step(
     settings: StepSettings | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
+    players: Mapping[str, Player] | None = None,
 ) -> Step:
     """Builds the step of a stage.
 
@@ -106,12 +112,14 @@ def make_step(
       settings: updates and micro-batches a step.
       mesh: the mesh that the arguments lie on; None for one device.
       rules: where the state lies; as given to `sharding.tree_shardings`.
+      players: who else is trained, by name. Then `objective.show` says what they are shown
+        (`players.show`), and the loss gets one more argument, their parameters by name.
 
     Returns:
       A `Step`. Its metrics are float32 scalars on the device: `loss` and the objective's own,
       averaged over the step; `grad_norm` and `grad_norm_max`, mean and largest over the updates,
-      before clipping; `examples`, how many were made; and `finite`, a bool, whether every loss
-      and gradient norm was.
+      before clipping; `NAME/loss` and so on of each other player; `examples`, how many were
+      made; and `finite`, a bool, whether every loss and gradient norm was.
 
     Raises:
       ValueError: (when first called, before anything is compiled) examples that the updates,
@@ -120,20 +128,39 @@ def make_step(
     """
     settings = settings or StepSettings()
     fused = jax.default_backend() != "cpu" if settings.fused is None else settings.fused
-    update = partial(_update, objective, optimizer, mesh, rules)
+    players = players or {}
+    update = partial(_update, objective.loss, optimizer, partial(_placed, mesh, rules))
+    train = {
+        name: partial(
+            _update, player.loss, player.optimizer, partial(_placed_player, mesh, rules, name)
+        )
+        for name, player in players.items()
+    }
 
     def whole(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         examples, keys = _prepare(objective, settings, mesh, state, frozen, batch)
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, Metrics]:
-            return update(carry, frozen, *xs, loop=True)
+            (student, others), (examples, keys) = carry, xs
+            if not players:
+                student, metrics = update(student, frozen, examples, keys, loop=True)
+                return (student, others), metrics
+            shown = show(objective, players, student[0], frozen, examples, keys)
+            others, said = take_turns(players, train, others, frozen, shown)
+            seen = parameters(others)
+            student, metrics = update(student, frozen, examples, shown.keys, seen, loop=True)
+            return (student, others), {**metrics, **said}
 
-        carry = (state.trainable, state.opt_state)
-        (trainable, opt_state), metrics = jax.lax.scan(
+        carry = ((state.trainable, state.opt_state), state.players)
+        (student, others), metrics = jax.lax.scan(
             body, carry, (examples, keys), unroll=settings.updates == 1
         )
         state = dataclasses.replace(
-            state, step=state.step + 1, trainable=trainable, opt_state=opt_state
+            state,
+            step=state.step + 1,
+            trainable=student[0],
+            opt_state=student[1],
+            players=others,
         )
         return state, _summary(mesh, metrics, _count(examples))
 
@@ -145,22 +172,58 @@ def make_step(
 
     @partial(jax.jit, donate_argnums=0)
     def one(carry: tuple, frozen: PyTree, examples: PyTree, keys: Array, index: Array) -> tuple:
-        return update(carry, frozen, *jax.tree.map(lambda x: x[index], (examples, keys)))
+        return update(carry, frozen, *_at((examples, keys), index))
 
     @jax.jit
-    def finish(step: Array, examples: PyTree, metrics: list[Metrics]) -> tuple[Array, Metrics]:
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics)
-        return step + 1, _summary(mesh, stacked, _count(examples))
+    def shown_at(
+        trainable: PyTree, frozen: PyTree, examples: PyTree, keys: Array, index: Array
+    ) -> Shown:
+        return show(objective, players, trainable, frozen, *_at((examples, keys), index))
+
+    @partial(jax.jit, donate_argnums=0)
+    def one_seeing(
+        carry: tuple, frozen: PyTree, examples: PyTree, keys: Array, index: Array, others: PyTree
+    ) -> tuple:
+        return update(carry, frozen, _at(examples, index), keys, parameters(others))
+
+    def make_turn(name: str) -> Callable:
+        @partial(jax.jit, donate_argnums=0)
+        def turn(carry: tuple, frozen: PyTree, shown: Shown, index: Array) -> tuple:
+            return train[name](carry, frozen, *_at(shown.of(name, players[name]), index))
+
+        return turn
+
+    turns = {name: make_turn(name) for name in players}
+
+    @jax.jit
+    def finish(step: Array, examples: PyTree, collected: list) -> tuple[Array, Metrics]:
+        if players:
+            collected = [
+                {**mine, **summed_up({name: _stack(turns) for name, turns in told.items()})}
+                for mine, told in collected
+            ]
+        return step + 1, _summary(mesh, _stack(collected), _count(examples))
 
     def parts(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
         examples, keys = prepare(state, frozen, batch)
         carry, collected = (state.trainable, state.opt_state), []
+        others = dict(state.players)
         for index in range(settings.updates):
-            carry, metrics = one(carry, frozen, examples, keys, index)
-            collected.append(metrics)
+            if not players:
+                carry, metrics = one(carry, frozen, examples, keys, index)
+                collected.append(metrics)
+                continue
+            shown = shown_at(carry[0], frozen, examples, keys, index)
+            told: dict[str, list] = {name: [] for name in players}
+            for name, player in players.items():
+                for turn in range(player.updates):
+                    others[name], metrics = turns[name](others[name], frozen, shown, turn)
+                    told[name].append(metrics)
+            carry, metrics = one_seeing(carry, frozen, examples, shown.keys, index, others)
+            collected.append((metrics, told))
         step, summary = finish(state.step, examples, collected)
         return dataclasses.replace(
-            state, step=step, trainable=carry[0], opt_state=carry[1]
+            state, step=step, trainable=carry[0], opt_state=carry[1], players=others
         ), summary
 
     return Step(whole=program, run=parts)
@@ -214,20 +277,25 @@ def _micro_batch(count: int, settings: StepSettings, mesh: Mesh | None) -> int:
 
 
 def _update(
-    objective: "Objective",
+    loss: Callable,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh | None,
-    rules: Rules,
+    placed: Callable[[tuple], tuple],
     carry: tuple[PyTree, PyTree],
     frozen: PyTree,
     examples: PyTree,
     keys: Array,
-    *,
+    *seen: PyTree,
     loop: bool = False,
 ) -> tuple[tuple[PyTree, PyTree], Metrics]:
-    """Equations (2) and (3) on examples `[accumulate, m, ...]`; `loop` chooses a scan over them."""
+    """Equations (2) and (3) on examples `[accumulate, m, ...]`; `loop` chooses a scan over them.
+
+    `seen` is what a loss gets besides; the same for every micro-batch.
+    """
     trainable, opt_state = carry
-    gradient = jax.grad(partial(_mean_loss, objective), has_aux=True)
+    mean_loss_gradient = jax.grad(partial(_mean_loss, loss), has_aux=True)
+
+    def gradient(trainable: PyTree, frozen: PyTree, examples: PyTree, key: Array) -> tuple:
+        return mean_loss_gradient(trainable, frozen, examples, key, *seen)
 
     def add(total: tuple, micro: tuple) -> tuple[tuple, None]:
         return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *micro)), None
@@ -247,18 +315,38 @@ def _update(
     norm = optax.tree.norm(grads)
     changes, opt_state = optimizer.update(grads, opt_state, trainable)
     carry = (optax.apply_updates(trainable, changes), opt_state)
-    if mesh is not None:
-        # The new state must lie as the donated one did; named like it for the rules.
-        named = {"trainable": carry[0], "opt_state": carry[1]}
-        placed = jax.lax.with_sharding_constraint(named, tree_shardings(named, mesh, rules))
-        carry = (placed["trainable"], placed["opt_state"])
-    return carry, {**metrics, "grad_norm": norm}
+    return placed(carry), {**metrics, "grad_norm": norm}
+
+
+def _placed(mesh: Mesh | None, rules: Rules, carry: tuple[PyTree, PyTree]) -> tuple:
+    """The student's new leaves and moments, lying as the donated ones did."""
+    if mesh is None:
+        return carry
+    named = {"trainable": carry[0], "opt_state": carry[1]}  # as in the state, for the rules
+    placed = jax.lax.with_sharding_constraint(named, tree_shardings(named, mesh, rules))
+    return placed["trainable"], placed["opt_state"]
+
+
+def _placed_player(
+    mesh: Mesh | None, rules: Rules, name: str, carry: tuple[PyTree, PyTree]
+) -> tuple:
+    """The same for another player."""
+    if mesh is None:
+        return carry
+    named = {"players": {name: carry}}
+    placed = jax.lax.with_sharding_constraint(named, tree_shardings(named, mesh, rules))
+    return placed["players"][name]
 
 
 def _mean_loss(
-    objective: "Objective", trainable: PyTree, frozen: PyTree, examples: PyTree, key: Array
+    loss_function: Callable,
+    trainable: PyTree,
+    frozen: PyTree,
+    examples: PyTree,
+    key: Array,
+    *seen: PyTree,
 ) -> tuple[Array, Metrics]:
-    per_sample, metrics = objective.loss(trainable, frozen, examples, key)
+    per_sample, metrics = loss_function(trainable, frozen, examples, key, *seen)
     if per_sample.ndim != 1:
         raise ValueError(f"a loss must give one value a sample, [n], got {per_sample.shape}")
     clash = set(metrics) & set(OWN_METRICS)
@@ -274,12 +362,21 @@ def _count(examples: PyTree) -> int:
     return updates * accumulate * size
 
 
+def _at(tree: PyTree, index: Array) -> PyTree:
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def _stack(metrics: list[Metrics]) -> Metrics:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics)
+
+
 def _summary(mesh: Mesh | None, metrics: Metrics, count: int) -> Metrics:
     """Metrics stacked over updates, `[updates]` each, to scalars."""
     summary = {name: jnp.mean(value) for name, value in metrics.items()}
     summary["grad_norm_max"] = jnp.max(metrics["grad_norm"])
     summary["examples"] = jnp.asarray(count, jnp.float32)
-    summary["finite"] = jnp.all(jnp.isfinite(metrics["loss"] + metrics["grad_norm"]))
+    watched = [value for name, value in metrics.items() if name.endswith(("loss", "grad_norm"))]
+    summary["finite"] = jnp.all(jnp.isfinite(jnp.stack(watched)))
     if mesh is None:
         return summary
     return jax.lax.with_sharding_constraint(summary, replicated(mesh))

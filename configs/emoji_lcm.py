@@ -1,0 +1,25 @@
+"""A relative in the same code: latent consistency distillation (LCM, arXiv 2310.04378) on emoji-xl.
+
+    python -m tlcm_jax.main --config configs/emoji_lcm.py --workdir runs/emoji-lcm
+
+One segment: every point of a trajectory is to jump to its end. The states are the teacher's own
+paths, as in the default recipe; LCM takes them from noised pictures. Not measured yet.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import emoji
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; there are no variants."""
+    if variant:
+        raise ValueError(f"configs/emoji_lcm.py has no variant {variant!r}")
+    config = emoji.get_config("paper")
+    config.name = "emoji-xl-lcm"
+    del config.stages["endpoints"]
+    config.stage_order = ("segments",)
+    # As many nodes a path as the default's 8 segments of 2, and so as many evaluations.
+    settings = config.stages.segments.settings
+    settings.segments, settings.nodes_per_segment = 1, 16
+    return config

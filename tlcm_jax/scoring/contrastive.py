@@ -1,0 +1,157 @@
+"""A small scorer of pictures and texts, learnt contrastively (as CLIP: arXiv 2103.00020).
+
+    s(image, text) = 100 cos(u(image), v(text))
+
+u is a small convolutional network and v the mean of the text's word vectors, so that it needs
+neither a tokenizer nor the teacher's text encoders, and shares nothing with the miniature's judge.
+Trained by `miniature/train_scorer.py`.
+"""
+
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
+# Words of a text that are read, and rows of the table that words are hashed into; row 0 is none.
+LENGTH, ROWS = 16, 8192
+
+
+class ContrastiveNetwork(nn.Module):
+    """Unit vectors of pictures and texts.
+
+    Attributes:
+      widths: channels of the image tower's stages, each at half the resolution of the one before.
+      features: length of the vectors.
+      resolution: pixels of the side that pictures are resized to.
+    """
+
+    widths: tuple[int, ...] = (32, 64, 128)
+    features: int = 64
+    resolution: int = 32
+
+    @nn.compact
+    def __call__(self, images: Array, words: Array) -> tuple[Array, Array]:
+        """Vectors `[n, features]` of pictures `[n, h, w, 3]` in 0..1 and of words `[n, LENGTH]`."""
+        side = (self.resolution, self.resolution)
+        x = images
+        if x.shape[1:3] != side:
+            x = jax.image.resize(x, (len(x), *side, 3), "bilinear", antialias=True)
+        x = 2 * x - 1
+        for i, width in enumerate(self.widths):
+            x = nn.Conv(width, (3, 3), strides=2, name=f"down{i}")(x)
+            x = nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(x))
+            x = x + nn.gelu(nn.Conv(width, (3, 3), name=f"conv{i}")(x))
+        image = nn.Dense(self.features, name="image")(jnp.mean(x, axis=(1, 2)))
+
+        table = nn.Embed(ROWS, self.features, name="words")(words)
+        there = (words > 0)[..., None]
+        mean = jnp.sum(there * table, axis=-2) / jnp.maximum(jnp.sum(there, axis=-2), 1)
+        text = mean + nn.Dense(self.features, name="text")(nn.gelu(mean))
+        return _unit(image), _unit(text)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ContrastiveReward:
+    """A trained scorer; see `rewards.Reward`.
+
+    Attributes:
+      network: the module.
+      params: its parameters, float32.
+      threshold: mean score of real pictures with their own texts.
+    """
+
+    network: ContrastiveNetwork
+    params: Mapping[str, Any]
+    threshold: float
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ContrastiveReward":
+        """Reads what `save` wrote.
+
+        Raises:
+          FileNotFoundError: the folder lacks one of its two files.
+          ValueError: a file is damaged, or the two do not belong together.
+        """
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} holds no scorer: {name} is missing; train one with "
+                    "`python -m miniature.train_scorer`"
+                )
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            tensors = load_file(folder / WEIGHTS)
+            network = ContrastiveNetwork(
+                tuple(config["widths"]), config["features"], config["resolution"]
+            )
+            threshold = float(config["threshold"])
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: a file of the scorer is damaged ({error})") from error
+        wanted = {k: v.shape for k, v in _flat(initial_shapes(network)).items()}
+        if {k: v.shape for k, v in tensors.items()} != wanted:
+            raise ValueError(f"{folder}: {WEIGHTS} and {CONFIG} do not belong together")
+        floats = {name: leaf.astype(np.float32) for name, leaf in tensors.items()}
+        return cls(network, flax.traverse_util.unflatten_dict(floats, sep="/"), threshold)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the weights (fp16) and the description."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: np.asarray(v, np.float16) for k, v in _flat(self.params).items()}
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / WEIGHTS)
+        config = {
+            "widths": list(self.network.widths),
+            "features": self.network.features,
+            "resolution": self.network.resolution,
+            "threshold": self.threshold,
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def texts(self, prompts: Sequence[str]) -> np.ndarray:
+        """Rows `[n, LENGTH]` int32 of the word table."""
+        return words(prompts)
+
+    def score(self, params: Mapping[str, Any], images: Array, texts: Array) -> Array:
+        """100 cos of pictures `[n, h, w, 3]`, 0 to 1, and texts, `[n]`."""
+        image, text = self.network.apply({"params": params}, images, texts)
+        return 100 * jnp.sum(image * text, axis=-1)
+
+
+def words(prompts: Sequence[str]) -> np.ndarray:
+    """Each text's first words as rows of the table, `[n, LENGTH]` int32; 0 where there is none."""
+    table = np.zeros((len(prompts), LENGTH), np.int32)
+    for row, prompt in zip(table, prompts, strict=True):
+        found = re.findall(r"\w+", prompt.lower())[:LENGTH]
+        # Hashed by content, and not by `hash`, which differs from process to process.
+        row[: len(found)] = [1 + zlib.crc32(word.encode()) % (ROWS - 1) for word in found]
+    return table
+
+
+def initial_shapes(network: ContrastiveNetwork) -> Any:
+    """The parameters' shapes."""
+    side = network.resolution
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    texts = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    return jax.eval_shape(network.init, jax.random.key(0), images, texts)["params"]
+
+
+def _flat(params: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+def _unit(x: Array) -> Array:
+    return x / jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
