@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the pipeline folder")
     parser.add_argument("--tokenizer", type=Path, required=True, help="vocab.json, merges.txt")
     parser.add_argument("--workdir", type=Path, default=Path("runs/miniature-unet"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--save-every", type=int, default=500)

@@ -9,7 +9,6 @@ adapter; a model that has none is compared with --teacher, if that is given. Its
 in `teacher/` of the workdir, or else of the output, so that it is drawn once.
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -24,8 +23,7 @@ from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.reporting.provenance import provenance
 from tlcm_jax.sample import load_model
 from tlcm_jax.scoring.scorers import check_scorers, load_scorers
-from tlcm_jax.training.workdir import CONFIG_FILE
-from tlcm_jax.workdir import is_workdir
+from tlcm_jax.workdir import guidance_scale, is_workdir
 
 CACHE = "teacher"
 
@@ -71,18 +69,17 @@ def run(values: flags.FlagValues) -> None:
     teacher = None if adapter is None else pipeline
     if values.teacher is not None:
         teacher = load_pipeline(values.teacher)
-    scale, home = 8.0, Path(values.output)
-    if is_workdir(values.model):
-        home = Path(values.model)
-        config = json.loads((home / CONFIG_FILE).read_text(encoding="utf-8"))
-        scale = (config.get("evaluation") or {}).get("guidance_scale", scale)
+    home = Path(values.model if is_workdir(values.model) else values.output)
+    scale = values.guidance_scale
+    if scale is None:
+        scale = guidance_scale(values.model)
     result = evaluate(
         pipeline,
         prompt_sets,
         lora=adapter,
         teacher=teacher,
         steps=steps,
-        guidance_scale=scale if values.guidance_scale is None else values.guidance_scale,
+        guidance_scale=scale,
         seed=values.seed,
         scorers=scorers,
         cache=home / CACHE,

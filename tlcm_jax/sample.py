@@ -22,7 +22,7 @@ from tlcm_jax.drawing import draw_student, draw_teacher
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.lora_stack import read_loras
 from tlcm_jax.interchange.pipeline import Pipeline
-from tlcm_jax.workdir import is_workdir, load_adapter
+from tlcm_jax.workdir import guidance_scale, is_workdir, load_adapter
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -35,7 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "Of the noise.", **where)
     flags.DEFINE_float("gamma", 1.0, "Share of fresh noise between steps, 0 to 1.", **where)
     flags.DEFINE_bool("teacher", False, "Draw with the undistilled model and guidance.", **where)
-    flags.DEFINE_float("guidance_scale", 8.0, "The teacher's, with --teacher.", **where)
+    flags.DEFINE_float("guidance_scale", None, "With --teacher; the run's own, or 8.", **where)
     flags.DEFINE_integer("enlarge", 1, "Write each pixel N x N times.", lower_bound=1, **where)
     flags.DEFINE_string("output", "out.png", "Picture to write.", **where)
 
@@ -61,6 +61,8 @@ def run(values: flags.FlagValues) -> None:
     pipeline, adapter = load_model(values.model, values.lora, adapted=not values.teacher)
     if values.teacher:
         scale = values.guidance_scale
+        if scale is None:
+            scale = guidance_scale(values.model)
         pictures = draw_teacher(pipeline, values.prompt, steps, scale, values.seed)
     else:
         pictures = draw_student(pipeline, values.prompt, steps, values.seed, adapter, values.gamma)

@@ -18,6 +18,14 @@ def is_workdir(path: str | Path) -> bool:
     return (Path(path) / CONFIG_FILE).is_file() and (Path(path) / CHECKPOINTS).is_dir()
 
 
+def guidance_scale(path: str | Path, default: float = 8.0) -> float:
+    """The scale that a run evaluates its teacher with; `default` for what is not a workdir."""
+    if not is_workdir(path):
+        return default
+    config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+    return (config.get("evaluation") or {}).get("guidance_scale", default)
+
+
 def load_adapter(
     workdir: str | Path, step: int | None = None
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
