@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
         # Not in the paper: half the cost of a pair of stage 1, and right from the first update.
         trajectories=dict(
             objective="trajectory_regression",
-            steps=2 if smoke else 90,
+            steps=2 if smoke else 112,
             # 24 paths of 8 milestones: 6 updates of 32.
             batch_size=24,
             updates=6,
