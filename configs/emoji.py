@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     prompts = paths.MINIATURE / "prompts"
     guidance_scale = 5.0
     stages = dict(
-        # Not in the paper: half the cost of a pair of stage 1, and right from the first update.
+        # Not in the paper: its targets are the teacher's own from the first update on.
         trajectories=dict(
             objective="trajectory_regression",
             steps=2 if smoke else 112,
@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
         ),
         segments=dict(
             objective="segment_consistency",
-            steps=45,
+            steps=80,
             # 16 prompts make 272 pairs: 8 updates of 34.
             batch_size=16,
             updates=8,
@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ConfigDict:
         ),
         endpoints=dict(
             objective="endpoint_consistency",
-            steps=2 if smoke else 30 if paper else 10,
+            steps=2 if smoke else 45 if paper else 10,
             # 16 rollouts of 4 states: 2 updates of 32.
             batch_size=16,
             updates=2,
