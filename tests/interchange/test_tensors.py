@@ -182,9 +182,8 @@ def test_loading_holds_one_tensor_beside_the_weights(tmp_path, place):
         del tensors, views
     kept, one = sum(leaf.nbytes for leaf in jax.tree.leaves(params)), 4 * rows * columns
     assert kept == count * one // 2
-    # One tensor as it is stored and two as they are kept, because the copy that went to a device is
-    # freed some time after the next is begun; 4 MB for the allocator's rounding.
-    assert grown < kept + one + 2 * (one // 2) + 4e6, (grown, kept)
+    # One tensor as it is stored and one as it is kept; 4 MB for the allocator's rounding.
+    assert grown < kept + one + one // 2 + 4e6, (grown, kept)
 
 
 def _memory(field):
