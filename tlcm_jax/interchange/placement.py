@@ -5,6 +5,7 @@ are wanted, at most one tensor is held, or several that together are no larger t
 whatever the file's size.
 """
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,6 +71,8 @@ def to_devices(
         filled.update({path: array.result() for path, array in held.items()})
         jax.block_until_ready([filled[path] for path in held])
         held.clear()
+        # jax lets go of what it copied from at the next garbage collection, of any generation.
+        gc.collect(0)
         release()
 
     # Transposing is slower than reading: a tensor a thread, until together they are as large as
