@@ -26,10 +26,11 @@ def get_config(variant: str = "") -> ConfigDict:
     prompts = paths.MINIATURE / "prompts"
     guidance_scale = 5.0
     stages = dict(
-        # Not in the paper: its targets are the teacher's own from the first update on.
+        # Not in the paper: its targets are the teacher's own from the first update on, and the
+        # student's own states, which are what the paper's stage 2 is for, are among them.
         trajectories=dict(
             objective="trajectory_regression",
-            steps=2 if smoke else 112,
+            steps=4 if smoke else 120,
             # 24 paths of 8 milestones: 6 updates of 32.
             batch_size=24,
             updates=6,
@@ -37,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
             warmup_updates=0 if smoke else 20,
             decay="cosine",
             final_fraction=0.05,
-            settings=dict(guidance_scale=guidance_scale, teacher_substeps=2),
+            settings=dict(guidance_scale=guidance_scale, teacher_substeps=2, own_states=0.3),
         ),
         segments=dict(
             objective="segment_consistency",
@@ -53,17 +54,17 @@ def get_config(variant: str = "") -> ConfigDict:
         ),
         endpoints=dict(
             objective="endpoint_consistency",
-            steps=2 if smoke else 45 if paper else 15,
+            steps=45,
             # 16 rollouts of 4 states: 2 updates of 32.
             batch_size=16,
             updates=2,
-            learning_rate=3e-4 if paper else 2e-4,
+            learning_rate=3e-4,
             decay="cosine",
             final_fraction=0.1,
             settings=dict(guidance_scale=guidance_scale, teacher_substeps=2, states_per_rollout=4),
         ),
     )
-    order = ("segments", "endpoints") if paper else ("trajectories", "endpoints")
+    order = ("segments", "endpoints") if paper else ("trajectories",)
     return ConfigDict(
         dict(
             name="emoji-xl",
