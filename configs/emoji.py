@@ -53,11 +53,11 @@ def get_config(variant: str = "") -> ConfigDict:
         ),
         endpoints=dict(
             objective="endpoint_consistency",
-            steps=2 if smoke else 45 if paper else 10,
+            steps=2 if smoke else 45 if paper else 15,
             # 16 rollouts of 4 states: 2 updates of 32.
             batch_size=16,
             updates=2,
-            learning_rate=3e-4 if paper else 1e-4,
+            learning_rate=3e-4 if paper else 2e-4,
             decay="cosine",
             final_fraction=0.1,
             settings=dict(guidance_scale=guidance_scale, teacher_substeps=2, states_per_rollout=4),
