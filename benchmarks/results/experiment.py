@@ -114,8 +114,11 @@ def recipe(name: str) -> dict[str, Any]:
     return found.get_config(variant).to_dict()
 
 
-def missing_weights(settings: Settings) -> str:
-    """Which weights a recipe's terms need that are not there, and what makes them; or ""."""
+def missing_files(settings: Settings) -> str:
+    """Which weights or latents a recipe needs that are not there, and what makes them; or ""."""
+    latents = getattr(settings, "latents", "")
+    if latents and not Path(latents).is_file():
+        return "the real latents are missing (`python -m miniature.encode_latents` makes them)"
     for stage in settings.stages.values():
         for name, chosen in stage.terms.items():
             folder = getattr(chosen, "weights", "")

@@ -9,12 +9,14 @@ examples: at equal evaluations an example's cost alone then decides how many upd
     loss_x0       the loss as x0, weighted by min(SNR + 1, 5), against z
     loss_x0_flat  the same, all times weighted alike
     states1       one state a rollout in stage 2, against 4
+    ema           the average of stage 2's updates is what is drawn with, against the last one
 
 `TRAJECTORIES` changes the default, `emoji.py`, whose first stage regresses on the end of the
 teacher's paths.
 
     snr5          weights min(SNR + 1, 5), against all times alike
     path25, 50    every node of a path of 25 or 50 steps is a state, against 8 milestones of 16
+    epochs2, 4    each path is gone through 2 or 4 times, against once
 """
 
 from benchmarks.results.ablation import PAPER
@@ -80,6 +82,7 @@ STAGES = Table(
             endpoints__settings__states_per_rollout=1,
             endpoints__batch_size=64,
         ),
+        _paper("ema", "average of stage 2's updates, decay 0.95", endpoints__ema_decay=0.95),
     ),
 )
 
@@ -110,5 +113,7 @@ TRAJECTORIES = Table(
         ),
         _path(25, batch_size=32),
         _path(50, batch_size=16),
+        _default("epochs2", "each path twice", trajectories__epochs=2),
+        _default("epochs4", "each path four times", trajectories__epochs=4),
     ),
 )

@@ -99,6 +99,7 @@ def _told(
         "asked": job["asked"],
         "scores": measured.scores,
         "real": dict(measured.real),
+        "prompts": measured.prompts,
         "shown": list(measured.shown),
         **spent,
         "seconds": {key: round(value, 1) for key, value in measured.seconds.items()},

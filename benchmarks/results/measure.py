@@ -32,6 +32,7 @@ class Measured:
     Attributes:
       scores: by kind of sampler, by steps, by key.
       real: scores of real pictures, by key.
+      prompts: how many were scored.
       shown: the prompts whose pictures are kept.
       pictures: of these, uint8 `[shown, h, w, 3]`, by `KIND-STEPS`.
       reference: the teacher's 25-step pictures of all prompts; None for a student.
@@ -40,6 +41,7 @@ class Measured:
 
     scores: Mapping[str, Mapping[str, Mapping[str, float]]]
     real: Mapping[str, float]
+    prompts: int
     shown: tuple[str, ...]
     pictures: Mapping[str, np.ndarray]
     reference: np.ndarray | None
@@ -110,6 +112,7 @@ def measure(
     return Measured(
         scores=scores,
         real=result.real,
+        prompts=len(prompts.prompts),
         shown=tuple(prompts.prompts[i] for i in rows),
         pictures={f"{d.kind}-{d.steps}": d.pictures[rows] for d in result.drawn},
         reference=reference if of_teacher else None,

@@ -1,6 +1,7 @@
 """The page: tables of what the runs' folders hold. No figure in it is typed by hand."""
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -103,22 +104,22 @@ def _method(plan: Plan, found: Found, command: Sequence[str]) -> Iterator[str]:
         if count > 1
         else f"One training seed ({seeds}), so no spread is known"
     )
-    limit = asked["limit"]
-    prompts = f"the first {limit}" if limit else "all"
+    prompts = found.teacher["prompts"]
     yield "Written by"
     yield from ("", "```shell", shlex.join(command), "```", "")
     yield (
         f"Every run uses {plan.evaluations:,.0f} UNet forwards: the teacher's, the target's, the "
         "rollout's, the student's and the critics' together. Beside it stand the student's "
-        f"backward passes, one an example. {spread}; a row says how many where it has fewer. The "
+        f"backward passes, one for each example it learns from. {spread}; a row says how many where it has fewer. The "
         "noise that pictures are drawn from is the same for all rows and seeds."
     )
     yield ""
     yield (
-        f"Scored on {prompts} of the held-out prompts, at 4 steps where a table does not say. "
+        f"Scored on {prompts} held-out prompts, at 4 steps where a table does not say; a share of "
+        f"so many has a sampling error of up to {50 / math.sqrt(prompts):.1f} points. "
         "LPIPS to teacher: to the teacher's 25-step picture from the same noise, lower is closer. "
         f"Diversity: LPIPS between {asked['draws']} pictures of a prompt under different noise, "
-        f"for the first {asked['diverse']} prompts; the teacher's own is the mark. Fréchet: lower "
+        f"for the first {min(asked['diverse'], prompts)} prompts; the teacher's own is the mark. Fréchet: lower "
         "is better."
     )
     yield ""

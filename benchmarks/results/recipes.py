@@ -1,8 +1,9 @@
 """Whole recipes at the same number of UNet evaluations: ours, the paper's, and its relatives'.
 
 Each stage keeps the share of the evaluations that its recipe gives it. The relatives are what
-`docs/terms.md` says they are: the method's idea in this code, on the same data-free states, and
-not the authors' own program. A recipe that is not in `configs/` has no row.
+`docs/terms.md` says they are: the method's idea in this code, not the authors' own program. All
+are drawn with the same sampler, with fresh noise between steps, which is not every relative's own.
+A recipe that is not in `configs/` has no row.
 """
 
 from benchmarks.results.ablation import PAPER
@@ -20,7 +21,8 @@ def _relative(name: str, says: str) -> Experiment:
 RECIPES = Table(
     name="recipes",
     title="Recipes at equal evaluations",
-    says="Ours, the paper's two stages, all of TLCM, and its relatives as recipes of this code.",
+    says="Ours, the paper's two stages, all of TLCM, and its relatives as recipes of this code, "
+    "all drawn with TLCM's sampler.",
     steps=(1, 2, 3, 4, 8),
     shown=(1, 4),
     experiments=(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import budget
-from benchmarks.results.experiment import DEFAULT, Experiment, NotHere, Table, missing_weights
+from benchmarks.results.experiment import DEFAULT, Experiment, NotHere, Table, missing_files
 from benchmarks.results.experiment import recipe as load_recipe
 from tlcm_jax import paths
 from tlcm_jax.settings import MAY_CHANGE, read
@@ -168,7 +168,7 @@ def plan(
         except NotHere as reason:
             absent[name] = str(reason)
             continue
-        if why := missing_weights(read(config)):
+        if why := missing_files(read(config)):
             waiting[name] = why
             continue
         asked = Asked.of(config, tuple(steps[name]), limit)
