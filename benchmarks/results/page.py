@@ -110,8 +110,9 @@ def _method(plan: Plan, found: Found, command: Sequence[str]) -> Iterator[str]:
     yield (
         f"Every run uses {plan.evaluations:,.0f} UNet forwards: the teacher's, the target's, the "
         "rollout's, the student's and the critics' together. Beside it stand the student's "
-        f"backward passes, one for each example it learns from. {spread}; a row says how many where it has fewer. The "
-        "noise that pictures are drawn from is the same for all rows and seeds."
+        f"backward passes, one for each example it learns from. {spread}; a row says how many "
+        "where it has fewer. The noise that pictures are drawn from is the same for all rows and "
+        "seeds."
     )
     yield ""
     yield (
@@ -119,8 +120,8 @@ def _method(plan: Plan, found: Found, command: Sequence[str]) -> Iterator[str]:
         f"so many has a sampling error of up to {50 / math.sqrt(prompts):.1f} points. "
         "LPIPS to teacher: to the teacher's 25-step picture from the same noise, lower is closer. "
         f"Diversity: LPIPS between {asked['draws']} pictures of a prompt under different noise, "
-        f"for the first {min(asked['diverse'], prompts)} prompts; the teacher's own is the mark. Fréchet: lower "
-        "is better."
+        f"for the first {min(asked['diverse'], prompts)} prompts; the teacher's own is the mark. "
+        "Fréchet: lower is better."
     )
     yield ""
     yield (
