@@ -11,9 +11,9 @@ examples: at equal evaluations an example's cost alone then decides how many upd
     states1       one state a rollout in stage 2, against 4
     ema           the average of stage 2's updates is what is drawn with, against the last one
 
-`TRAJECTORIES` changes the default, `emoji.py`, whose first stage regresses on the end of the
-teacher's paths.
+`TRAJECTORIES` changes the default, `emoji.py`, which regresses on the end of the teacher's paths.
 
+    own0, own60   none or 60 % of the paths begin at the student's own states, against 30 %
     snr5          weights min(SNR + 1, 5), against all times alike
     path25, 50    every node of a path of 25 or 50 steps is a state, against 8 milestones of 16
     epochs2, 4    each path is gone through 2 or 4 times, against once
@@ -106,6 +106,8 @@ TRAJECTORIES = Table(
     "alike.",
     experiments=(
         OURS,
+        _default("own0", "all paths from noise", trajectories__settings__own_states=0.0),
+        _default("own60", "60 % from own states", trajectories__settings__own_states=0.6),
         _default(
             "snr5",
             "weights min(SNR + 1, 5)",

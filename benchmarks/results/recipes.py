@@ -10,7 +10,7 @@ from benchmarks.results.ablation import PAPER
 from benchmarks.results.experiment import DEFAULT, Experiment, Table
 
 OURS = Experiment(
-    name="default", says="`emoji.py`: whole trajectories, then endpoints", recipe=DEFAULT
+    name="default", says="`emoji.py`: regression on whole trajectories", recipe=DEFAULT
 )
 
 
