@@ -186,6 +186,32 @@ def test_loading_holds_one_tensor_beside_the_weights(tmp_path, place):
     assert grown < kept + one + one // 2 + 4e6, (grown, kept)
 
 
+@pytest.mark.parametrize("large", ["first", "last"])
+def test_small_tensors_do_not_add_up_to_more_than_the_large_one(tmp_path, large):
+    """Several are laid out at once; what they take beside their places stays within one."""
+    sides = {"large": 3072, **{f"small_{i}": 1024 for i in range(20)}}
+    if large == "last":
+        sides = dict(reversed(sides.items()))
+    shapes = {
+        name: {"kernel": jax.ShapeDtypeStruct((side, side), ml_dtypes.bfloat16)}
+        for name, side in sides.items()
+    }
+    path = tmp_path / "weights.safetensors"
+    for tree in ({"large": shapes["large"]}, shapes):
+        save_file(
+            {f"{name}.weight": np.ones((sides[name],) * 2, ml_dtypes.bfloat16) for name in tree},
+            path,
+        )
+        tensors = TensorFile([path])
+        views = names.matched(tensors, tree, "test")
+        before = _reset_peak()
+        params = to_devices(views, tree, tensors.release)
+        grown = _memory("VmHWM") - before
+        del tensors, views
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert grown < kept + 2 * sides["large"] ** 2 + 4e6, (grown, kept)
+
+
 def _memory(field):
     with open("/proc/self/status") as stream:
         return 1024 * int(re.search(rf"{field}:\s+(\d+)", stream.read())[1])

@@ -1,8 +1,7 @@
-"""From views of a file to arrays where they are used, one tensor at a time.
+"""From views of a file to arrays where they are used, a few tensors at a time.
 
-A tensor is read, cast and laid out in one pass, straight to its devices: beside the arrays that
-are wanted, at most one tensor is held, or several that together are no larger than the largest,
-whatever the file's size.
+A tensor is read, cast and laid out in one pass, straight to its devices. Never is more held than
+all the arrays that are wanted and, beside them, the largest tensor, whatever the file's size.
 """
 
 import gc
@@ -63,7 +62,15 @@ def to_devices(
     wanted = flax.traverse_util.flatten_dict(shapes)
     placed = flax.traverse_util.flatten_dict(shardings or {})
     sizes = {path: leaf.size * leaf.dtype.itemsize for path, leaf in wanted.items()}
-    most = max(sizes.values())
+    # What a tensor takes while it is laid out, beside its place: its pages of the file, and the
+    # copy that `_put` may make.
+    beside = {
+        path: view.nbytes + sizes[path] * _copied(view, wanted[path].dtype)
+        for path, view in views.items()
+    }
+    largest = max(view.nbytes for view in views.values())
+    room = sum(sizes.values()) + largest
+    given = 0
     filled: dict[Path_, jax.Array] = {}
     held: dict[Path_, Future] = {}
 
@@ -75,11 +82,14 @@ def to_devices(
         gc.collect(0)
         release()
 
-    # Transposing is slower than reading: a tensor a thread, until together they are as large as
-    # the largest. They are then waited for, so that their sources do not add up.
+    # Transposing is slower than reading: a tensor a thread. As long as few have their places there
+    # is room for several beside them; towards the end they are waited for, so that what is read
+    # does not add up.
     with ThreadPoolExecutor(_THREADS) as pool:
         for path, view in views.items():
-            if sum(sizes[other] for other in held) + sizes[path] > most:
+            given += sizes[path]
+            together = beside[path] + sum(beside[other] for other in held)
+            if given + together > room or together > _THREADS * largest:
                 finish()
             held[path] = pool.submit(_put, view, wanted[path], placed.get(path))
         finish()
@@ -89,11 +99,18 @@ def to_devices(
 def _put(view: np.ndarray, leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
     def read(index: Any) -> np.ndarray:
         part = view[index]
-        if part.dtype != leaf.dtype:
-            return part.astype(leaf.dtype)  # keeps the file's order; the device's copy transposes
-        # A contiguous view might be used in place, and the file may change under it.
-        return part.copy() if part.flags.c_contiguous else part
+        # In the file's order; the device's copy transposes.
+        return part.astype(leaf.dtype) if _copied(part, leaf.dtype) else part
 
     if sharding is None:
         return jax.device_put(read(...))
     return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _copied(view: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether a view is copied on the way.
+
+    It is to be cast; or it is contiguous, and a device might use it in place, while the file may
+    change under it.
+    """
+    return view.dtype != dtype or view.flags.c_contiguous
