@@ -10,12 +10,13 @@ import pytest
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
 from tlcm_jax import drawing
 from tlcm_jax.diffusion import sampler
-from tlcm_jax.drawing import draw_student, draw_teacher
+from tlcm_jax.drawing import Rendering, draw_student, draw_teacher
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.models import lora
 from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.training.sharding import place
 
+THREES = Rendering(batch_size=3)
 PROMPTS = ["a red cat", "an icon", "a cat of ice", ""]
 
 
@@ -84,11 +85,11 @@ def test_the_teacher_is_the_sampler_s_from_the_same_noise(pipeline):
 def test_a_picture_depends_on_its_prompt_place_and_seed_only(pipeline, two_steps):
     assert two_steps.std() > 10
     # Two batches, of which the second has two unused places.
-    assert_same(draw_student(pipeline, PROMPTS, 2, seed=3, batch_size=3), two_steps)
-    same_prompt = draw_student(pipeline, PROMPTS[:1] * 3, 2, seed=3, batch_size=3)
+    assert_same(draw_student(pipeline, PROMPTS, 2, seed=3, rendering=THREES), two_steps)
+    same_prompt = draw_student(pipeline, PROMPTS[:1] * 3, 2, seed=3, rendering=THREES)
     assert_same(same_prompt[:1], two_steps[:1])
     assert np.any(same_prompt[0] != same_prompt[1])
-    other_seed = draw_student(pipeline, PROMPTS[:3], 2, seed=4, batch_size=3)
+    other_seed = draw_student(pipeline, PROMPTS[:3], 2, seed=4, rendering=THREES)
     assert np.mean(other_seed != two_steps[:3]) > 0.5
 
 
@@ -121,6 +122,37 @@ def test_every_step_count_weights_and_seed_share_the_compiled_code(pipeline, ada
     assert drawing._teacher_step._cache_size() == compiled
 
 
+def test_what_is_read_and_how_large(pipeline):
+    text, long = PROMPTS[0], " ".join(["red", "cat"] * 60)
+
+    def drawn(prompt=text, **options):
+        return draw_student(pipeline, [prompt], 1, 3, rendering=Rendering(**options))
+
+    plain = drawn()
+    assert_same(drawn(prompts_2=[text]), plain)
+    assert np.any(drawn(prompts_2=["an icon"]) != plain)
+    cut = drawn(long)
+    assert_same(drawn(" ".join(long.split()[:75])), cut)
+    assert np.any(drawn(long, chunks=None) != cut)
+    assert drawn(resolution=48).shape == (1, 48, 48, 3)
+    whole, tiled = drawn(resolution=64), drawn(resolution=64, tile=9)
+    assert_same(tiled, whole)
+
+
+def test_the_teacher_reads_long_prompts_beside_a_null_as_long(pipeline):
+    long, options = " ".join(["red", "cat"] * 60), Rendering(chunks=None, resolution=48)
+    conditioning = pipeline.encode([long], 48, chunks=None)
+    null = pipeline.null_conditioning(48, chunks=2)
+    assert conditioning.prompt_embeds.shape[1] == null.prompt_embeds.shape[1] == 154
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), 0)
+    noise = jax.random.normal(key, (1, 12, 12, 4))
+    latents = sampler.sample_teacher(
+        pipeline.denoiser(), pipeline.schedule, noise, conditioning, null, steps=2, scale=3.0
+    )
+    drawn = draw_teacher(pipeline, [long], 2, 3.0, seed=3, rendering=options)
+    assert_same(drawn, decoded(pipeline, latents))
+
+
 def test_bad_requests_are_refused_before_anything_is_drawn(pipeline):
     with pytest.raises(ValueError, match="steps = 9"):
         draw_student(pipeline, PROMPTS, 9, seed=0)
@@ -128,5 +160,13 @@ def test_bad_requests_are_refused_before_anything_is_drawn(pipeline):
         draw_student(pipeline, PROMPTS, 4, seed=0, gamma=1.5)
     with pytest.raises(ValueError, match="at least one prompt"):
         draw_student(pipeline, [], 4, seed=0)
+    with pytest.raises(ValueError, match="resolution 30 must be a multiple of 4"):
+        draw_student(pipeline, PROMPTS, 4, seed=0, rendering=Rendering(resolution=30))
+    with pytest.raises(ValueError, match="4 prompts, but 1 prompts_2"):
+        draw_student(pipeline, PROMPTS, 4, seed=0, rendering=Rendering(prompts_2=["an icon"]))
+    with pytest.raises(ValueError, match="batch_size = 0"):
+        Rendering(batch_size=0)
+    with pytest.raises(ValueError, match="tile = -1"):
+        Rendering(tile=-1)
     with pytest.raises(ValueError, match="steps = 1000"):
         draw_teacher(pipeline, PROMPTS, 1000, 8.0, seed=0)

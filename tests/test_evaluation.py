@@ -13,7 +13,7 @@ from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
 from tlcm_jax import evaluate as command
 from tlcm_jax import evaluation, evaluation_report
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
-from tlcm_jax.drawing import draw_student, draw_teacher
+from tlcm_jax.drawing import Rendering, draw_student, draw_teacher
 from tlcm_jax.evaluation import evaluate
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.lora_files import write_lora
@@ -86,10 +86,11 @@ def test_pictures_are_those_of_the_samplers(pipeline, adapter, result):
     assert [(drawn.kind, drawn.steps) for drawn in result.sets[1].drawn] == order[1:3]
     np.testing.assert_array_equal(
         first.find("student", 4).pictures,
-        draw_student(pipeline, PROMPTS, 4, 5, adapter, batch_size=25),
+        draw_student(pipeline, PROMPTS, 4, 5, adapter, rendering=Rendering(batch_size=25)),
     )
     np.testing.assert_array_equal(
-        first.find("teacher", 4).pictures, draw_teacher(pipeline, PROMPTS, 4, 2.0, 5, batch_size=25)
+        first.find("teacher", 4).pictures,
+        draw_teacher(pipeline, PROMPTS, 4, 2.0, 5, Rendering(batch_size=25)),
     )
 
 

@@ -73,6 +73,11 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
         remat=model.remat,
         shardings=lambda params: tree_shardings(params, mesh),
     )
+    if pipeline.guidance_is_embedded:
+        raise ValueError(
+            f"{model.path}: this UNet takes the guidance scale as an input (time_cond_proj_dim): it"
+            " is a distilled model already; take the model that it was distilled from as teacher"
+        )
     companions = load_companions(settings)
     plans = blueprints(settings, pipeline, mesh, companions)
     shape = pipeline.latent_shape(model.resolution or None)

@@ -27,6 +27,34 @@ from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.training.mesh import shard_batch
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """How prompts become pictures, besides the model and its sampler.
+
+    Attributes:
+      prompts_2: the second text encoder's texts, where they differ (SDXL).
+      chunks: of 75 tokens that a prompt may have before it is cut; None for as many as it needs.
+      resolution: side of the pictures in pixels; the model's own by default.
+      tile: side of the tiles, in latent pixels, that pictures too large to be decoded at once are
+        decoded by; 0 decodes at once.
+      batch_size: pictures at a time; of the last batch's places some may stay unused.
+      progress: draw a progress bar.
+    """
+
+    prompts_2: Sequence[str] | None = None
+    chunks: int | None = 1
+    resolution: int | None = None
+    tile: int = 0
+    batch_size: int = 64
+    progress: bool = False
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size = {self.batch_size}: must be at least 1")
+        if self.tile < 0:
+            raise ValueError(f"tile = {self.tile}: must be at least 1, or 0 for no tiles")
+
+
 def draw_student(
     pipeline: Pipeline,
     prompts: Sequence[str],
@@ -34,10 +62,12 @@ def draw_student(
     seed: int,
     lora: Mapping[str, Any] | None = None,
     gamma: float = 1.0,
-    batch_size: int = 64,
-    progress: bool = False,
+    rendering: Rendering = Rendering(),
 ) -> np.ndarray:
     """Draws with a distilled model, without guidance.
+
+    A UNet that takes the guidance scale as an input (LCM's) is given
+    `pipeline.embedded_guidance`.
 
     Args:
       pipeline: the model. If its weights lie on a mesh, batches are cut over the mesh.
@@ -46,21 +76,20 @@ def draw_student(
       seed: of the noise.
       lora: an adapter already scaled (`models.lora.scaled`), added to the UNet's weights.
       gamma: share of fresh noise between steps, 1 all of it, 0 none (`diffusion.sampler`).
-      batch_size: pictures at a time; of the last batch's places some may stay unused.
-      progress: draw a progress bar.
+      rendering: resolution, batches, long prompts.
 
     Returns:
       Pictures, uint8 `[n, h, w, 3]`, in the order of the prompts.
 
     Raises:
-      ValueError: no prompts, or steps, gamma or batch size out of range.
+      ValueError: no prompts, or steps, gamma or resolution out of range.
     """
     timesteps = sampler.timesteps_for(steps)
     levels = sampler.levels(pipeline.schedule, timesteps, gamma).astype(np.float32)
     unet = pipeline.params["unet"]
     if lora is not None:
         unet = merged(unet, lora)
-    model = _Model.of(pipeline)
+    model = _Model.of(pipeline, rendering)
 
     def latents(conditioning: Conditioning, keys: Array) -> Array:
         z = _noise(model, keys, np.uint32(0))
@@ -69,7 +98,7 @@ def draw_student(
             z = _student_step(model, unet, z, *at, conditioning)
         return z
 
-    return _draw(pipeline, prompts, seed, batch_size, latents, f"{steps} steps", progress)
+    return _draw(pipeline, prompts, seed, rendering, latents, f"{steps} steps")
 
 
 def draw_teacher(
@@ -78,38 +107,42 @@ def draw_teacher(
     steps: int,
     guidance_scale: float,
     seed: int,
-    batch_size: int = 64,
-    progress: bool = False,
+    rendering: Rendering = Rendering(),
 ) -> np.ndarray:
     """Draws with the undistilled model: DDIM with classifier-free guidance.
 
     Args:
       pipeline: the model.
       prompts: n texts, at least one.
-      steps: DDIM steps, each of two UNet evaluations.
+      steps: DDIM steps, each of two UNet evaluations; of one where the UNet takes the guidance
+        scale as an input.
       guidance_scale: w.
       seed: of the noise; the same as the student's for the same seed.
-      batch_size: as in `draw_student`.
-      progress: draw a progress bar.
+      rendering: resolution, batches, long prompts.
 
     Returns:
       Pictures, uint8 `[n, h, w, 3]`.
 
     Raises:
-      ValueError: no prompts, or steps or batch size out of range.
+      ValueError: no prompts, or steps or resolution out of range.
     """
     timesteps = sampler.teacher_timesteps(steps, pipeline.schedule.train_steps)
-    model, unet = _Model.of(pipeline), pipeline.params["unet"]
-    null, scale = pipeline.null_conditioning(), float(guidance_scale)
+    scale = float(guidance_scale)
+    if pipeline.guidance_is_embedded:
+        pipeline = dataclasses.replace(pipeline, embedded_guidance=scale)
+        scale = 1.0
+    model, unet = _Model.of(pipeline, rendering), pipeline.params["unet"]
+    nulls = functools.cache(lambda chunks: pipeline.null_conditioning(rendering.resolution, chunks))
 
     def latents(conditioning: Conditioning, keys: Array) -> Array:
         z = _noise(model, keys, np.uint32(0))
+        null = nulls(conditioning.prompt_embeds.shape[1] // pipeline.tokenizers[0].model_max_length)
         for pair in itertools.pairwise((*timesteps, 0)):
             stops = np.asarray(pair, np.int32)
             z = _teacher_step(model, unet, z, stops, conditioning, null, scale)
         return z
 
-    return _draw(pipeline, prompts, seed, batch_size, latents, f"teacher, {steps} steps", progress)
+    return _draw(pipeline, prompts, seed, rendering, latents, f"teacher, {steps} steps")
 
 
 @jax.jit
@@ -120,7 +153,7 @@ def merged(params: Any, lora: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """What compiled code depends on: networks and schedule. The weights are arguments to it.
+    """What compiled code depends on besides its arguments, among which are the weights.
 
     Pipelines that are alike in these, such as one teacher with several adapters merged into it,
     share their compiled code; jit compares and hashes this object.
@@ -128,14 +161,21 @@ class _Model:
 
     networks: tuple
     schedule: tuple
+    embedded_guidance: float
+    resolution: int
+    tile: int
     functions: Pipeline = dataclasses.field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, pipeline: Pipeline) -> "_Model":
-        table = pipeline.schedule
+    def of(cls, pipeline: Pipeline, rendering: Rendering) -> "_Model":
+        table, resolution = pipeline.schedule, rendering.resolution or pipeline.resolution
+        pipeline.latent_shape(resolution)  # a wrong resolution is found before anything is drawn
         return cls(
             networks=(pipeline.unet, pipeline.vae, *pipeline.text_encoders),
             schedule=(table.prediction_type, table.alphas_cumprod.tobytes()),
+            embedded_guidance=pipeline.embedded_guidance,
+            resolution=resolution,
+            tile=rendering.tile,
             # Without its weights, so that jit's cache does not keep them alive.
             functions=dataclasses.replace(pipeline, params={}, tokenizers=()),
         )
@@ -143,7 +183,7 @@ class _Model:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _encode(model: _Model, params: Any, ids: tuple[Array, ...]) -> Conditioning:
-    return model.functions.encode_tokens(params, ids)
+    return model.functions.encode_tokens(params, ids, model.resolution)
 
 
 # A step is what is compiled, not a whole sampler: times are arguments to it, so that every number
@@ -181,7 +221,7 @@ def _teacher_step(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _decode(model: _Model, params: Any, latents: Array) -> Array:
-    pictures = model.functions.decode_latents(params, latents)
+    pictures = model.functions.decode_latents(params, latents, model.tile)
     return jnp.round(255 * pictures.astype(jnp.float32)).astype(jnp.uint8)
 
 
@@ -193,7 +233,7 @@ def _prompt_keys(key: Array, rows: Array) -> Array:
 @functools.partial(jax.jit, static_argnames="model")
 def _noise(model: _Model, keys: Array, step: Array) -> Array:
     """Unit Gaussian latents for the prompts of `keys` `[b]`: `[b, h, w, c]`, new at each step."""
-    shape = model.functions.latent_shape()
+    shape = model.functions.latent_shape(model.resolution)
 
     def draw(key: Array) -> Array:
         return jax.random.normal(jax.random.fold_in(key, step), shape)
@@ -205,28 +245,25 @@ def _draw(
     pipeline: Pipeline,
     prompts: Sequence[str],
     seed: int,
-    batch_size: int,
+    rendering: Rendering,
     latents: Callable[[Conditioning, Array], Array],
     label: str,
-    progress: bool,
 ) -> np.ndarray:
     """Encodes, samples by `latents(conditioning, keys)` and decodes, batch by batch."""
     if not prompts:
         raise ValueError("there is nothing to draw: give at least one prompt")
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}: must be at least 1")
-    model, mesh = _Model.of(pipeline), _mesh_of(pipeline)
+    model, mesh = _Model.of(pipeline, rendering), _mesh_of(pipeline)
     devices = 1 if mesh is None else mesh.devices.size
-    size = -(-min(batch_size, len(prompts)) // devices) * devices
+    size = -(-min(rendering.batch_size, len(prompts)) // devices) * devices
     towers = {k: v for k, v in pipeline.params.items() if k.startswith("text_encoder")}
     decoder = {"vae": pipeline.params["vae"]}
     # Places left over repeat the last prompt, so that all batches have one shape and compile once.
     rows = np.minimum(np.arange(-(-len(prompts) // size) * size), len(prompts) - 1)
-    tokens = pipeline.tokenize(prompts)
+    tokens = pipeline.tokenize(prompts, rendering.prompts_2, rendering.chunks)
     keys = _prompt_keys(jax.random.key(seed), np.arange(len(prompts), dtype=np.uint32))
     pictures = []
     starts = range(0, len(rows), size)
-    for start in tqdm(starts, desc=label, unit="batch", disable=not progress):
+    for start in tqdm(starts, desc=label, unit="batch", disable=not rendering.progress):
         chosen = rows[start : start + size]
         ids, noise_keys = shard_batch(mesh, (tuple(t[chosen] for t in tokens), keys[chosen]))
         drawn = latents(_encode(model, towers, ids), noise_keys)

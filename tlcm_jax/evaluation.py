@@ -21,7 +21,7 @@ from absl import logging
 
 from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion import sampler
-from tlcm_jax.drawing import draw_student, draw_teacher, merged
+from tlcm_jax.drawing import Rendering, draw_student, draw_teacher, merged
 from tlcm_jax.interchange.files import whole
 from tlcm_jax.interchange.pipeline import Pipeline
 from tlcm_jax.reporting.contents import Kind
@@ -186,10 +186,10 @@ def evaluate(
     for prompts in prompt_sets:
         for scorer in scorers:
             scorer.check(prompts.prompts, prompts.annotations)
-    options = {"seed": seed, "batch_size": batch_size, "progress": progress}
-    samplers: dict[Kind, _Draw] = {"student": _student(pipeline, lora, options)}
+    rendering = Rendering(batch_size=batch_size, progress=progress)
+    samplers: dict[Kind, _Draw] = {"student": _student(pipeline, lora, seed, rendering)}
     if teacher is not None:
-        samplers["teacher"] = _teacher(teacher, guidance_scale, cache, options)
+        samplers["teacher"] = _teacher(teacher, guidance_scale, cache, seed, rendering)
     stopwatch = _Stopwatch()
     results = []
     for prompts in prompt_sets:
@@ -224,23 +224,25 @@ def _plan(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[Kind, in
     return own + [("teacher", count) for count in teacher]
 
 
-def _student(pipeline: Pipeline, lora: Any, options: Mapping[str, Any]) -> _Draw:
+def _student(pipeline: Pipeline, lora: Any, seed: int, rendering: Rendering) -> _Draw:
     student = pipeline
     if lora is not None:  # once for all step counts
         unet = merged(pipeline.params["unet"], lora)
         student = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
-    return lambda prompts, steps: draw_student(student, prompts, steps, **options)
+    return lambda prompts, steps: draw_student(student, prompts, steps, seed, rendering=rendering)
 
 
 def _teacher(
-    teacher: Pipeline, scale: float, cache: Path | None, options: Mapping[str, Any]
+    teacher: Pipeline, scale: float, cache: Path | None, seed: int, rendering: Rendering
 ) -> _Draw:
     fingerprint = weights_hash(teacher) if cache is not None else ""
 
     def draw(prompts: Sequence[str], steps: int) -> np.ndarray:
-        description = [fingerprint, list(prompts), steps, float(scale), options["seed"]]
+        description = [fingerprint, list(prompts), steps, float(scale), seed]
         return _cached(
-            cache, description, lambda: draw_teacher(teacher, prompts, steps, scale, **options)
+            cache,
+            description,
+            lambda: draw_teacher(teacher, prompts, steps, scale, seed, rendering),
         )
 
     return draw

@@ -7,6 +7,7 @@ whose adapter is then used. --lora may be given again; FILE:0.8 applies a LoRA w
 Each --prompt is one picture; several are written as out-0.png, out-1.png, ... in their order.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from absl import app, flags, logging
 from PIL import Image
 
 from tlcm_jax import compilation
+from tlcm_jax.data.prompts import warn_truncated
 from tlcm_jax.diffusion.sampler import timesteps_for
-from tlcm_jax.drawing import draw_student, draw_teacher
+from tlcm_jax.drawing import Rendering, draw_student, draw_teacher
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.lora_stack import read_loras
 from tlcm_jax.interchange.pipeline import Pipeline
@@ -31,11 +33,19 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("model", None, "Folder, file, hub id or workdir.", required=True, **where)
     flags.DEFINE_multi_string("lora", None, "LoRA to put onto the model: PATH[:WEIGHT].", **where)
     flags.DEFINE_multi_string("prompt", None, "What to draw.", required=True, **where)
+    flags.DEFINE_multi_string(
+        "prompt_2", None, "The second text encoder's, one for each --prompt.", **where
+    )
+    flags.DEFINE_bool("long_prompts", False, "Read prompts beyond their 77th token.", **where)
     flags.DEFINE_integer("steps", None, "1 to 8 (default 4); with --teacher any (25).", **where)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **where)
     flags.DEFINE_float("gamma", 1.0, "Share of fresh noise between steps, 0 to 1.", **where)
     flags.DEFINE_bool("teacher", False, "Draw with the undistilled model and guidance.", **where)
-    flags.DEFINE_float("guidance_scale", None, "With --teacher; the run's own, or 8.", **where)
+    flags.DEFINE_float(
+        "guidance_scale", None, "With --teacher, or for LCM's UNets; the run's own, or 8.", **where
+    )
+    flags.DEFINE_integer("resolution", None, "Side in pixels; the model's own.", **where)
+    flags.DEFINE_integer("tile", 0, "Decode by tiles of so many latent pixels.", **where)
     flags.DEFINE_integer("enlarge", 1, "Write each pixel N x N times.", lower_bound=1, **where)
     flags.DEFINE_string("output", "out.png", "Picture to write.", **where)
 
@@ -58,14 +68,26 @@ def run(values: flags.FlagValues) -> None:
     if not values.teacher:
         timesteps_for(steps)  # before anything is loaded
     targets = _targets(Path(values.output), len(values.prompt))
+    rendering = Rendering(
+        prompts_2=values.prompt_2,
+        chunks=None if values.long_prompts else 1,
+        resolution=values.resolution,
+        tile=values.tile,
+    )
     pipeline, adapter = load_model(values.model, values.lora, adapted=not values.teacher)
+    if not values.long_prompts:
+        warn_truncated([*values.prompt, *(values.prompt_2 or ())], pipeline.tokenizers[0])
     if values.teacher:
         scale = values.guidance_scale
         if scale is None:
             scale = guidance_scale(values.model)
-        pictures = draw_teacher(pipeline, values.prompt, steps, scale, values.seed)
+        pictures = draw_teacher(pipeline, values.prompt, steps, scale, values.seed, rendering)
     else:
-        pictures = draw_student(pipeline, values.prompt, steps, values.seed, adapter, values.gamma)
+        if values.guidance_scale is not None:
+            pipeline = _embed_guidance(pipeline, values.guidance_scale)
+        pictures = draw_student(
+            pipeline, values.prompt, steps, values.seed, adapter, values.gamma, rendering
+        )
     for target, picture in zip(targets, pictures, strict=True):
         enlarged = picture.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
         Image.fromarray(np.ascontiguousarray(enlarged)).save(target)
@@ -92,6 +114,20 @@ def load_model(
     if loras:
         adapter = read_loras(loras, pipeline.params["unet"])
     return pipeline, adapter
+
+
+def _embed_guidance(pipeline: Pipeline, scale: float) -> Pipeline:
+    """The pipeline with the scale that its UNet is to draw as if guided by.
+
+    Raises:
+      ValueError: the UNet has no such input.
+    """
+    if not pipeline.guidance_is_embedded:
+        raise ValueError(
+            "--guidance_scale goes with --teacher: a distilled model draws without guidance, and"
+            " this UNet does not take the scale as an input either (time_cond_proj_dim)"
+        )
+    return dataclasses.replace(pipeline, embedded_guidance=scale)
 
 
 def _targets(output: Path, count: int) -> list[Path]:

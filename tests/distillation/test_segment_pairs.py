@@ -115,6 +115,8 @@ def test_times_are_weighed_alike_or_by_the_clipped_snr(world, loss_space):
     plain, heavy = (
         o.loss(theta, world.frozen, pairs, jax.random.key(0))[0] for o in (alike, weighed)
     )
+    own = {"z": 1.0, "x0": 5.0}[loss_space]
+    assert settings(loss_space=loss_space).time_limit == own
     snr = (world.schedule.alphas / world.schedule.sigmas)[np.asarray(pairs.t_m)] ** 2
     np.testing.assert_allclose(heavy, np.minimum(snr + 1, 5) * plain, rtol=1e-4)
     assert stages.find("segment_consistency").needs_latents(settings())

@@ -64,8 +64,8 @@ def test_paths_begin_in_pure_noise(world):
     assert abs(start.std() - 1) < 0.03
 
 
-def test_the_weight_is_the_clipped_snr(world):
-    points = points_of(world, make(world), 4)
+def with_constant_student(world, **changes):
+    """The objective where the student sees 0.5 everywhere."""
 
     def constant(trainable, frozen):
         return lambda z, t, c: eps_from_x0(world.schedule, z, jnp.full_like(z, 0.5), t)
@@ -73,8 +73,42 @@ def test_the_weight_is_the_clipped_snr(world):
     networks = type(world.networks)(
         student=constant, teacher=world.networks.teacher, null=world.networks.null
     )
-    settings = TrajectoryRegressionSettings(snr_limit=5.0)
-    objective = trajectories.trajectory_regression(networks, world.schedule, world.shape, settings)
+    settings = TrajectoryRegressionSettings(guidance_scale=2.0, **changes)
+    return trajectories.trajectory_regression(networks, world.schedule, world.shape, settings)
+
+
+def test_a_share_of_the_paths_begins_at_the_student_s_noisy_samples(world):
+    count, substeps = 1500, 3
+    objective = with_constant_student(world, own_states=0.25, teacher_substeps=substeps)
+    points = points_of(world, objective, count)
+    t = np.asarray(points.t).reshape(count, 8)
+    z = np.asarray(points.z).reshape(count, 8, *world.shape)
+    own = t[:, 0] < 999
+    assert abs(own.mean() - 0.25) < 0.04
+    np.testing.assert_array_equal(t[~own], np.tile(paths.milestones(8)[:-1], (sum(~own), 1)))
+    assert set(t[own, 0]) == set(paths.milestones(8)[1:-1])
+    alpha, sigma = (
+        np.asarray(level(jnp.asarray(t[own, 0])))
+        for level in (world.schedule.alpha, world.schedule.sigma)
+    )
+    noise = (z[own, 0] - 0.5 * alpha) / sigma
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    # From there they are the teacher's: 24 equal steps to the end, of which each third is seen.
+    rows = np.flatnonzero(own)
+    start, steps = points.t.reshape(count, 8)[rows, 0], jnp.full(len(rows), 24)
+    times = paths.equal_times(start, jnp.zeros_like(start), steps, 24)
+    np.testing.assert_array_equal(t[rows], times[:, :-1:substeps])
+    teacher = guided(gaussian.denoiser(world.schedule), 2.0, world.frozen)
+    here = jax.tree.map(lambda x: x[rows], world.conditioning(count))
+    nodes, end = paths.teacher_path(teacher, world.schedule, jnp.asarray(z[rows, 0]), times, here)
+    np.testing.assert_allclose(np.moveaxis(nodes.z[::substeps], 0, 1), z[rows], atol=2e-5)
+    ends = np.asarray(points.end).reshape(count, 8, *world.shape)[rows, 0]
+    np.testing.assert_allclose(end, ends, atol=2e-5)
+
+
+def test_the_weight_is_the_clipped_snr(world):
+    points = points_of(world, make(world), 4)
+    objective = with_constant_student(world, snr_limit=5.0)
     loss, metrics = objective.loss(None, world.frozen, points, jax.random.key(0))
     expected = np.mean(np.square(0.5 - np.asarray(points.end)), axis=(1, 2, 3))
     np.testing.assert_allclose(metrics["mse_x0"], expected, rtol=1e-4)
@@ -92,6 +126,10 @@ def test_the_weight_is_the_clipped_snr(world):
         ({"teacher_substeps": 125}, "teacher_substeps = 125: must be at most 124"),
         ({"segments": 7}, "segments = 7: must divide the 1000 times"),
         ({"snr_limit": 0.5}, "snr_limit = 0.5: must be at least 1"),
+        ({"own_states": 1.5}, "own_states = 1.5: must be at most 1"),
+        ({"own_states": -0.1}, "own_states = -0.1: must be at least 0"),
+        ({"own_states": 0.5, "segments": 1}, "own_states = 0.5: needs at least 2 segments"),
+        ({"rollout_timesteps": (1000,)}, "rollout_timesteps"),
     ],
 )
 def test_bad_settings_are_refused(world, changes, message):

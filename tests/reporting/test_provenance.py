@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from tlcm_jax.reporting import provenance as module
 from tlcm_jax.reporting.provenance import duration, provenance
 
 
@@ -20,3 +21,8 @@ def test_provenance():
     assert facts["devices"] == "8 × cpu (cpu)"
     assert f"jax {jax.__version__}," in facts["versions"]
     assert all(isinstance(text, str) and text for text in facts.values())
+
+
+def test_a_package_that_is_not_installed_is_said_and_no_error(monkeypatch):
+    monkeypatch.setattr(module, "_PACKAGES", ("no-such-package", "jax"))
+    assert provenance(1)["versions"] == f"no-such-package (not installed), jax {jax.__version__}"

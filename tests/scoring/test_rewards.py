@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlcm_jax.scoring import rewards
+from tlcm_jax.scoring import rewards, scorers
 from tlcm_jax.scoring.contrastive import LENGTH, ContrastiveNetwork, ContrastiveReward, words
 
 
@@ -77,3 +77,23 @@ def test_a_scorer_with_no_gradient_is_refused(reward, monkeypatch):
         assert rewards.load_reward("odd", "", followed=False)  # it can be the judge
     with pytest.raises(ValueError, match="unknown scorer 'clip'; known: odd"):
         rewards.load_reward("clip", "")
+
+
+def test_a_reward_can_be_told_in_an_evaluation(reward, tmp_path):
+    reward.save(tmp_path)
+    (told,) = scorers.load_scorers({"contrastive": tmp_path})
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (5, 8, 8, 3), np.uint8)
+    prompts = ["a cat", "a dog", "an icon", "red", "a sun"]
+    told.check(prompts, {})
+    assert [measure.key for measure in told.measures] == ["contrastive"]
+    by_hand = told.reward.score(
+        told.reward.params, pictures.astype(np.float32) / 255, reward.texts(prompts)
+    )
+    found = told.score(pictures, prompts, {})
+    assert found == {"contrastive": pytest.approx(float(np.mean(by_hand)), abs=1e-3)}
+    for batch in (2, 5, 7):
+        assert rewards.mean_score(told.reward, pictures, prompts, batch) == pytest.approx(
+            found["contrastive"], abs=1e-3
+        )
+    assert told.ceiling("heldout", 5) == {}

@@ -1,6 +1,7 @@
 """A random pipeline folder with SDXL's architecture, small enough to build in every test session.
 
-    folder = write_tiny_pipeline(tmp_path / "tiny")     # six megabytes; family="sd" for SD 1.5's
+    folder = write_tiny_pipeline(tmp_path / "tiny")     # six megabytes; family="sd" for SD 1.5's,
+                                                        # "sdxl-lcm" for one with LCM's UNet
     pipeline = load_pipeline(folder)                    # ours
     StableDiffusionXLPipeline.from_pretrained(folder)   # theirs
 
@@ -119,7 +120,7 @@ def write_tiny_pipeline(
     dtype: str = "fp32",
 ) -> Path:
     """Writes the folder and returns it; the same arguments give the same bytes."""
-    vocabulary = write_tokenizers(folder, ("tokenizer", "tokenizer_2")[: 1 + (family == "sdxl")])
+    vocabulary = write_tokenizers(folder, ("tokenizer", "tokenizer_2")[: 1 + (family != "sd")])
     special = dict(
         bos_token_id=vocabulary["<|startoftext|>"],
         eos_token_id=vocabulary["<|endoftext|>"],
@@ -138,6 +139,8 @@ def write_tiny_pipeline(
     if family == "sd":
         unet, index = SD_UNET, SD_MODEL_INDEX
         towers = {"text_encoder": {**towers["text_encoder"], "hidden_size": 32}}
+    if family == "sdxl-lcm":
+        unet = {**UNET, "time_cond_proj_dim": 12}
     networks = {
         "unet": (unet, UNet2DConditionModel(UNetConfig.from_dict(unet))),
         "vae": (VAE, AutoencoderKL(VAEConfig.from_dict(VAE))),

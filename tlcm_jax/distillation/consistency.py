@@ -120,7 +120,7 @@ def segment_consistency(
         if settings.loss_space == "x0":
             x0_goal = ddim.inverse(schedule, pairs.z_m, goal, pairs.t_m, pairs.boundary)
             error = mean_square(x0_m - x0_goal)  # (5)
-        weight = snr_weight(schedule, pairs.t_m, settings.snr_limit)
+        weight = snr_weight(schedule, pairs.t_m, settings.time_limit)
         return weight * error, {"mse_z": mse_z}
 
     def refresh(pairs: SegmentPairs, key: PRNGKeyArray) -> SegmentPairs:

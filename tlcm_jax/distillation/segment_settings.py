@@ -33,7 +33,8 @@ class SegmentConsistencySettings:
         to the true ODE at the same cost a pair (toy error 0.049, 0.037, 0.034 for 1, 2, 4), for
         fewer prompts in a batch of pairs.
       loss_space: "z", the paper's (4), or "x0", (5); z won on the toy.
-      snr_limit: of the weight of times; 1 weighs all alike; 5 in multistep consistency models.
+      snr_limit: of the weight of times, 1 for all alike. None takes that of the loss's own
+        source: 1 for "z", 5 for "x0".
       target: whose jump is the target in (4): the "student"'s own as it stands, as in the paper,
         or its "average"'s, which the stage must then keep (`ema_decay`).
       landing: where jumps end: "milestone", the paper's, or "trajectory", Hyper-SD's.
@@ -47,7 +48,7 @@ class SegmentConsistencySettings:
     mode: str = "node_reuse"
     nodes_per_segment: int = 2
     loss_space: str = "z"
-    snr_limit: float = 1.0
+    snr_limit: float | None = None
     target: str = "student"
     landing: str = "milestone"
 
@@ -69,8 +70,15 @@ class SegmentConsistencySettings:
         check_choice("target", self.target, ("student", "average"))
         check_at_least("nodes_per_segment", self.nodes_per_segment, 1)
         check_choice("loss_space", self.loss_space, ("z", "x0"))
-        check_at_least("snr_limit", self.snr_limit, 1)
+        check_at_least("snr_limit", self.time_limit, 1)
         check_choice("landing", self.landing, ("milestone", "trajectory"))
+
+    @property
+    def time_limit(self) -> float:
+        """The `snr_limit` that holds."""
+        if self.snr_limit is None:
+            return 5.0 if self.loss_space == "x0" else 1.0
+        return self.snr_limit
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Raises a ValueError if these settings do not fit the time axis of `schedule`."""

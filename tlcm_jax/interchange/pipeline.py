@@ -11,12 +11,15 @@ import numpy as np
 from jax import Array
 from transformers import PreTrainedTokenizerBase
 
+from tlcm_jax.data.tokens import tokenize
 from tlcm_jax.diffusion.prediction import Denoiser, epsilon_denoiser
 from tlcm_jax.diffusion.schedule import NoiseSchedule
 from tlcm_jax.models.clip_text import CLIPTextModel
 from tlcm_jax.models.conditioning import Conditioning
+from tlcm_jax.models.embeddings import guidance_embedding
 from tlcm_jax.models.unet import UNet2DConditionModel
 from tlcm_jax.models.vae import AutoencoderKL
+from tlcm_jax.models.vae_tiling import decode_tiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Pipeline:
       tokenizers: as many.
       configs: each component's own JSON, as on disk; exports write it back.
       zero_null: the null conditioning is zeros (SDXL) rather than the encoded empty prompt.
+      embedded_guidance: the scale that a UNet with guidance embedding is given; others ignore it.
       source: where the weights came from: what `load_pipeline` was given.
       folder: the local folder, in diffusers' layout, with the configs and tokenizers.
     """
@@ -43,6 +47,7 @@ class Pipeline:
     zero_null: bool
     source: str
     folder: str
+    embedded_guidance: float = 8.0
 
     @property
     def resolution(self) -> int:
@@ -61,18 +66,28 @@ class Pipeline:
             raise ValueError(f"resolution {resolution} must be a multiple of {factor}")
         return (resolution // factor, resolution // factor, self.vae.config.latent_channels)
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, ...]:
-        """Token ids `[b, 77]` for each text encoder, truncated and padded as the folder says."""
-        return tuple(
-            tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="np",
-            )["input_ids"].astype(np.int32)
-            for tokenizer in self.tokenizers
-        )
+    @property
+    def guidance_is_embedded(self) -> bool:
+        """The UNet takes the guidance scale as an input (LCM), and needs no second evaluation."""
+        return self.unet.config.time_cond_proj_dim is not None
+
+    def tokenize(
+        self,
+        prompts: Sequence[str],
+        prompts_2: Sequence[str] | None = None,
+        chunks: int | None = 1,
+    ) -> tuple[np.ndarray, ...]:
+        """Token ids for each text encoder, `[b, 77]`, or `[b, chunks, 77]`: `data.tokens`.
+
+        Args:
+          prompts: b texts, which one chunk cuts at their 77th token.
+          prompts_2: the second text encoder's, where they differ.
+          chunks: of 75 tokens a prompt may have; None for as many as the longest needs.
+
+        Raises:
+          ValueError: `prompts_2` that do not fit the model or the prompts.
+        """
+        return tokenize(self.tokenizers, prompts, prompts_2, chunks=chunks)
 
     def encode_tokens(
         self, params: Mapping[str, Any], ids: Sequence[Array], resolution: int | None = None
@@ -94,14 +109,18 @@ class Pipeline:
                 self.text_encoders, ("text_encoder", "text_encoder_2"), ids, strict=False
             )
         ]
+        batch, scale = len(ids[0]), None
+        if self.guidance_is_embedded:
+            scale = jnp.full(batch, self.embedded_guidance, jnp.float32)
         if len(outputs) == 1:
-            return Conditioning(prompt_embeds=outputs[0][1])
+            return Conditioning(prompt_embeds=outputs[0][1], guidance_scale=scale)
         side = resolution or self.resolution
         time_ids = jnp.array([[side, side, 0, 0, side, side]], jnp.float32)
         return Conditioning(
             prompt_embeds=jnp.concatenate([states[-2] for states, _, _ in outputs], axis=-1),
             pooled=outputs[1][2],
-            time_ids=jnp.broadcast_to(time_ids, (ids[0].shape[0], 6)),
+            time_ids=jnp.broadcast_to(time_ids, (batch, 6)),
+            guidance_scale=scale,
         )
 
     @functools.cached_property
@@ -110,15 +129,26 @@ class Pipeline:
 
     @functools.cached_property
     def _jitted_decode(self) -> Callable:
-        return jax.jit(self.decode_latents)
+        return jax.jit(self.decode_latents, static_argnames="tile")
 
-    def encode(self, prompts: Sequence[str], resolution: int | None = None) -> Conditioning:
-        """Conditioning of `prompts`, leading axis `len(prompts)`."""
-        return self._jitted_encode(self.params, self.tokenize(prompts), resolution=resolution)
+    def encode(
+        self,
+        prompts: Sequence[str],
+        resolution: int | None = None,
+        *,
+        prompts_2: Sequence[str] | None = None,
+        chunks: int | None = 1,
+    ) -> Conditioning:
+        """Conditioning of `prompts`, leading axis `len(prompts)`; arguments as `tokenize`'s."""
+        ids = self.tokenize(prompts, prompts_2, chunks)
+        return self._jitted_encode(self.params, ids, resolution=resolution)
 
-    def null_conditioning(self, resolution: int | None = None) -> Conditioning:
-        """What guidance moves away from, leading axis 1: zeros (SDXL) or the empty prompt."""
-        empty = self.encode([""], resolution)
+    def null_conditioning(self, resolution: int | None = None, chunks: int = 1) -> Conditioning:
+        """What guidance moves away from, leading axis 1: zeros (SDXL) or the empty prompt.
+
+        It needs as many `chunks` as the conditioning that it stands beside.
+        """
+        empty = self.encode([""], resolution, chunks=chunks)
         if not self.zero_null:
             return empty
         return dataclasses.replace(
@@ -136,21 +166,7 @@ class Pipeline:
           params: the UNet's tree; the pipeline's own by default.
           lora: an adapter already scaled (`models.lora.scaled`).
         """
-        variables = {"params": self.params["unet"] if params is None else params}
-        if lora is not None:
-            variables["lora"] = lora
-
-        def network(z: Array, t: Array, conditioning: Conditioning) -> Any:
-            return self.unet.apply(
-                variables,
-                z,
-                t,
-                conditioning.prompt_embeds,
-                conditioning.pooled,
-                conditioning.time_ids,
-            )
-
-        return epsilon_denoiser(self.schedule, network)
+        return epsilon_denoiser(self.schedule, self._network(params, lora))
 
     def features(
         self, params: Mapping[str, Any], lora: Mapping[str, Any] | None = None
@@ -161,31 +177,58 @@ class Pipeline:
           params: the UNet's tree.
           lora: an adapter already scaled.
         """
-        variables = {"params": params} | ({} if lora is None else {"lora": lora})
+        return self._network(params, lora, features=True)
 
-        def network(z: Array, t: Array, conditioning: Conditioning) -> Any:
+    def _network(
+        self,
+        params: Mapping[str, Any] | None,
+        lora: Mapping[str, Any] | None,
+        features: bool = False,
+    ) -> Callable[[Array, Array, Conditioning], Any]:
+        """The UNet with these weights, as a function of `(z, t, conditioning)`."""
+        variables = {"params": self.params["unet"] if params is None else params}
+        if lora is not None:
+            variables["lora"] = lora
+        width = self.unet.config.time_cond_proj_dim
+
+        def network(z: Array, t: Array, given: Conditioning) -> Any:
+            condition = None
+            if width is not None and given.guidance_scale is not None:
+                condition = guidance_embedding(given.guidance_scale, width)
             return self.unet.apply(
                 variables,
                 z,
                 t,
-                conditioning.prompt_embeds,
-                conditioning.pooled,
-                conditioning.time_ids,
-                features=True,
+                given.prompt_embeds,
+                given.pooled,
+                given.time_ids,
+                condition,
+                features=features,
             )
 
         return network
 
-    def decode_latents(self, params: Mapping[str, Any], latents: Array) -> Array:
-        """Pictures `[b, h, w, 3]` in 0..1 from scaled latents; traceable."""
+    def decode_latents(self, params: Mapping[str, Any], latents: Array, tile: int = 0) -> Array:
+        """Pictures `[b, h, w, 3]` in 0..1 from scaled latents; traceable.
+
+        Args:
+          params: as `self.params`.
+          latents: `[b, h/f, w/f, c]`.
+          tile: side of the tiles, in latent pixels, that large pictures are decoded by
+            (`models.vae_tiling`: less memory, the same picture, slower); 0 decodes at once.
+        """
         unscaled = latents / self.vae.config.scaling_factor
-        variables = {"params": params["vae"]}
-        images: Any = self.vae.apply(variables, unscaled, method=self.vae.decode)
+        images: Any
+        if tile:
+            images = decode_tiled(self.vae, params["vae"], unscaled, tile)
+        else:
+            variables = {"params": params["vae"]}
+            images = self.vae.apply(variables, unscaled, method=self.vae.decode)
         return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
-    def decode(self, latents: Array) -> Array:
-        """Pictures `[b, h, w, 3]` in 0..1 from scaled latents `[b, h/f, w/f, c]`."""
-        return self._jitted_decode(self.params, latents)
+    def decode(self, latents: Array, tile: int = 0) -> Array:
+        """Pictures `[b, h, w, 3]` in 0..1 from scaled latents: `decode_latents`, compiled."""
+        return self._jitted_decode(self.params, latents, tile=tile)
 
     def encode_images(self, images: Array) -> Array:
         """Scaled latents (the posterior's mean) of pictures `[b, h, w, 3]` in 0..1."""

@@ -14,8 +14,11 @@ class Conditioning:
         model has none (SD 1.x, 2.x).
       time_ids: `[b, 6]` SDXL micro-conditioning: original height and width, crop top and left,
         target height and width, in pixels; None where the model has none.
+      guidance_scale: `[b]` the scale that a network with guidance embedding (LCM's
+        `time_cond_proj_dim`) is to draw as if guided by; None where the model has none.
     """
 
     prompt_embeds: Array
     pooled: Array | None = None
     time_ids: Array | None = None
+    guidance_scale: Array | None = None

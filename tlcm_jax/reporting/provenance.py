@@ -31,6 +31,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str:
+    """The installed version. A run from a source tree does not fail at its end for want of one."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def provenance(seconds: float) -> dict[str, str]:
     """Describes this process for a report.
 
@@ -42,7 +50,7 @@ def provenance(seconds: float) -> dict[str, str]:
     """
     devices = jax.devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    versions = [f"{name} {_version(name)}" for name in _PACKAGES]
     return {
         "duration": duration(seconds),
         "devices": f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from tlcm_jax.scoring.contrastive import ContrastiveReward
@@ -80,3 +81,25 @@ def check_gradient(name: str, reward: Reward) -> None:
             f"scorer {name!r} has no gradient in the picture, so preference cannot follow it; it "
             "can be the judge"
         )
+
+
+def mean_score(
+    reward: Reward, pictures: np.ndarray, prompts: Sequence[str], batch: int = 50
+) -> float:
+    """The mean score of pictures with their own texts.
+
+    Args:
+      reward: the scorer.
+      pictures: uint8 `[n, h, w, 3]`, n at least 1.
+      prompts: n texts.
+      batch: pictures at a time.
+    """
+    texts, score = reward.texts(prompts), jax.jit(reward.score)
+    total = 0.0
+    for start in range(0, len(pictures), batch):
+        # Places left over repeat the last picture, so that all batches have one shape.
+        rows = np.minimum(np.arange(start, start + batch), len(pictures) - 1)
+        chosen = jax.tree.map(lambda x, rows=rows: x[rows], texts)
+        found = score(reward.params, pictures[rows].astype(np.float32) / 255, chosen)
+        total += float(np.sum(np.asarray(found)[: len(pictures) - start]))
+    return total / len(pictures)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tlcm_jax.scoring.judge import Judge
+from tlcm_jax.scoring.rewards import Reward, load_reward, mean_score
 
 Annotations = Mapping[str, Sequence[Any]]
 
@@ -122,9 +123,45 @@ class JudgeScorer:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class RewardScorer:
+    """A scorer that preference can follow, as one that is told: the mean over the pictures.
+
+    Attributes:
+      name: a key of `rewards.REWARDS`, and of the score.
+      reward: the scorer.
+    """
+
+    name: str
+    reward: Reward
+
+    @property
+    def measures(self) -> Sequence[Measure]:
+        """See `Scorer`."""
+        return (Measure(key=self.name, title=f"{self.name} score", percent=False),)
+
+    def check(self, prompts: Sequence[str], annotations: Annotations) -> None:
+        """See `Scorer`; any text will do."""
+
+    def score(
+        self, pictures: np.ndarray, prompts: Sequence[str], annotations: Annotations
+    ) -> dict[str, float]:
+        """See `Scorer`."""
+        return {self.name: mean_score(self.reward, pictures, prompts)}
+
+    def ceiling(self, split: str, count: int) -> dict[str, float]:
+        """See `Scorer`; not known."""
+        return {}
+
+
+def _reward(name: str) -> Callable[[str | os.PathLike], Scorer]:
+    return lambda folder: RewardScorer(name, load_reward(name, str(folder), followed=False))
+
+
 # Name -> loader, given the folder that holds the scorer's weights.
 SCORERS: Mapping[str, Callable[[str | os.PathLike], Scorer]] = {
     "judge": lambda folder: JudgeScorer(Judge.load(folder)),
+    "contrastive": _reward("contrastive"),
 }
 
 

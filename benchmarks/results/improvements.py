@@ -1,0 +1,121 @@
+"""Changes of ours to the paper's recipe, one at a time, at the same number of UNet evaluations.
+
+`STAGES` changes `emoji.py:paper`. Where a change alters how many examples a prompt makes, the
+batch and the number of updates a step change with it, so that an update still sees 33 to 36
+examples: at equal evaluations an example's cost alone then decides how many updates there are.
+
+    literal       the paper's algorithm, one pair a path, against node reuse
+    nodes1 ..     nodes a segment, and so a path: 9, 33, 49 against 17
+    loss_x0       the loss as x0, weighted by min(SNR + 1, 5), against z
+    loss_x0_flat  the same, all times weighted alike
+    states1       one state a rollout in stage 2, against 4
+    ema           the average of stage 2's updates is what is drawn with, against the last one
+
+`TRAJECTORIES` changes the default, `emoji.py`, which regresses on the end of the teacher's paths.
+
+    own0, own60   none or 60 % of the paths begin at the student's own states, against 30 %
+    snr5          weights min(SNR + 1, 5), against all times alike
+    path25, 50    every node of a path of 25 or 50 steps is a state, against 8 milestones of 16
+    epochs2, 4    each path is gone through 2 or 4 times, against once
+"""
+
+from benchmarks.results.ablation import PAPER
+from benchmarks.results.experiment import DEFAULT, Experiment, Table
+from benchmarks.results.recipes import OURS
+
+
+def _paper(name: str, says: str, **changes: object) -> Experiment:
+    """The paper's recipe; `changes` by config key below `stages.`, with `__` for each dot."""
+    return _changed("emoji:paper", name, says, changes)
+
+
+def _default(name: str, says: str, **changes: object) -> Experiment:
+    return _changed(DEFAULT, name, says, changes)
+
+
+def _changed(recipe: str, name: str, says: str, changes: dict[str, object]) -> Experiment:
+    dotted = {"stages." + key.replace("__", "."): value for key, value in changes.items()}
+    return Experiment(name=name, says=says, recipe=recipe, changes=dotted)
+
+
+def _nodes(count: int, batch_size: int, updates: int) -> Experiment:
+    return _paper(
+        f"nodes{count}",
+        f"{8 * count + 1} nodes a path",
+        segments__settings__nodes_per_segment=count,
+        segments__batch_size=batch_size,
+        segments__updates=updates,
+    )
+
+
+STAGES = Table(
+    name="improvements",
+    title="Changes to the paper's stages",
+    says="Each row changes one thing of `paper`: node reuse with 17 nodes a path, the loss in z, "
+    "4 states a rollout.",
+    experiments=(
+        PAPER,
+        _paper(
+            "literal",
+            "the paper's literal algorithm: one pair a path",
+            segments__settings__mode="literal",
+            segments__batch_size=68,
+            segments__updates=2,
+        ),
+        _nodes(1, batch_size=32, updates=8),
+        _nodes(4, batch_size=8, updates=8),
+        _nodes(6, batch_size=10, updates=14),
+        _paper(
+            "loss_x0",
+            "loss as x0, weighted by min(SNR + 1, 5)",
+            segments__settings__loss_space="x0",
+        ),
+        _paper(
+            "loss_x0_flat",
+            "loss as x0, all times alike",
+            segments__settings__loss_space="x0",
+            segments__settings__snr_limit=1.0,
+        ),
+        _paper(
+            "states1",
+            "1 state a rollout",
+            endpoints__settings__states_per_rollout=1,
+            endpoints__batch_size=64,
+        ),
+        _paper("ema", "average of stage 2's updates, decay 0.95", endpoints__ema_decay=0.95),
+    ),
+)
+
+
+def _path(nodes: int, batch_size: int) -> Experiment:
+    return _default(
+        f"path{nodes}",
+        f"every node of a {nodes}-step path is a state",
+        trajectories__settings__segments=nodes,
+        trajectories__settings__teacher_substeps=1,
+        trajectories__batch_size=batch_size,
+        # 32 examples an update, as the default has.
+        trajectories__updates=nodes * batch_size // 32,
+    )
+
+
+TRAJECTORIES = Table(
+    name="trajectories",
+    title="Changes to the default's trajectory regression",
+    says="Each row changes one thing of `default`: 8 milestones of a 16-step path, all weighted "
+    "alike.",
+    experiments=(
+        OURS,
+        _default("own0", "all paths from noise", trajectories__settings__own_states=0.0),
+        _default("own60", "60 % from own states", trajectories__settings__own_states=0.6),
+        _default(
+            "snr5",
+            "weights min(SNR + 1, 5)",
+            trajectories__settings__snr_limit=5.0,
+        ),
+        _path(25, batch_size=32),
+        _path(50, batch_size=16),
+        _default("epochs2", "each path twice", trajectories__epochs=2),
+        _default("epochs4", "each path four times", trajectories__epochs=4),
+    ),
+)

@@ -1,0 +1,242 @@
+"""The page: tables of what the runs' folders hold. No figure in it is typed by hand."""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results.experiment import Table
+from benchmarks.results.measure import DIVERSITY, LPIPS_TO_TEACHER
+from benchmarks.results.numbers import NOTHING, minutes, number, table, thousands
+from benchmarks.results.runs import Plan, Run
+from tlcm_jax.reporting.provenance import duration
+from tlcm_jax.scoring.scorers import Measure
+
+COMMENTARY = "commentary.md"
+MEASURES = (
+    Measure(key="object_top1", title="object top-1, %"),
+    Measure(key="style_accuracy", title="style, %"),
+    Measure(key="frechet_distance", title="Fréchet", percent=False, higher_is_better=False),
+    Measure(key="contrastive", title="scorer", percent=False),
+    Measure(key=LPIPS_TO_TEACHER, title="LPIPS to teacher", percent=False, higher_is_better=False),
+    Measure(key=DIVERSITY, title="diversity", percent=False),
+)
+_TEACHER_STEPS = 25
+
+Scores = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """What the folders hold.
+
+    Attributes:
+      teacher: the teacher's scores.
+      runs: those of the runs that have ended well, by experiment.
+      failed: why others have not, by `Run.label`.
+    """
+
+    teacher: Scores
+    runs: Mapping[str, Sequence[Scores]]
+    failed: Mapping[str, str]
+
+
+def collect(plan: Plan) -> Found:
+    """Reads the folders of a plan.
+
+    Raises:
+      FileNotFoundError: the teacher has not been scored.
+    """
+    teacher = plan.teacher.scores()
+    if teacher is None:
+        raise FileNotFoundError(
+            f"{plan.teacher.folder} holds no scores of the teacher: run without --rewrite first"
+        )
+    every: list[Run] = [run for runs in plan.runs.values() for run in runs]
+    return Found(
+        teacher=teacher,
+        runs={
+            name: [scores for run in runs if (scores := run.scores()) is not None]
+            for name, runs in plan.runs.items()
+        },
+        failed={run.label: message for run in every if (message := run.failure())},
+    )
+
+
+def page(
+    tables: Sequence[Table],
+    plan: Plan,
+    found: Found,
+    *,
+    command: Sequence[str],
+    commentary: str = "",
+    sheets: Mapping[str, Mapping[int, str]] | None = None,
+) -> str:
+    """The whole page in Markdown.
+
+    Args:
+      tables: in order; one of which nothing has run is left out.
+      plan: what was to be run.
+      found: what was.
+      command: the words that write the page again.
+      commentary: Markdown by a person, taken as it is.
+      sheets: link of a contact sheet, by table and steps.
+    """
+    lines = ["# Results", "", *_method(plan, found, command)]
+    if commentary.strip():
+        lines += ["", commentary.strip()]
+    for one in tables:
+        if any(found.runs.get(experiment.name) for experiment in one.experiments):
+            lines += ["", *_section(one, plan, found, (sheets or {}).get(one.name, {}))]
+    return "\n".join(lines) + "\n"
+
+
+def _method(plan: Plan, found: Found, command: Sequence[str]) -> Iterator[str]:
+    asked, where = found.teacher["asked"], found.teacher["provenance"]
+    count = len(plan.seeds)
+    done = [scores for every in found.runs.values() for scores in every]
+    spent = sum(scores["training_seconds"] + sum(scores["seconds"].values()) for scores in done)
+    seeds = ", ".join(map(str, plan.seeds))
+    spread = (
+        f"Numbers are mean ± standard deviation over {count} training seeds ({seeds})"
+        if count > 1
+        else f"One training seed ({seeds}), so no spread is known"
+    )
+    prompts = found.teacher["prompts"]
+    yield "Written by"
+    yield from ("", "```shell", shlex.join(command), "```", "")
+    yield (
+        f"Every run uses {plan.evaluations:,.0f} UNet forwards: the teacher's, the target's, the "
+        "rollout's, the student's and the critics' together. Beside it stand the student's "
+        f"backward passes, one for each example it learns from. {spread}; a row says how many "
+        "where it has fewer. The noise that pictures are drawn from is the same for all rows and "
+        "seeds."
+    )
+    yield ""
+    yield (
+        f"Scored on {prompts} held-out prompts, at 4 steps where a table does not say; a share of "
+        f"so many has a sampling error of up to {50 / math.sqrt(prompts):.1f} points. "
+        "LPIPS to teacher: to the teacher's 25-step picture from the same noise, lower is closer. "
+        f"Diversity: LPIPS between {asked['draws']} pictures of a prompt under different noise, "
+        f"for the first {min(asked['diverse'], prompts)} prompts; the teacher's own is the mark. "
+        "Fréchet: lower is better."
+    )
+    yield ""
+    yield (
+        f"{len(done)} runs, {duration(spent)} in all, on {where['host']}, {where['devices']}; "
+        f"{where['versions']}."
+    )
+
+
+def _section(one: Table, plan: Plan, found: Found, sheets: Mapping[int, str]) -> Iterator[str]:
+    yield from (f"## {one.title}", "", one.says, "")
+    steps = 4 if 4 in one.steps else one.steps[0]
+    yield from _at(one, plan, found, steps)
+    if len(one.steps) > 1:
+        for measure in _known(one, found):
+            yield from ("", f"### {one.title}: {measure.title}", "")
+            yield from _by_steps(one, found, measure)
+    for count, link in sorted(sheets.items()):
+        label = f"{count} step{'s' if count > 1 else ''}"
+        yield from ("", f"![The same prompts and noise by every row, {label}]({link})")
+    yield from _remarks(one, plan, found)
+
+
+def _at(one: Table, plan: Plan, found: Found, steps: int) -> list[str]:
+    """Every measure at one number of steps."""
+    measures = _known(one, found)
+    header = ["", *[m.title for m in measures], "forwards, k", "backwards, k", "training, min"]
+    rows = []
+    for experiment in one.experiments:
+        runs = found.runs.get(experiment.name)
+        if not runs:
+            continue
+        fewer = f" ({len(runs)} of {len(plan.seeds)} seeds)" if len(runs) < len(plan.seeds) else ""
+        rows.append(
+            [
+                f"`{experiment.name}` {experiment.says}{fewer}",
+                *_cells(measures, [_of(run, "student", steps) for run in runs]),
+                thousands([run["forwards"] for run in runs]),
+                thousands([run["backwards"] for run in runs]),
+                minutes([run["training_seconds"] for run in runs]),
+            ]
+        )
+    others = [
+        (f"teacher, {count} steps with guidance", _of(found.teacher, "teacher", count))
+        for count in (_TEACHER_STEPS, 4)
+    ]
+    others.append(
+        (f"teacher in the student's sampler, {steps} steps", _of(found.teacher, "student", steps))
+    )
+    others.append(("real pictures", found.teacher["real"]))
+    rows += [
+        [name, *_cells(measures, [scores]), *[NOTHING] * 3] for name, scores in others if scores
+    ]
+    return table(header, rows)
+
+
+def _by_steps(one: Table, found: Found, measure: Measure) -> list[str]:
+    """One measure at every number of steps."""
+    counts = (*one.steps, _TEACHER_STEPS)
+    header = ["steps", *map(str, counts)]
+
+    def row(name: str, runs: Sequence[Scores], kind: str) -> list[str]:
+        found = [[_of(run, kind, count).get(measure.key) for run in runs] for count in counts]
+        return [name, *[number(values, measure) for values in found]]
+
+    rows = [
+        row(f"`{experiment.name}`", found.runs[experiment.name], "student")
+        for experiment in one.experiments
+        if found.runs.get(experiment.name)
+    ]
+    rows.append(row("teacher with guidance", [found.teacher], "teacher"))
+    rows.append(row("teacher in the student's sampler", [found.teacher], "student"))
+    return table(header, rows)
+
+
+def _remarks(one: Table, plan: Plan, found: Found) -> Iterator[str]:
+    """Which rows are missing, and why."""
+    names = {experiment.name for experiment in one.experiments}
+    failed = {label: why for label, why in found.failed.items() if label.partition(",")[0] in names}
+    waiting = {name: why for name, why in plan.waiting.items() if name in names}
+    ran = {name for name in names if found.runs.get(name)}
+    stopped = {label.partition(",")[0] for label in failed}
+    rest = [
+        experiment.name
+        for experiment in one.experiments
+        if experiment.name not in ran | stopped | set(waiting) | set(plan.absent)
+    ]
+    if failed or waiting or rest:
+        yield ""
+    yield from (f"- `{label}` failed: {why}" for label, why in failed.items())
+    yield from (f"- `{name}` was not run: {why}." for name, why in waiting.items())
+    if rest:
+        yield "- Not run: " + ", ".join(f"`{name}`" for name in rest) + "."
+
+
+def _known(one: Table, found: Found) -> list[Measure]:
+    """The measures that some row of a table has."""
+    keys = {
+        key
+        for experiment in one.experiments
+        for run in found.runs.get(experiment.name, ())
+        for scores in run["scores"]["student"].values()
+        for key in scores
+    }
+    return [measure for measure in MEASURES if measure.key in keys]
+
+
+def _cells(measures: Sequence[Measure], scores: Sequence[Mapping[str, float]]) -> list[str]:
+    return [number([one.get(m.key) for one in scores], m) for m in measures]
+
+
+def _of(run: Scores, kind: str, steps: int) -> Mapping[str, float]:
+    return run["scores"].get(kind, {}).get(str(steps), {})
+
+
+def commentary_beside(output: Path) -> str:
+    """The text that a person has put beside the page, or ""."""
+    path = output.with_suffix("") / COMMENTARY
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,39 @@
+"""Whole recipes at the same number of UNet evaluations: ours, the paper's, and its relatives'.
+
+Each stage keeps the share of the evaluations that its recipe gives it. The relatives are what
+`docs/terms.md` says they are: the method's idea in this code, not the authors' own program. All
+are drawn with the same sampler, with fresh noise between steps, which is not every relative's own.
+A recipe that is not in `configs/` has no row.
+"""
+
+from benchmarks.results.ablation import PAPER
+from benchmarks.results.experiment import DEFAULT, Experiment, Table
+
+OURS = Experiment(
+    name="default", says="`emoji.py`: regression on whole trajectories", recipe=DEFAULT
+)
+
+
+def _relative(name: str, says: str) -> Experiment:
+    return Experiment(name=name, says=f"`emoji_{name}.py`: {says}", recipe=f"emoji_{name}")
+
+
+RECIPES = Table(
+    name="recipes",
+    title="Recipes at equal evaluations",
+    says="Ours, the paper's two stages, all of TLCM, and its relatives as recipes of this code, "
+    "all drawn with TLCM's sampler.",
+    steps=(1, 2, 3, 4, 8),
+    shown=(1, 4),
+    experiments=(
+        OURS,
+        PAPER,
+        _relative("full", "all of TLCM, M = 8, 4, 2"),
+        _relative("lcm", "LCM, one segment"),
+        _relative("pcm", "PCM, four phases, adversarial inside each"),
+        _relative("hyper_sd", "Hyper-SD, jumps to any time, M = 8, 4, 2, 1"),
+        _relative("dmd2", "DMD2, distribution matching and adversarial alone"),
+        _relative("mcm", "multistep consistency models"),
+        _relative("scott", "SCott, a stochastic teacher"),
+    ),
+)

@@ -1,0 +1,218 @@
+"""Runs: an experiment under one seed, where it leaves its scores, and what it was asked for."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import budget
+from benchmarks.results.experiment import DEFAULT, Experiment, NotHere, Table, missing_files
+from benchmarks.results.experiment import recipe as load_recipe
+from tlcm_jax import paths
+from tlcm_jax.settings import MAY_CHANGE, read
+
+# What a run's folder holds beside the workdir of its training.
+JOB, SCORES, FAILURE = "job.json", "scores.json", "failure.json"
+PICTURES, LOG = "pictures.npz", "log.txt"
+# The run that trains nothing.
+TEACHER = "teacher"
+# How a process ends that was asked to stop and has saved: the same job resumes it.
+STOPPED = 75
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is drawn and scored at the end of a run.
+
+    Attributes:
+      prompts: file of held-out prompts.
+      judge: folder of the judge; empty asks none.
+      scorer: folder of the scorer that preference follows; empty where there is none.
+      guidance_scale: of the teacher.
+      steps: the student's step counts.
+      limit: prompts used; 0 takes all.
+      noise: seed of the noise, the same for all runs.
+      diverse: of how many prompts, the first ones, diversity is measured.
+      draws: under how many noises each of them is drawn.
+      shown: how many prompts are kept for the contact sheets.
+    """
+
+    prompts: str
+    judge: str
+    scorer: str
+    guidance_scale: float
+    steps: tuple[int, ...]
+    limit: int = 0
+    noise: int = 0
+    diverse: int = 50
+    draws: int = 4
+    shown: int = 8
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], steps: Sequence[int], limit: int) -> "Asked":
+        """What a recipe's own `evaluation` names, at these step counts."""
+        chosen = config["evaluation"]
+        scorer = paths.SCORER if chosen.get("judge") and paths.SCORER.is_dir() else ""
+        return cls(
+            prompts=str(chosen["prompts"][0]),
+            judge=str(chosen.get("judge", "")),
+            scorer=str(scorer),
+            guidance_scale=float(chosen["guidance_scale"]),
+            steps=tuple(sorted(set(steps))),
+            limit=limit,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """One process's work.
+
+    Attributes:
+      name: the experiment's; `teacher` draws the recipe's teacher and trains nothing.
+      seed: of the training.
+      config: the recipe as it is run, plain values.
+      asked: what is scored.
+      folder: where it works and leaves its scores.
+    """
+
+    name: str
+    seed: int
+    config: Mapping[str, Any]
+    asked: Asked
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.name if self.name == TEACHER else f"{self.name}, seed {self.seed}"
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What `job.json` says."""
+        plain = {
+            "name": self.name,
+            "seed": self.seed,
+            "config": self.config,
+            "asked": dataclasses.asdict(self.asked),
+        }
+        return json.loads(json.dumps(plain, default=str))
+
+    def scores(self) -> dict[str, Any] | None:
+        """What the finished run scored; None where it has not, or was asked for something else."""
+        found = _json(self.folder / SCORES)
+        return found if found is not None and found["asked"] == self.job["asked"] else None
+
+    def failure(self) -> str:
+        """Why it failed when it last ran, or ""."""
+        found = _json(self.folder / FAILURE)
+        return "" if found is None or self.scores() is not None else str(found["message"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """All runs of a command.
+
+    Attributes:
+      evaluations: the total that each run uses, in UNet forwards.
+      seeds: of each experiment.
+      teacher: the run that all others are compared with.
+      runs: by experiment, one a seed.
+      waiting: why an experiment has no runs, by its name: weights that are missing.
+      absent: those that this version of the library cannot run, and why.
+    """
+
+    evaluations: float
+    seeds: tuple[int, ...]
+    teacher: Run
+    runs: Mapping[str, tuple[Run, ...]]
+    waiting: Mapping[str, str]
+    absent: Mapping[str, str]
+
+
+def plan(
+    tables: Sequence[Table],
+    workdir: Path,
+    seeds: Sequence[int],
+    share: float = 1.0,
+    limit: int = 0,
+) -> Plan:
+    """Makes the runs of some tables; an experiment that several have is run once.
+
+    Args:
+      tables: what is compared.
+      workdir: holds a folder an experiment.
+      seeds: of the training.
+      share: of the default recipe's evaluations that each run uses.
+      limit: prompts that are scored; 0 takes all.
+
+    Raises:
+      ValueError: two different experiments of one name, a wrong setting, or a wrong share.
+    """
+    if not share > 0 or not seeds:
+        raise ValueError(f"budget {share}, seeds {list(seeds)}: give a positive one, and a seed")
+    base = load_recipe(DEFAULT)
+    evaluations = share * budget.total(read(base))
+    steps: dict[str, set[int]] = {}
+    experiments: dict[str, Experiment] = {}
+    for table in tables:
+        for experiment in table.experiments:
+            if experiments.setdefault(experiment.name, experiment) != experiment:
+                raise ValueError(f"two experiments are called {experiment.name!r}")
+            steps.setdefault(experiment.name, set()).update(table.steps)
+    runs, waiting, absent = {}, {}, {}
+    for name, experiment in experiments.items():
+        try:
+            config = sized(experiment, evaluations)
+        except NotHere as reason:
+            absent[name] = str(reason)
+            continue
+        if why := missing_files(read(config)):
+            waiting[name] = why
+            continue
+        asked = Asked.of(config, tuple(steps[name]), limit)
+        runs[name] = tuple(_run(name, seed, config, asked, workdir) for seed in seeds)
+    everything = {count for counts in steps.values() for count in counts}
+    asked = Asked.of(base, tuple(everything), limit)
+    teacher = Run(name=TEACHER, seed=0, config=base, asked=asked, folder=workdir / TEACHER)
+    return Plan(
+        evaluations=evaluations,
+        seeds=tuple(seeds),
+        teacher=teacher,
+        runs=runs,
+        waiting=waiting,
+        absent=absent,
+    )
+
+
+def sized(experiment: Experiment, evaluations: float) -> dict[str, Any]:
+    """An experiment's recipe at so many evaluations.
+
+    Raises:
+      NotHere, ValueError: as `Experiment.config`.
+    """
+    config = experiment.config()
+    parts = experiment.shares or budget.shares(read(experiment.base()))
+    config = budget.scaled(config, evaluations, parts)
+    steps = sum(stage["steps"] for stage in config["stages"].values())
+    # A killed run loses a tenth at most.
+    return {**config, "checkpoint_every": max(1, steps // 10)}
+
+
+def _run(name: str, seed: int, config: Mapping[str, Any], asked: Asked, workdir: Path) -> Run:
+    config = {**config, "seed": seed}
+    learnt = {key: value for key, value in config.items() if key not in MAY_CHANGE}
+    digest = hashlib.blake2b(
+        json.dumps(learnt, sort_keys=True, default=str).encode(), digest_size=4
+    ).hexdigest()
+    # By content: a changed recipe or budget is another run, and does not find the old one's scores.
+    folder = workdir / name / f"seed{seed}-{digest}"
+    return Run(name=name, seed=seed, config=config, asked=asked, folder=folder)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,66 @@
+"""Contact sheets: the same prompts and noise by every row of a table, small enough to commit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.results.experiment import Table
+from benchmarks.results.runs import PICTURES, Plan, Run
+from tlcm_jax.interchange.files import whole
+from tlcm_jax.reporting.contents import Kind, PictureGrid, PictureRow
+from tlcm_jax.reporting.pictures import contact_sheet
+
+LARGEST = 300_000
+# Twelve letters then fit over a column of 32-pixel pictures.
+_SCALE = 3
+
+
+def write_sheets(tables: Sequence[Table], plan: Plan, folder: Path) -> dict[str, dict[int, str]]:
+    """Writes a table's sheets, of its runs' first seed, as `TABLE-STEPS.png`.
+
+    Returns:
+      Links relative to the folder's parent, by table and steps; of tables without runs there
+      are none.
+    """
+    links: dict[str, dict[int, str]] = {}
+    for table in tables:
+        for steps in table.shown:
+            rows = list(_columns(table, plan, steps))
+            if not rows:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            rows.append(_column(plan.teacher, "teacher", 25))
+            rows.append(_column(plan.teacher, "teacher", 4))
+            name = f"{table.name}-{steps}.png"
+            prompts = (plan.teacher.scores() or {})["shown"]
+            with whole(folder / name) as part:
+                _write(part, prompts, rows)
+            links.setdefault(table.name, {})[steps] = f"{folder.name}/{name}"
+    return links
+
+
+def _columns(table: Table, plan: Plan, steps: int) -> Iterator[PictureRow]:
+    for experiment in table.experiments:
+        done = [run for run in plan.runs.get(experiment.name, ()) if run.scores() is not None]
+        if done:
+            yield _column(done[0], "student", steps, experiment.name)
+
+
+def _column(run: Run, kind: Kind, steps: int, label: str = "") -> PictureRow:
+    with np.load(run.folder / PICTURES) as file:
+        pictures: Mapping[str, np.ndarray] = dict(file)
+    return PictureRow(label or f"{steps} steps", pictures[f"{kind}-{steps}"], kind)
+
+
+def _write(path: Path, prompts: Sequence[str], rows: Sequence[PictureRow]) -> None:
+    """A sheet of as many prompts as fit into `LARGEST` bytes, in 256 colours."""
+    for count in range(len(prompts), 0, -1):
+        first = [PictureRow(row.label, row.pictures[:count], row.kind) for row in rows]
+        contact_sheet(path, PictureGrid("rows", prompts[:count], first), scale=_SCALE)
+        with Image.open(path) as full:
+            image = full.quantize(256, dither=Image.Dither.NONE)
+        image.save(path, format="PNG", optimize=True)
+        if path.stat().st_size <= LARGEST:
+            return
