@@ -111,6 +111,7 @@ def test_what_is_missing_is_said_before_compiling(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_stochastic_stage_runs_resumes_and_leaves_its_average(world, tmp_path):
     run = distil(config(world), tmp_path / "whole", progress=False)
     rows = [json.loads(x) for x in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
