@@ -85,3 +85,14 @@ def get_config(variant: str = "") -> ConfigDict:
             export=("lora", "pipeline"),
         )
     )
+
+
+def relative(name: str, variant: str, *stages: str) -> ConfigDict:
+    """What `emoji_NAME.py`, another recipe of this folder, starts from: `:paper`, these stages."""
+    if variant:
+        raise ValueError(f"configs/emoji_{name}.py has no variant {variant!r}")
+    config = get_config("paper")
+    config.name = f"emoji-xl-{name.replace('_', '-')}"
+    config.stages = {stage: config.stages[stage] for stage in stages}
+    config.stage_order = stages
+    return config

@@ -14,12 +14,7 @@ from configs import emoji
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; there are no variants."""
-    if variant:
-        raise ValueError(f"configs/emoji_dmd2.py has no variant {variant!r}")
-    config = emoji.get_config("paper")
-    config.name = "emoji-xl-dmd2"
-    del config.stages["segments"]
-    config.stage_order = ("endpoints",)
+    config = emoji.relative("dmd2", variant, "endpoints")
     stage = config.stages.endpoints
     guidance_scale = stage.settings.guidance_scale
     # No consistency loss, and so no walk of the teacher's.

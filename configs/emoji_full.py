@@ -19,10 +19,7 @@ SEGMENTS = (8, 4, 2)
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; there are no variants."""
-    if variant:
-        raise ValueError(f"configs/emoji_full.py has no variant {variant!r}")
-    config = emoji.get_config("paper")
-    config.name = "emoji-xl-full"
+    config = emoji.relative("full", variant, "segments", "endpoints")
     look = dict(latent_lpips=dict(weights=str(paths.MINIATURE / "latent_lpips")))
     guidance_scale = config.stages.segments.settings.guidance_scale
     first, second = config.stages.segments.to_dict(), config.stages.endpoints.to_dict()

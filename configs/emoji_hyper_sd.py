@@ -15,10 +15,7 @@ SEGMENTS = (8, 4, 2, 1)
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; there are no variants."""
-    if variant:
-        raise ValueError(f"configs/emoji_hyper_sd.py has no variant {variant!r}")
-    config = emoji.get_config("paper")
-    config.name = "emoji-xl-hyper-sd"
+    config = emoji.relative("hyper_sd", variant, "segments")
     first = config.stages.segments
     guidance_scale = first.settings.guidance_scale
     stages = {}

@@ -13,12 +13,7 @@ from configs import emoji
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; there are no variants."""
-    if variant:
-        raise ValueError(f"configs/emoji_lcm.py has no variant {variant!r}")
-    config = emoji.get_config("paper")
-    config.name = "emoji-xl-lcm"
-    del config.stages["endpoints"]
-    config.stage_order = ("segments",)
+    config = emoji.relative("lcm", variant, "segments")
     # As many nodes a path as the default's 8 segments of 2, and so as many evaluations.
     settings = config.stages.segments.settings
     settings.segments, settings.nodes_per_segment = 1, 16

@@ -13,12 +13,7 @@ from configs import emoji
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; there are no variants."""
-    if variant:
-        raise ValueError(f"configs/emoji_pcm.py has no variant {variant!r}")
-    config = emoji.get_config("paper")
-    config.name = "emoji-xl-pcm"
-    del config.stages["endpoints"]
-    config.stage_order = ("segments",)
+    config = emoji.relative("pcm", variant, "segments")
     stage = config.stages.segments
     guidance_scale = stage.settings.guidance_scale
     stage.settings = ConfigDict(

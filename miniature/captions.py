@@ -2,6 +2,8 @@
 
 import re
 
+from miniature.splits import rank
+
 # Words a person understands, distinct per style.
 STYLE_WORDS = {
     "fluent-3d": "3D render",
@@ -15,6 +17,7 @@ TEMPLATES = (
     "{object}, drawn as a {style}",
     "{bare}, {style}",
 )
+_WORDING = (0, 0, 1, 2)  # template of a training prompt, drawn by hash
 _HEAD_ENDS = re.compile(r" (?:with|in|of|on|and|for|from|to|over|behind|holding|without)\b|[,(]")
 _SPOKEN_WITH_VOWEL = set("AEFHILMNORSX")  # letters whose names begin with a vowel sound
 _CONSONANT_SOUND = ("uni", "use", "uk", "ur", "eu", "ew", "one")
@@ -40,6 +43,11 @@ def _with_article(label: str) -> str:
         vowel = lower.startswith(tuple("aeiou8")) and not lower.startswith(_CONSONANT_SOUND)
         vowel = vowel or lower.startswith("hour")
     return f"{'an' if vowel else 'a'} {label}"
+
+
+def wording(hexcode: str, style: str) -> int:
+    """Which template a pair has where it has one caption only, and not the canonical one."""
+    return _WORDING[rank(f"wording {style}", hexcode) % len(_WORDING)]
 
 
 def captions(label: str, style: str) -> tuple[str, ...]:

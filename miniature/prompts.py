@@ -20,17 +20,16 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from miniature.captions import captions
+from miniature.captions import captions, wording
 from miniature.emoji import Collection, Emoji
 from miniature.splits import Pair, rank
 from miniature.tarballs import STYLES
 
 COMPOSITION_CAP = 300
-_WORDING = (0, 0, 1, 2)  # template of a training prompt, drawn by hash
 
 
 def _train_prompt(emoji: Emoji, style: str) -> str:
-    return captions(emoji.label, style)[_WORDING[rank(f"wording {style}", emoji.hexcode) % 4]]
+    return captions(emoji.label, style)[wording(emoji.hexcode, style)]
 
 
 def _order(name: str, pair: Pair) -> int:

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
 from tlcm_jax.companions import Companions, load_companions
+from tlcm_jax.data.latents import LatentSet, read_latents
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.pipeline import Pipeline
@@ -34,6 +36,7 @@ class Distilled:
       pipeline: the teacher, its weights on the mesh.
       adapter: the trained LoRA, scaled: fit for `pipeline.denoiser(lora=...)` and for export. Of
         a UNet trained whole, its weights, which `models.lora.merge` puts in the teacher's place.
+        Their average, where the last stage kept one.
       history: the rows of `metrics.jsonl`.
       completed: False when the run was asked to stop; the same command resumes it.
     """
@@ -77,6 +80,8 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
         )
     companions = load_companions(settings)
     plans = blueprints(settings, pipeline, mesh, companions)
+    shape = pipeline.latent_shape(model.resolution or None)
+    latents = read_latents(settings.latents, shape) if settings.latents else None
     warn_truncated(prompts, pipeline.tokenizers[0])
     lead = jax.process_index() == 0
     claim_workdir(workdir, config, may_change=MAY_CHANGE, write=lead)
@@ -92,7 +97,7 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
     }
     _log_sizes(settings, trainable, prompts, mesh)
 
-    batches = PromptBatches(pipeline, prompts, mesh, settings, companions)
+    batches = PromptBatches(pipeline, prompts, mesh, settings, companions, latents)
     writer = MetricsWriter(workdir, write=lead)
     checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, keep=settings.keep_checkpoints)
     try:
@@ -115,10 +120,19 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
         checkpoints.close()
     return Distilled(
         pipeline=pipeline,
-        adapter=lora.scaled(result.state.trainable, settings.adapter.scale),
+        adapter=lora.scaled(result.state.trained, settings.adapter.scale),
         history=result.history,
         completed=result.completed,
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Source:
+    """Texts that a stage draws from, their tokens, and what else each has."""
+
+    prompts: Sequence[str]
+    tokens: tuple[np.ndarray, ...]
+    more: Mapping[str, np.ndarray]
 
 
 class PromptBatches:
@@ -131,11 +145,14 @@ class PromptBatches:
         mesh: Mesh,
         settings: Settings,
         companions: Companions,
+        latents: LatentSet | None = None,
     ):
         """Keeps what every stage shares; the tokens are made once."""
         self._companions = companions
-        self._tokens = pipeline.tokenize(prompts)
-        self._prompts = prompts
+        self._prompts = _Source(prompts, pipeline.tokenize(prompts), {})
+        if latents is not None:
+            tokens = pipeline.tokenize(latents.captions)
+            self._latents = _Source(latents.captions, tokens, {"latents": latents.latents})
         self._mesh = mesh
         self._seed = settings.seed
         resolution = settings.model.resolution or None
@@ -146,11 +163,13 @@ class PromptBatches:
         """The batches of one stage, sharded over the mesh.
 
         Returns:
-          `(k) -> {'conditioning': ...}`, and beside it the texts that the stage's terms read.
+          `(k) -> {'conditioning': ...}`, and beside it the texts that the stage's terms read, and
+          the real latents of a stage that is made of them.
         """
-        texts = self._companions.texts(settings, self._prompts)
+        source = self._latents if settings.needs_latents else self._prompts
+        more = {**self._companions.texts(settings, source.prompts), **source.more}
         stream = PromptStream(
-            self._prompts,
+            source.prompts,
             settings.batch_size,
             # A stage of its own order: the second does not begin where the first began.
             seed=1000 * self._seed + index,
@@ -160,7 +179,7 @@ class PromptBatches:
 
         def batch(k: int) -> dict:
             rows = stream.indices(k)
-            here = jax.tree.map(lambda x: x[rows], (tuple(self._tokens), texts))
+            here = jax.tree.map(lambda x: x[rows], (source.tokens, more))
             ids, read = shard_batch(self._mesh, here)
             return {"conditioning": self._encode(self._params, ids), **read}
 

@@ -168,13 +168,21 @@ def _blueprint(
         objective = stages.build(
             settings.objective, roles, pipeline.schedule, shape, settings.settings, terms
         )
+        spending = StepSettings(
+            updates=settings.updates,
+            accumulate=settings.accumulate,
+            epochs=settings.epochs,
+            ema_decay=settings.ema_decay,
+        )
     except ValueError as error:
         raise ValueError(f"stages.{name}: {error}") from None
+    if objective.parts is not None and objective.parts.average and not settings.ema_decay:
+        raise ValueError(f"stages.{name}: target = 'average' needs one: set ema_decay above 0")
     examples = settings.batch_size * kind.examples_per_prompt(settings.settings)
     parts = settings.updates * settings.accumulate
     where = f"stages.{name}"
     check_batch(mesh, settings.batch_size, f"{where}.batch_size")
-    if parts < 1 or examples % parts:
+    if examples % parts:
         raise ValueError(
             f"{where}: a step makes {examples} examples, which updates x accumulate = {parts} "
             "cannot divide; change batch_size, updates or accumulate"
@@ -184,19 +192,15 @@ def _blueprint(
         settings.learning_rate,
         warmup_updates=settings.warmup_updates,
         decay=settings.decay,
-        total_updates=settings.steps * settings.updates,
+        total_updates=settings.steps * settings.epochs * settings.updates,
         final_fraction=settings.final_fraction,
         max_grad_norm=settings.max_grad_norm,
     )
     players = {who: _player(critic, settings) for who, critic in objective.critics.items()}
-    step = make_step(
-        objective,
-        optimizer,
-        StepSettings(updates=settings.updates, accumulate=settings.accumulate),
-        mesh,
-        players=players,
-    )
-    evaluations = stages.evaluations(settings.objective, settings.settings, terms).total
+    step = make_step(objective, optimizer, spending, mesh, players=players)
+    evaluations = stages.evaluations(
+        settings.objective, settings.settings, terms, settings.epochs
+    ).total
     chosen = settings.terms.get("preference")
 
     def stage(batches: Callable[[int], Any]) -> Stage:
@@ -208,6 +212,7 @@ def _blueprint(
             batches=batches,
             evaluations_per_example=evaluations,
             players=players,
+            average=settings.ema_decay > 0,
             **({} if chosen is None else {"enough": parted(chosen)}),
         )
 

@@ -79,11 +79,15 @@ class StageSettings:
       batch_size: prompts a step, over all devices.
       updates: optimiser updates a step, each on its share of the step's examples.
       accumulate: micro-batches an update.
+      epochs: how often a step goes through its examples, with `updates` each time: the teacher's
+        work is done once, whatever the number.
       learning_rate: peak.
       warmup_updates: updates of linear warm-up.
       decay: `constant`, `cosine` or `linear`, over the whole stage.
       final_fraction: what the decay leaves of the learning rate.
       max_grad_norm: of the gradient clip.
+      ema_decay: of an average of the student over the stage's updates, which then is what
+        samples, scores and exports see; 0 keeps none. The next stage trains the student itself.
       settings: the objective's own settings dataclass.
       terms: settings dataclasses of what joins the loss, by a name in
         `distillation.stages.TERMS`; each has a `weight`, and none of weight 0 costs anything.
@@ -94,13 +98,20 @@ class StageSettings:
     batch_size: int
     updates: int = 1
     accumulate: int = 1
+    epochs: int = 1
     learning_rate: float
     warmup_updates: int = 0
     decay: str = "constant"
     final_fraction: float = 0.0
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
     settings: Any = None
     terms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether its states are made of real latents."""
+        return stages.find(self.objective).needs_latents(self.settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +144,8 @@ class Settings:
       name: shown in the report and the model card.
       seed: of everything random.
       prompts: files of training prompts.
+      latents: file of real latents and their captions (`data/latents.py`), for the stages whose
+        states are made of them; these see its captions in place of the prompts.
       trainable: what all stages train: `adapter`, or `full`, the UNet's own weights, which are
         kept in float32 beside the teacher's. Critics are adapters in both cases.
       stages: the stages by name, in order.
@@ -148,6 +161,7 @@ class Settings:
     seed: int = 0
     model: ModelSettings
     prompts: tuple[str, ...]
+    latents: str = ""
     adapter: AdapterSettings = AdapterSettings()
     trainable: str = "adapter"
     stages: Mapping[str, StageSettings]
@@ -162,6 +176,12 @@ class Settings:
         if not self.stages:
             raise ValueError("stages: the recipe has none; give at least one")
         _one_of("trainable", self.trainable, ("adapter", "full"))
+        for name, stage in self.stages.items():
+            if stage.needs_latents and not self.latents:
+                raise ValueError(
+                    f"stages.{name} makes its states of real latents: set `latents` to a file of "
+                    "them, such as `python -m miniature.encode_latents` writes"
+                )
         if self.trainable == "full" and {"lora", "kohya"} & set(self.export):
             raise ValueError(
                 f"export = {self.export}: a UNet trained whole has no LoRA; export 'pipeline'"

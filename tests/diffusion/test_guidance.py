@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from tlcm_jax.diffusion.guidance import guided
+from tlcm_jax.diffusion.guidance import guided, guided_and_plain
 
 
 def linear(z, t, conditioning):
@@ -42,3 +42,20 @@ def test_one_call_on_twice_the_batch_and_absent_fields_pass(latents):
     eps = guided(denoiser, 8.0, null)(latents.z, latents.t, conditioning)
     assert calls == [((64, 4, 4, 3), (64,), (64, 7, 5), None)]
     assert eps.dtype == jnp.float32
+
+
+def test_the_conditional_eps_comes_with_the_same_call(latents):
+    null = {"gain": jnp.array([0.5])}
+    for scale in (1.0, 8.0):
+        calls = []
+
+        def denoiser(z, t, conditioning, calls=calls):
+            calls.append(len(z))
+            return linear(z, t, conditioning)
+
+        both = guided_and_plain(denoiser, scale, null)(latents.z, latents.t, conditional())
+        assert len(calls) == 1
+        expected = guided(linear, scale, null)(latents.z, latents.t, conditional())
+        np.testing.assert_array_equal(both[0], expected)
+        plain = linear(latents.z, latents.t, conditional())
+        np.testing.assert_allclose(both[1], plain, rtol=1e-6)

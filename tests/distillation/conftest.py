@@ -57,6 +57,11 @@ class World:
         noise = jax.random.normal(key, spread.shape)
         return self.schedule.alpha(t) * data.mean + spread * noise
 
+    def latents(self, key, batch):
+        """Real ones: samples of the conditional Gaussian."""
+        data = self.conditioning(batch)
+        return data.mean + jnp.sqrt(data.variance) * jax.random.normal(key, data.mean.shape)
+
     def trainable(self):
         """No correction: the student is the teacher."""
         zeros = jnp.zeros((self.segments, self.knots, *SHAPE))

@@ -69,6 +69,29 @@ def test_noise_is_added_from_the_level_on(world, level):
     np.testing.assert_allclose(found.std(), sigma, atol=0.02)
 
 
+def test_whole_samples_are_clean_wherever_the_jump_lands(world):
+    """A prediction and a real latent are held together as x0, also inside a segment."""
+    seen = []
+
+    def discriminator(layers):
+        def network(psi, frozen):
+            return lambda z, t, c: (seen.append((z, t)) or jnp.zeros((len(z), 1, 1, 1)),)
+
+        return Role(initial=lambda key: {}, network=network)
+
+    networks = dataclasses.replace(roles(world), discriminator=discriminator)
+    term = adversarial(networks, world.schedule, AdversarialSettings(times=(250,)))
+    clean = jnp.full((4000, *world.shape), 0.7)
+    made = made_of(world, clean, sample=clean, level=374)
+    term.loss(made, {}, world.frozen, {"discriminator": {}}, jax.random.key(1))
+    term.critics["discriminator"].loss({}, world.frozen, made, jax.random.key(2))
+    for z, t in seen:
+        assert np.all(np.asarray(t) == 250)
+        np.testing.assert_allclose(z.mean(), 0.7 * world.schedule.alphas[250], atol=0.02)
+        np.testing.assert_allclose(z.std(), world.schedule.sigmas[250], atol=0.02)
+    assert [len(z) for z, _ in seen] == [4000, 8000]
+
+
 def test_the_game_carries_one_step_towards_the_sample(world):
     """A generator whose mean is off plays against a quadratic discriminator, and gets there."""
     settings = AdversarialSettings(loss="softplus", times=(10, 250))

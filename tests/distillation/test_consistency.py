@@ -8,8 +8,8 @@ import pytest
 from tlcm_jax.diffusion import ddim, gaussian, paths
 from tlcm_jax.diffusion.guidance import guided
 from tlcm_jax.diffusion.prediction import eps_from_x0, predict_x0
-from tlcm_jax.distillation import consistency
 from tlcm_jax.distillation.consistency import SegmentConsistencySettings, segment_consistency
+from tlcm_jax.distillation.segment_pairs import literal_times
 
 
 def settings(**changes):
@@ -115,7 +115,7 @@ def test_a_pair_keeps_its_own_prompt(world):
 
 def test_literal_paths_are_the_paper_s(world):
     """A segment at random, t_m inside it, in one step more a segment towards the clean end."""
-    times = np.asarray(consistency.literal_times(jax.random.key(0), 4000, 8, 1000))
+    times = np.asarray(literal_times(jax.random.key(0), 4000, 8, 1000))
     assert times.shape == (4000, 9) and np.all(times[:, 0] == 999)
     t_m = times[:, -1]
     segment = np.searchsorted(paths.milestones(8)[::-1], t_m, side="left") - 1

@@ -135,6 +135,16 @@ def test_at_time_zero_the_target_is_the_latent_itself(world):
     np.testing.assert_array_equal(metrics["mse_x0"], loss)
 
 
+def test_times_are_weighed_by_the_clipped_snr(world):
+    student = constant_student(world, 0.5)
+    plain, weighed = (make(world, student, snr_limit=limit) for limit in (1.0, 5.0))
+    pairs = pairs_of(world, plain, 16)
+    (alike, _), (heavy, _) = (loss_of(world, objective, pairs) for objective in (plain, weighed))
+    alphas = np.asarray(world.schedule.alphas_cumprod)[np.asarray(pairs.t_m)]
+    np.testing.assert_allclose(heavy, np.minimum(1 / (1 - alphas), 5) * alike, rtol=1e-4)
+    assert np.sum(np.asarray(alike) > 0) > 0
+
+
 def test_the_loss_of_the_exact_endpoints_vanishes_with_the_teacher_s_step(world):
     """The exact endpoint map, judged by teachers of p and 4p sub-steps: DDIM's error is O(1/p)."""
 
@@ -165,6 +175,9 @@ def test_the_loss_of_the_exact_endpoints_vanishes_with_the_teacher_s_step(world)
         ({"rollout_timesteps": (999, 1000)}, r"rollout_timesteps = \(999, 1000\)"),
         ({"rollout_timesteps": ()}, "rollout_timesteps"),
         ({"teacher_substeps": 125}, "teacher_substeps = 125: must be at most 124"),
+        ({"segments": 7}, "segments = 7: must divide the 1000 times"),
+        ({"snr_limit": 0.5}, "snr_limit = 0.5: must be at least 1"),
+        ({"weight": -1.0}, "weight = -1.0: must be at least 0"),
     ],
 )
 def test_bad_settings_are_refused(world, changes, message):

@@ -22,11 +22,21 @@ CASES = {
     "node_reuse": SegmentConsistencySettings(),
     "one_node": SegmentConsistencySettings(nodes_per_segment=1, segments=4),
     "literal": SegmentConsistencySettings(mode="literal"),
+    "data": SegmentConsistencySettings(mode="data", skip=24, teacher_substeps=3, solver="sde"),
+    "finer": SegmentConsistencySettings(nodes_per_segment=1, teacher_substeps=2),
     "endpoint": EndpointConsistencySettings(),
     "shared_rollout": EndpointConsistencySettings(states_per_rollout=2),
     "milestones": EndpointConsistencySettings(rollout="milestones", teacher_substeps=2),
     "trajectory": TrajectoryRegressionSettings(),
+    "whole_path": TrajectoryRegressionSettings(segments=50, teacher_substeps=1),
 }
+
+
+def batch_of(world, size):
+    return {
+        "conditioning": world.conditioning(size),
+        "latents": world.latents(jax.random.key(9), size),
+    }
 
 
 def stage_of(settings):
@@ -52,13 +62,13 @@ def in_frozen(world):
 
 
 @pytest.mark.parametrize(
-    "case", ["node_reuse", "literal", "shared_rollout", "milestones", "trajectory"]
+    "case", ["node_reuse", "literal", "data", "shared_rollout", "milestones", "trajectory"]
 )
 def test_no_gradient_reaches_teacher_states_or_rollout(world, case):
     """The whole of `produce` is constant in the parameters of every network that it runs."""
     networks, frozen = in_frozen(world)
     objective = build(world, CASES[case], networks)
-    batch = {"conditioning": world.conditioning(2)}
+    batch = batch_of(world, 2)
 
     def total(trainable, frozen):
         examples = objective.produce(trainable, frozen, batch, jax.random.key(0))
@@ -124,7 +134,7 @@ def test_network_evaluations_are_those_stated(world, case):
     objective = build(world, settings, networks)
     trainable, key = world.trainable(), jax.random.key(0)
 
-    batch = {"conditioning": world.conditioning(2)}
+    batch = batch_of(world, 2)
     pairs = jax.jit(objective.produce)(trainable, world.frozen, batch, key)
     jax.effects_barrier()
     produced = Counter(forwards)
@@ -152,20 +162,26 @@ def test_the_stated_costs():
     }
     assert costs["node_reuse"] == costs["one_node"] == 2 + 2
     assert costs["literal"] == 18 + 2
+    assert costs["data"] == 6 + 2
+    assert costs["finer"] == 4 + 2
     assert costs["endpoint"] == 4 + 6 + 2
     assert costs["shared_rollout"] == 2 + 6 + 2
     assert costs["milestones"] == 8 + 4 + 2
     assert costs["trajectory"] == 4 + 1
+    assert costs["whole_path"] == 2 + 1
+    # Seen three times, an example is made once.
+    thrice = stages.evaluations("endpoint_consistency", CASES["endpoint"], epochs=3)
+    assert (thrice.rollout, thrice.teacher, thrice.target, thrice.student) == (4, 6, 3, 3)
 
 
-@pytest.mark.parametrize("case", ["node_reuse", "literal", "shared_rollout", "trajectory"])
+@pytest.mark.parametrize("case", ["node_reuse", "literal", "data", "shared_rollout", "trajectory"])
 def test_examples_are_made_where_their_prompts_are(world, case):
     """On eight devices: equal to one device's, and no latent crosses between devices."""
     objective = build(world, CASES[case])
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     by_sample = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
-    batch = {"conditioning": world.conditioning(16)}
+    batch = batch_of(world, 16)
     arguments = (world.trainable(), world.frozen, batch, jax.random.key(0))
 
     single = jax.jit(objective.produce)(*arguments)
@@ -187,7 +203,7 @@ def test_examples_are_made_where_their_prompts_are(world, case):
 
 def test_a_training_step_s_examples_depend_on_the_key_alone(world):
     objective = build(world, CASES["shared_rollout"])
-    batch = {"conditioning": world.conditioning(2)}
+    batch = batch_of(world, 2)
     make = jax.jit(lambda key: objective.produce(world.trainable(), world.frozen, batch, key))
     first, again, other = make(jax.random.key(1)), make(jax.random.key(1)), make(jax.random.key(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)

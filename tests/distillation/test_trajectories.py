@@ -38,6 +38,25 @@ def test_points_are_the_milestones_of_the_guided_teacher_s_path(world, substeps)
         np.testing.assert_allclose(follow[:, k + 1], then, atol=2e-5)
 
 
+@pytest.mark.parametrize(("segments", "substeps"), [(25, 2), (50, 1), (8, 6)])
+def test_paths_of_25_to_50_nodes_end_near_the_flow_s_end(world, segments, substeps):
+    """Every node a state, every other, or the milestones alone; DDIM's error is the path's."""
+    objective = make(world, segments=segments, teacher_substeps=substeps)
+    points = points_of(world, objective, 64)
+    t = jnp.asarray(points.t)
+    assert len(t) == 64 * segments and len(set(np.asarray(t))) == segments
+    data = world.guided(len(t))
+    start = points.t == 999
+    whole = gaussian.flow(world.schedule, points.z, t, jnp.zeros_like(t), data)
+    error = np.abs(np.asarray(points.end - whole))[np.asarray(start)]
+    assert error.mean() < 0.05
+    coarse = points_of(world, make(world, teacher_substeps=1), 64)
+    again = gaussian.flow(
+        world.schedule, coarse.z, coarse.t, jnp.zeros_like(coarse.t), world.guided(64 * 8)
+    )
+    assert np.abs(coarse.end - again)[np.asarray(coarse.t) == 999].mean() > 3 * error.mean()
+
+
 def test_paths_begin_in_pure_noise(world):
     points = points_of(world, make(world), 2000)
     start = np.asarray(points.z)[np.asarray(points.t) == 999]
@@ -105,6 +124,7 @@ def test_the_weight_is_the_clipped_snr(world):
         ({"segments": 0}, "segments = 0"),
         ({"teacher_substeps": 0}, "teacher_substeps = 0"),
         ({"teacher_substeps": 125}, "teacher_substeps = 125: must be at most 124"),
+        ({"segments": 7}, "segments = 7: must divide the 1000 times"),
         ({"snr_limit": 0.5}, "snr_limit = 0.5: must be at least 1"),
         ({"own_states": 1.5}, "own_states = 1.5: must be at most 1"),
         ({"own_states": -0.1}, "own_states = -0.1: must be at least 0"),

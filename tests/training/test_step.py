@@ -135,6 +135,29 @@ def test_no_key_serves_two_micro_batches_or_steps():
     assert len(keys) == len(set(keys)) == 8
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_epoch_sees_every_example_in_an_order_and_with_keys_of_its_own(fused):
+    seen, keys = [], []
+    base = toy.objective()
+
+    def loss(trainable, frozen, examples, key):
+        data = jax.random.key_data(key)
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)[:, 0]), examples["x"], ordered=True)
+        jax.debug.callback(lambda k: keys.append(tuple(np.asarray(k))), data)
+        return base.loss(trainable, frozen, examples, key)
+
+    objective = toy.SimpleNamespace(produce=base.produce, loss=loss)
+    state, metrics = run(steps=1, objective=objective, updates=2, epochs=3, fused=fused)
+    jax.effects_barrier()
+    assert len(keys) == len(set(keys)) == 6
+    assert metrics["examples"] == len(seen[0]) * 2
+    epochs = [np.concatenate(seen[i : i + 2]) for i in (0, 2, 4)]
+    for other in epochs[1:]:
+        np.testing.assert_array_equal(np.sort(other), np.sort(epochs[0]))
+        assert np.mean(other == epochs[0]) < 0.2
+    assert int(state.opt_state[1][0].count) == 6 and int(state.step) == 1
+
+
 def test_state_is_float32_and_the_callers_arrays_survive():
     mine = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toy.trainable())
     optimizer = toy.stage().optimizer
@@ -163,8 +186,12 @@ def test_bad_splits_are_refused_with_their_numbers():
         run(updates=5)
     with pytest.raises(ValueError, match=r"micro-batch \(64 .* is 4, which the 8 devices"):
         run(meshes.make_mesh({"data": -1}), updates=16)
-    with pytest.raises(ValueError, match="at least 1"):
-        StepSettings(updates=0)
+    for name in ("updates", "accumulate", "epochs"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            StepSettings(**{name: 0})
+    for decay in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="ema_decay must lie in 0"):
+            StepSettings(ema_decay=decay)
 
 
 def test_bad_losses_are_refused():

@@ -5,6 +5,8 @@
 w = 1 is the conditional model itself, and is called as such; TLCM's teacher has w = 8, fixed.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
@@ -24,8 +26,19 @@ def guided(denoiser: Denoiser, scale: float, null: PyTree[Array]) -> Denoiser:
     Returns:
       A denoiser for a batch of b, whose eps is float32.
     """
+    both = guided_and_plain(denoiser, scale, null)
+    return lambda z, t, conditioning: both(z, t, conditioning)[0]
+
+
+def guided_and_plain(denoiser: Denoiser, scale: float, null: PyTree[Array]) -> Callable:
+    """As `guided`, but tells eps_w and, from the same call, the conditional model's own eps."""
     if scale == 1:
-        return lambda z, t, conditioning: denoiser(z, t, conditioning).astype(jnp.float32)
+
+        def plain(z, t, conditioning):
+            eps = denoiser(z, t, conditioning).astype(jnp.float32)
+            return eps, eps
+
+        return plain
 
     def denoise(z, t, conditioning):
         # Null and conditional lie side by side, sample by sample: merging the new axis *under*
@@ -39,7 +52,7 @@ def guided(denoiser: Denoiser, scale: float, null: PyTree[Array]) -> Denoiser:
         eps = denoiser(jnp.repeat(z, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
         eps = eps.astype(jnp.float32).reshape(z.shape[0], 2, *z.shape[1:])
         unconditional, conditional = eps[:, 0], eps[:, 1]
-        return unconditional + scale * (conditional - unconditional)
+        return unconditional + scale * (conditional - unconditional), conditional
 
     return denoise
 

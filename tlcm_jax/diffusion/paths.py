@@ -55,6 +55,21 @@ def segment_floor(t: Int[Array, " b"], segments: int, train_steps: int = 1000) -
     return ascending[jnp.searchsorted(ascending, t, side="left", method="compare_all") - 1]
 
 
+def random_times(
+    key: PRNGKeyArray, batch: int, segments: int, train_steps: int = 1000
+) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """Draws a segment s ~ U{0 .. M-1}, counted from the clean end, and t ~ U(b_s, b_{s+1}].
+
+    Returns:
+      The segments and the times, int32.
+    """
+    segment_key, time_key = jax.random.split(key)
+    ascending = jnp.asarray(np.asarray(milestones(segments, train_steps)[::-1]), jnp.int32)
+    segment = jax.random.randint(segment_key, (batch,), 0, segments)
+    low, high = ascending[segment], ascending[segment + 1]
+    return segment, jax.random.randint(time_key, (batch,), low + 1, high + 1)
+
+
 def node_times(
     key: PRNGKeyArray,
     batch: int,

@@ -8,7 +8,8 @@ apart: with s = D(re-noised, t', c) averaged over heads and pixels, and h the hi
     L_G = -s_fake                         or   softplus(-s_fake).                        (2)
 
 TLCM's last stage: fake is the prediction x at a milestone, real the student's own sample of
-several steps. Inside a phase (PCM, Wang et al. 2024, arXiv 2405.18407): fake is where the
+several steps; or, where states are made of real latents, these (SCott, Liu et al. 2024, arXiv
+2403.01505). Inside a phase (PCM, Wang et al. 2024, arXiv 2405.18407): fake is where the
 student's jump lands, real the consistency loss's target, both at the phase's lower milestone b,
 and noise is added from there,
 
@@ -25,33 +26,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion.schedule import NoiseSchedule, broadcast
+from tlcm_jax.distillation.checks import check_at_least, check_at_most, check_choice
+from tlcm_jax.distillation.critics import CriticSettings
 from tlcm_jax.distillation.networks import Networks, needed
-from tlcm_jax.distillation.objective import (
-    Critic,
-    Evaluations,
-    check_at_least,
-    check_at_most,
-    check_choice,
-    check_positive,
-    repeat,
-)
+from tlcm_jax.distillation.objective import Evaluations, repeat
 from tlcm_jax.distillation.terms import Made, Term
 
 DISCRIMINATOR = "discriminator"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdversarialSettings:
+class AdversarialSettings(CriticSettings):
     """The choices of the term.
 
     Attributes:
       weight: beside the consistency loss; ours is 5e-3 beside distribution matching, 0.1 without.
       loss: "hinge" or "softplus".
-      real: "sample", the student's own of several steps, or "goal", the consistency target.
+      real: "sample", the student's own of several steps, or a real one where the objective's
+        states are made of real ones; or "goal", the consistency target.
       times: how far above the compared latents' own time t' lies, one of these at random.
       layers: the UNet's blocks that heads look at, such as "down_blocks.1" and "mid_block"; none
         takes all.
-      critic_updates: of the discriminator, before each of the student's.
       critic_learning_rate: of the discriminator; 1e-4 in the paper.
     """
 
@@ -60,17 +55,14 @@ class AdversarialSettings:
     real: str = "sample"
     times: tuple[int, ...] = (10, 250, 500, 750)
     layers: tuple[str, ...] = ()
-    critic_updates: int = 5
     critic_learning_rate: float = 1e-4
 
     def __post_init__(self):
-        check_at_least("weight", self.weight, 0)
+        super().__post_init__()
         check_choice("loss", self.loss, ("hinge", "softplus"))
         check_choice("real", self.real, ("sample", "goal"))
         check_at_least("the number of times", len(self.times), 1)
         check_at_least("the smallest of times", min(self.times), 0)
-        check_at_least("critic_updates", self.critic_updates, 1)
-        check_positive("critic_learning_rate", self.critic_learning_rate)
 
 
 def adversarial(networks: Networks, schedule: NoiseSchedule, settings: AdversarialSettings) -> Term:
@@ -111,6 +103,10 @@ def adversarial(networks: Networks, schedule: NoiseSchedule, settings: Adversari
     def fake_of(made: Made) -> Float[Array, "n h w c"]:
         return made.x0 if settings.real == "sample" else made.landing
 
+    def level_of(made: Made) -> Int[Array, " n"]:
+        # Whole samples are clean, wherever the student's jump lands.
+        return jnp.zeros_like(made.level) if settings.real == "sample" else made.level
+
     def real_of(made: Made) -> Float[Array, "n h w c"]:
         real = made.sample if settings.real == "sample" else made.goal
         return needed(real, "adversarial", f"the {settings.real}")
@@ -124,8 +120,9 @@ def adversarial(networks: Networks, schedule: NoiseSchedule, settings: Adversari
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         del extras
         time_key, noise_key = jax.random.split(key)
-        t = times(made.level, time_key)
-        z = renoised(fake_of(made), made.level, t, noise_key)
+        level = level_of(made)
+        t = times(level, time_key)
+        z = renoised(fake_of(made), level, t, noise_key)
         maps = role.network(critics[DISCRIMINATOR], frozen)(z, t, made.conditioning)
         value = _average(maps, (lambda s: -s) if hinge else (lambda s: jax.nn.softplus(-s)))
         return value, {}  # (2)
@@ -134,7 +131,8 @@ def adversarial(networks: Networks, schedule: NoiseSchedule, settings: Adversari
         psi: PyTree[Array], frozen: PyTree[Array], made: Made, key: PRNGKeyArray
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         time_key, noise_key = jax.random.split(key)
-        t, level = (repeat(x, 2) for x in (times(made.level, time_key), made.level))
+        level = level_of(made)
+        t, level = repeat((times(level, time_key), level), 2)
         # Real and fake of a sample side by side, so that each stays on its own device.
         both = jnp.stack([real_of(made), fake_of(made)], axis=1)
         z = renoised(both.reshape(-1, *both.shape[2:]), level, t, noise_key)
@@ -149,17 +147,10 @@ def adversarial(networks: Networks, schedule: NoiseSchedule, settings: Adversari
         told = {"real": _average(real, lambda s: s), "fake": _average(fake, lambda s: s)}
         return value, told  # (1)
 
-    critic = Critic(
-        initial=role.initial,
-        loss=discriminator_loss,
-        updates=settings.critic_updates,
-        learning_rate=settings.critic_learning_rate,
-        b1=0.0,
-    )
     return Term(
         weight=settings.weight,
         loss=loss,
-        critics={DISCRIMINATOR: critic},
+        critics={DISCRIMINATOR: settings.critic(role, discriminator_loss, b1=0.0)},
         # A half of a UNet is counted as a whole.
         evaluations=Evaluations(critics=1.0 + 2.0 * settings.critic_updates),
         needs=(settings.real,),

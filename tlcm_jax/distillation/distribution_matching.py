@@ -22,30 +22,23 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tlcm_jax.diffusion.guidance import forwards, guided
 from tlcm_jax.diffusion.prediction import predict_x0
 from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.distillation.checks import check_at_least, check_at_most
+from tlcm_jax.distillation.critics import CriticSettings
 from tlcm_jax.distillation.networks import Networks, needed
-from tlcm_jax.distillation.objective import (
-    Critic,
-    Evaluations,
-    check_at_least,
-    check_at_most,
-    check_positive,
-    mean_square,
-)
+from tlcm_jax.distillation.objective import Evaluations, mean_square
 from tlcm_jax.distillation.terms import Made, Term
 
 FAKE = "fake"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributionMatchingSettings:
+class DistributionMatchingSettings(CriticSettings):
     """The choices of the term. The paper names only its place; the values are DMD's.
 
     Attributes:
-      weight: beside the consistency loss.
       guidance_scale: w of the real score.
       low: the smallest t', in training steps.
       high: the largest.
-      critic_updates: of the fake score, before each of the student's; 5 in DMD2.
       critic_learning_rate: of the fake score; TLCM's last stages have 1e-5.
     """
 
@@ -53,16 +46,13 @@ class DistributionMatchingSettings:
     guidance_scale: float = 8.0
     low: int = 20
     high: int = 980
-    critic_updates: int = 5
     critic_learning_rate: float = 1e-5
 
     def __post_init__(self):
-        check_at_least("weight", self.weight, 0)
+        super().__post_init__()
         check_at_least("guidance_scale", self.guidance_scale, 0)
         check_at_least("low", self.low, 0)
         check_at_least("high", self.high, self.low)
-        check_at_least("critic_updates", self.critic_updates, 1)
-        check_positive("critic_learning_rate", self.critic_learning_rate)
 
 
 def distribution_matching(
@@ -119,17 +109,10 @@ def distribution_matching(
         eps = role.network(phi, frozen)(z, t, made.conditioning)
         return mean_square(eps - noise), {}  # (3)
 
-    critic = Critic(
-        initial=role.initial,
-        loss=fake_loss,
-        updates=settings.critic_updates,
-        learning_rate=settings.critic_learning_rate,
-        b1=0.9,
-    )
     return Term(
         weight=settings.weight,
         loss=loss,
-        critics={FAKE: critic},
+        critics={FAKE: settings.critic(role, fake_loss)},
         evaluations=Evaluations(
             teacher=forwards(settings.guidance_scale), critics=1.0 + settings.critic_updates
         ),

@@ -11,7 +11,7 @@ t_n, in p equal DDIM steps, z_m -> z_n, and the student must see the same end fr
 
     L = || f(z_m, t_m) - stopgrad f(z_n, t_n) ||^2,                              (3)
 
-where t_n = 0 the target is z_n itself.
+where t_n = 0 the target is z_n itself. Times may be weighed by min(SNR(t_m) + 1, snr_limit).
 """
 
 from dataclasses import dataclass
@@ -26,19 +26,17 @@ from tlcm_jax.diffusion.guidance import forwards, guided
 from tlcm_jax.diffusion.prediction import Denoiser, predict_x0
 from tlcm_jax.diffusion.sampler import check_timesteps, sample
 from tlcm_jax.diffusion.schedule import NoiseSchedule, broadcast
+from tlcm_jax.distillation.checks import check_at_least, check_at_most, check_choice, check_segments
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import (
     Evaluations,
     Objective,
     Parts,
     batch_size,
-    check_at_least,
-    check_at_most,
-    check_choice,
-    check_divides,
     consistency,
     mean_square,
     repeat,
+    snr_weight,
 )
 
 
@@ -55,6 +53,7 @@ class EndpointConsistencySettings:
         while f is still a segment jumper and "renoise" may be soft.
       rollout_timesteps: of "renoise"; q = 4 in the paper, these times.
       states_per_rollout: how many t_m one z0 serves, all different; 1 in the paper.
+      snr_limit: of the weight of times; 1, the paper's, weighs all milestones alike.
       weight: of (3) beside a stage's terms. 0 leaves the terms alone, as in DMD2, and then no
         teacher walks and no target is asked for.
     """
@@ -65,6 +64,7 @@ class EndpointConsistencySettings:
     rollout: str = "renoise"
     rollout_timesteps: tuple[int, ...] = (999, 749, 499, 249)
     states_per_rollout: int = 1
+    snr_limit: float = 1.0
     weight: float = 1.0
 
     def __post_init__(self):
@@ -73,6 +73,7 @@ class EndpointConsistencySettings:
         check_at_least("guidance_scale", self.guidance_scale, 0)
         check_choice("rollout", self.rollout, ("renoise", "milestones"))
         check_at_least("states_per_rollout", self.states_per_rollout, 1)
+        check_at_least("snr_limit", self.snr_limit, 1)
         check_at_least("weight", self.weight, 0)
         check_at_most(
             "states_per_rollout", self.states_per_rollout, self.segments, "the number of milestones"
@@ -80,10 +81,7 @@ class EndpointConsistencySettings:
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Raises a ValueError if these settings do not fit the time axis of `schedule`."""
-        shortest = paths.shortest_segment(self.segments, schedule.train_steps)
-        check_divides("segments", self.segments, schedule.train_steps)
-        reason = f"the shortest of {self.segments} segments of {schedule.train_steps} times"
-        check_at_most("teacher_substeps", self.teacher_substeps, shortest, reason)
+        check_segments(schedule, self.segments, "teacher_substeps", self.teacher_substeps)
         check_timesteps(schedule, self.rollout_timesteps, "rollout_timesteps")
 
 
@@ -195,11 +193,11 @@ def endpoint_consistency(
     def distance(
         x0_m: Float[Array, "n h w c"], goal: Float[Array, "n h w c"], pairs: EndpointPairs
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        del pairs
         if settings.weight == 0:
             return jnp.zeros(len(x0_m)), {}
         mse_x0 = mean_square(x0_m - goal)  # (3)
-        return settings.weight * mse_x0, {"mse_x0": mse_x0}
+        weight = settings.weight * snr_weight(schedule, pairs.t_m, settings.snr_limit)
+        return weight * mse_x0, {"mse_x0": mse_x0}
 
     def refresh(pairs: EndpointPairs, key: PRNGKeyArray) -> EndpointPairs:
         time_key, state_key = jax.random.split(key)

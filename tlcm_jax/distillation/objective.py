@@ -6,14 +6,18 @@ that the engine can shuffle the examples, and split them into updates, in betwee
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion.prediction import Denoiser
+from tlcm_jax.diffusion.schedule import NoiseSchedule
 from tlcm_jax.distillation.networks import Networks
+
+# The student's average among the parameters that a loss is given besides its own.
+AVERAGE = "average"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,9 @@ class Parts:
       level: `(examples) -> [n]`, the time of the goal; 0 counts as clean.
       distance: `(x0, goal, examples) -> (per_sample [n], metrics)`, the loss.
       refresh: `(examples, key) -> examples` whose states have fresh noise, as far as they can.
-      sample: `(examples) -> [n, h, w, c]`, the student's own sample of several steps; None where
-        the objective makes none.
+      sample: `(examples) -> [n, h, w, c]`, what the prediction should look like: the student's
+        own sample of several steps, or a real one; None where the objective has neither.
+      average: whether the goal asks the student's average in place of the student.
     """
 
     predict: Callable[[Denoiser, PyTree[Array]], Float[Array, "n h w c"]]
@@ -57,6 +62,13 @@ class Parts:
     distance: Callable[..., tuple[Float[Array, " n"], dict[str, Array]]]
     refresh: Callable[[PyTree[Array], PRNGKeyArray], PyTree[Array]]
     sample: Callable[[PyTree[Array]], Float[Array, "n h w c"]] | None = None
+    average: bool = False
+
+    def asked(
+        self, trainable: PyTree[Array], seen: Mapping[str, PyTree[Array]] | None
+    ) -> PyTree[Array]:
+        """Whose parameters the goal is asked of."""
+        return (seen or {})[AVERAGE] if self.average else trainable
 
 
 @dataclass(frozen=True)
@@ -65,12 +77,14 @@ class Objective:
 
     Attributes:
       produce: `(trainable, frozen, batch, key) -> examples`, without gradients. `batch` is
-        `{'conditioning': pytree [b, ...]}`; `examples` a pytree with leading axis n, a multiple
+        `{'conditioning': pytree [b, ...]}`, and `{'latents': [b, h, w, c]}` beside it where the
+        settings ask for real ones; `examples` a pytree with leading axis n, a multiple
         of b, whose examples are independent of each other's place; those of one prompt lie side
         by side, in the order of the batch.
       loss: `(trainable, frozen, examples, key) -> (per_sample [n], metrics)`, to be differentiated
         in its first argument; `metrics` maps names to scalars or `[n]`. With critics it gets
-        their parameters by name as one more argument.
+        their parameters by name as one more argument, and the student's average with them where
+        one is kept.
       parts: of a consistency loss; None where `loss` is all there is.
       critics: who is trained beside the student.
       show: `(trainable, frozen) -> (examples, key) -> shown`, without gradients: what the critics
@@ -92,9 +106,10 @@ def consistency(networks: Networks, produce: Callable, parts: Parts) -> Objectiv
         frozen: PyTree[Array],
         examples: PyTree[Array],
         key: PRNGKeyArray,
+        seen: Mapping[str, PyTree[Array]] | None = None,
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         del key
-        goal = parts.goal(networks.target(trainable, frozen), examples)
+        goal = parts.goal(networks.target(parts.asked(trainable, seen), frozen), examples)
         x0 = parts.predict(networks.student(trainable, frozen), examples)
         return parts.distance(x0, goal, examples)
 
@@ -124,15 +139,24 @@ class Evaluations:
         """All forwards."""
         return self.rollout + self.teacher + self.target + self.student + self.critics
 
+    def over(self, epochs: int) -> "Evaluations":
+        """For an example that is made once and visited `epochs` times."""
+        return Evaluations(
+            rollout=self.rollout,
+            teacher=self.teacher,
+            target=epochs * self.target,
+            student=epochs * self.student,
+            critics=epochs * self.critics,
+        )
+
+    def __mul__(self, times: int) -> "Evaluations":
+        """All of them so many times."""
+        return Evaluations(**{name: times * count for name, count in asdict(self).items()})
+
     def __add__(self, other: "Evaluations") -> "Evaluations":
         """Both together."""
-        return Evaluations(
-            rollout=self.rollout + other.rollout,
-            teacher=self.teacher + other.teacher,
-            target=self.target + other.target,
-            student=self.student + other.student,
-            critics=self.critics + other.critics,
-        )
+        theirs = asdict(other)
+        return Evaluations(**{name: count + theirs[name] for name, count in asdict(self).items()})
 
 
 def batch_size(tree: PyTree[Array]) -> int:
@@ -150,36 +174,10 @@ def mean_square(error: Float[Array, "n h w c"]) -> Float[Array, " n"]:
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
-def check_at_least(name: str, value: int | float, low: int | float) -> None:
-    """Raises a ValueError if a setting is less than `low`."""
-    if not value >= low:
-        raise ValueError(f"{name} = {value}: must be at least {low}")
+def snr_weight(schedule: NoiseSchedule, t: Int[Array, " n"], limit: float) -> Float[Array, " n"]:
+    """The weight min(SNR + 1, limit) of an error in x0 at times t; a limit of 1 weighs all alike.
 
-
-def check_positive(name: str, value: int | float) -> None:
-    """Raises a ValueError if a setting is not greater than 0."""
-    if not value > 0:
-        raise ValueError(f"{name} = {value}: must be greater than 0")
-
-
-def check_at_most(name: str, value: int | float, high: int | float, reason: str) -> None:
-    """Raises a ValueError if a setting is more than `high`, and says why it may not be."""
-    if not value <= high:
-        raise ValueError(f"{name} = {value}: must be at most {high}, {reason}")
-
-
-def check_divides(name: str, value: int, whole: int) -> None:
-    """Raises a ValueError if a setting does not divide the time axis of `whole` times."""
-    if whole % value:
-        near = [n for n in range(1, whole + 1) if whole % n == 0]
-        below, above = max(n for n in near if n < value), min(n for n in near if n > value)
-        raise ValueError(
-            f"{name} = {value}: must divide the {whole} times of the schedule, as {below} and "
-            f"{above} do"
-        )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError if a setting is none of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
+    Multistep consistency models (Heek et al. 2024, arXiv 2403.06807), whose limit is 5.
+    """
+    snr = jnp.square(schedule.alpha(t) / schedule.sigma(t))[:, 0, 0, 0]
+    return jnp.minimum(snr + 1, limit)

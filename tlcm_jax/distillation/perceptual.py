@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.distillation.checks import check_at_least
 from tlcm_jax.distillation.networks import Networks, needed
-from tlcm_jax.distillation.objective import check_at_least
 from tlcm_jax.distillation.terms import Made, Term
 
 

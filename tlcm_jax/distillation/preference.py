@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.distillation.checks import check_at_least, check_at_most
 from tlcm_jax.distillation.networks import Networks, needed
-from tlcm_jax.distillation.objective import check_at_least, check_at_most
 from tlcm_jax.distillation.terms import Made, Term
 
 # Where a batch holds the prompts as the scorers read them.

@@ -32,12 +32,14 @@ class Stage:
       objective: `(networks, schedule, latent_shape, settings) -> Objective`.
       evaluations_per_sample: `(settings) -> Evaluations`, the forwards that one example costs.
       examples_per_prompt: `(settings) -> int`, how many examples a prompt of a batch makes.
+      needs_latents: `(settings) -> bool`, whether batches must hold real latents.
     """
 
     settings: type
     objective: Callable[..., Objective]
     evaluations_per_sample: Callable[[Any], Evaluations]
     examples_per_prompt: Callable[[Any], int]
+    needs_latents: Callable[[Any], bool] = lambda settings: False
 
 
 STAGES = {
@@ -46,6 +48,7 @@ STAGES = {
         objective=consistency.segment_consistency,
         evaluations_per_sample=consistency.evaluations_per_sample,
         examples_per_prompt=consistency.examples_per_prompt,
+        needs_latents=consistency.needs_latents,
     ),
     "endpoint_consistency": Stage(
         settings=endpoints.EndpointConsistencySettings,
@@ -97,9 +100,15 @@ def find_term(name: str) -> TermKind:
     return TERMS[name]
 
 
-def evaluations(name: str, settings: Any, terms: Mapping[str, Term] | None = None) -> Evaluations:
-    """Network forwards that one example of a stage costs, those of its terms included."""
-    return find(name).evaluations_per_sample(settings) + evaluations_of(terms or {})
+def evaluations(
+    name: str, settings: Any, terms: Mapping[str, Term] | None = None, epochs: int = 1
+) -> Evaluations:
+    """Network forwards that one example of a stage costs, those of its terms included.
+
+    It is made once; what is asked of it is asked in each of its `epochs`.
+    """
+    own = find(name).evaluations_per_sample(settings)
+    return own.over(epochs) + evaluations_of(terms or {}) * epochs
 
 
 def find(name: str) -> Stage:

@@ -53,7 +53,8 @@ class Made(NamedTuple):
       x0: `[n, h, w, c]` its prediction.
       landing: `[n, h, w, c]` what is to meet the goal, at time `level`; x0 itself in stage 2.
       goal: `[n, h, w, c]` the consistency loss's target; None where no term asked for it.
-      sample: `[n, h, w, c]` its own sample of several steps; None where there is none.
+      sample: `[n, h, w, c]` its own sample of several steps, or a real one; None where there is
+        neither.
       level: `[n]` time of landing and goal; 0 counts as clean.
       conditioning: pytree `[n, ...]`.
     """
@@ -122,19 +123,23 @@ def composed(base: Objective, networks: Networks, terms: Mapping[str, Term]) -> 
         if "sample" in term.needs and parts.sample is None:
             raise ValueError(
                 f"term {name!r} compares with the student's own sample of several steps, which "
-                "only endpoint_consistency makes"
+                "only endpoint_consistency makes, or with a real one, which segment_consistency "
+                "has in mode 'data'"
             )
         clash = set(critics) & set(term.critics)
         if clash:
             raise ValueError(f"two terms train a critic called {sorted(clash)}: keep one")
         critics |= term.critics
     goal_is_shown = _goal_is_shown(terms)
+    if goal_is_shown and parts.average:
+        raise ValueError("critics are shown the student's own goal, not its average's: target")
 
     def produce(
         trainable: PyTree[Array], frozen: PyTree[Array], batch: PyTree[Array], key: PRNGKeyArray
     ) -> Examples:
         pairs = base.produce(trainable, frozen, batch, key)
-        extras = {name: leaves for name, leaves in batch.items() if name != "conditioning"}
+        # What the base has read of a batch is in its own examples.
+        extras = {k: v for k, v in batch.items() if k not in ("conditioning", "latents")}
         copies = batch_size(pairs) // batch_size(batch["conditioning"])
         return Examples(pairs, repeat(extras, copies))
 
@@ -156,7 +161,7 @@ def composed(base: Objective, networks: Networks, terms: Mapping[str, Term]) -> 
         seen: Mapping[str, PyTree[Array]] | None = None,
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         pairs, extras = examples
-        goal = parts.goal(networks.target(trainable, frozen), pairs)
+        goal = parts.goal(networks.target(parts.asked(trainable, seen), frozen), pairs)
         x0 = parts.predict(networks.student(trainable, frozen), pairs)
         here = jax.lax.stop_gradient(x0)
 

@@ -9,6 +9,9 @@ and the student is to see the end from every milestone on the way,
 
     L = min(SNR(b_k) + 1, snr_limit) || f(z_{b_k}, b_k) - z_0 ||^2.               (2)
 
+With 25 to 50 segments of one step every node of an ordinary sampler's path is a state; with a few
+segments of many steps the path is as fine, and the states are those that the student samples at.
+
 Where consistency (consistency.py, endpoints.py) hands the teacher's knowledge from point to point,
 through targets of the student's own that are wrong at first, (2) gives it to all points at once:
 the same solution, and no target network. What (1) alone lacks is states of the student's own
@@ -32,18 +35,17 @@ from tlcm_jax.diffusion.guidance import forwards, guided
 from tlcm_jax.diffusion.prediction import Denoiser, predict_x0
 from tlcm_jax.diffusion.sampler import check_timesteps, sample
 from tlcm_jax.diffusion.schedule import NoiseSchedule, broadcast
+from tlcm_jax.distillation.checks import check_at_least, check_at_most, check_segments
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import (
     Evaluations,
     Objective,
     Parts,
     batch_size,
-    check_at_least,
-    check_at_most,
-    check_divides,
     consistency,
     mean_square,
     repeat,
+    snr_weight,
 )
 
 
@@ -82,10 +84,7 @@ class TrajectoryRegressionSettings:
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Raises a ValueError if these settings do not fit the time axis of `schedule`."""
-        shortest = paths.shortest_segment(self.segments, schedule.train_steps)
-        check_divides("segments", self.segments, schedule.train_steps)
-        reason = f"the shortest of {self.segments} segments of {schedule.train_steps} times"
-        check_at_most("teacher_substeps", self.teacher_substeps, shortest, reason)
+        check_segments(schedule, self.segments, "teacher_substeps", self.teacher_substeps)
         check_timesteps(schedule, self.rollout_timesteps, "rollout_timesteps")
 
 
@@ -140,7 +139,7 @@ def trajectory_regression(
     """
     settings.check(schedule)
     substeps = settings.teacher_substeps
-    stops = path_times(settings.segments, substeps, schedule.train_steps)
+    falling = paths.milestones(settings.segments, schedule.train_steps)
 
     def produce(
         trainable: PyTree[Array], frozen: PyTree[Array], batch: PyTree[Array], key: PRNGKeyArray
@@ -149,7 +148,10 @@ def trajectory_regression(
         size = batch_size(conditioning)
         noise_key, own_key = jax.random.split(key)
         z = jax.random.normal(noise_key, (size, *latent_shape))
-        times = jnp.broadcast_to(jnp.asarray(stops, jnp.int32), (size, len(stops)))
+        high, low = jnp.asarray(falling[:-1], jnp.int32), jnp.asarray(falling[1:], jnp.int32)
+        stops = paths.equal_times(high, low, jnp.full_like(low, substeps), substeps)
+        stops = jnp.append(stops[:, :-1].reshape(-1), 0)  # each milestone once
+        times = jnp.broadcast_to(stops, (size, len(stops)))
         if settings.own_states:
             student = networks.target(trainable, frozen)
             z, times = own_starts(student, z, times, conditioning, own_key)
@@ -172,7 +174,7 @@ def trajectory_regression(
         own_key, rollout_key, start_key, fresh_key = jax.random.split(key, 4)
         z0 = sample(student, schedule, noise, conditioning, settings.rollout_timesteps, rollout_key)
         size, steps = len(noise), times.shape[1] - 1
-        inner = jnp.asarray(paths.milestones(settings.segments, schedule.train_steps)[1:-1])
+        inner = jnp.asarray(falling[1:-1])
         start = jax.random.choice(start_key, inner, (size,))
         z = schedule.diffuse(z0, jax.random.normal(fresh_key, z0.shape), start)  # (3)
         equal = paths.equal_times(start, jnp.zeros_like(start), jnp.full(size, steps), steps)
@@ -186,8 +188,7 @@ def trajectory_regression(
         x0: Float[Array, "n h w c"], end: Float[Array, "n h w c"], points: TrajectoryPoints
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         mse_x0 = mean_square(x0 - end)
-        snr = jnp.square(schedule.alpha(points.t) / schedule.sigma(points.t))[:, 0, 0, 0]
-        weight = jnp.minimum(snr + 1, settings.snr_limit)
+        weight = snr_weight(schedule, points.t, settings.snr_limit)
         return weight * mse_x0, {"mse_x0": mse_x0}  # (2)
 
     parts = Parts(
@@ -199,14 +200,3 @@ def trajectory_regression(
         refresh=lambda points, key: points,  # they lie on the teacher's path
     )
     return consistency(networks, produce, parts)
-
-
-def path_times(segments: int, substeps: int, train_steps: int = 1000) -> tuple[int, ...]:
-    """The stops of (1): `substeps` equal steps a segment, from T - 1 to 0, milestones included."""
-    falling = paths.milestones(segments, train_steps)
-    inner = [
-        high - (high - low) * step // substeps
-        for high, low in zip(falling, falling[1:], strict=False)
-        for step in range(substeps)
-    ]
-    return (*inner, 0)

@@ -163,7 +163,7 @@ class Checkpoints:
         return _unflatten(template, leaves)
 
     def trained(self, total: int | None = None) -> dict[str, Any]:
-        """The trained leaves of a checkpoint alone, for sampling and export.
+        """What a checkpoint leaves to sampling and export alone: the average, or else the leaves.
 
         Args:
           total: number of the checkpoint; the newest by default.
@@ -181,9 +181,10 @@ class Checkpoints:
             found = f"it has {', '.join(map(str, there))}" if there else "it has none"
             raise FileNotFoundError(f"no checkpoint{wished} in {self.directory}: {found}")
         total = there[-1] if total is None else total
-        prefix = "trainable/"
         try:
             stored = self._manager.item_metadata(total)[_STATE].items()
+            averaged = any(name.startswith("average/") for name, _ in stored)
+            prefix = "average/" if averaged else "trainable/"
             wanted = {
                 name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
                 for name, leaf in stored

@@ -38,6 +38,8 @@ class Stage:
       batches: batch number k of the stage, on the devices. A pure function of k.
       evaluations_per_example: UNet forward evaluations an example costs, for the throughput.
       players: who else is trained inside `step`, by name; they live for this stage only.
+      average: whether `step` keeps an average of the student, of this stage only: the next one
+        trains the leaves themselves.
       enough: looks at the stage's rows after each, and says why the stage should end there, or
         "". A pure function of the rows, so that a resumed run ends where the first did.
     """
@@ -49,6 +51,7 @@ class Stage:
     batches: Callable[[int], PyTree]
     evaluations_per_example: float
     players: Mapping[str, Player] = dataclasses.field(default_factory=dict)
+    average: bool = False
     enough: Callable[[Sequence[Row]], str] = lambda rows: ""
 
     def __post_init__(self) -> None:
@@ -269,7 +272,7 @@ def _create(stage: Stage, key: Array, index: int) -> Callable[[PyTree, Array], T
     def make(trainable: PyTree, key_data: Array) -> TrainState:
         run_key = jax.random.wrap_key_data(key_data, impl=impl)
         stage_key = jax.random.fold_in(run_key, index)
-        return create(trainable, stage.optimizer, stage_key, stage.players)
+        return create(trainable, stage.optimizer, stage_key, stage.players, stage.average)
 
     return make
 

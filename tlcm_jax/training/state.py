@@ -4,6 +4,7 @@ Trained parameters and both Adam moments are float32 whatever the compute type o
 (METHOD section 6); the frozen base is not part of the state and is never checkpointed.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ class TrainState:
         `fold_in(key, k)`, so a step is a function of (state, step) and a resumed run repeats it.
       players: (parameters, optax state) of each other player by name; empty where the student is
         the only one.
+      average: moving average of `trainable` since the stage began; empty where none is kept.
     """
 
     step: Array
@@ -37,6 +39,22 @@ class TrainState:
     opt_state: PyTree
     key: Array
     players: PyTree = flax.struct.field(default_factory=dict)
+    average: PyTree = flax.struct.field(default_factory=dict)
+
+    @property
+    def student(self) -> tuple[PyTree, PyTree, PyTree]:
+        """What an update of the student changes."""
+        return self.trainable, self.opt_state, self.average
+
+    def moved(self, student: tuple[PyTree, PyTree, PyTree]) -> "TrainState":
+        """The same state with `student` changed."""
+        trainable, opt_state, average = student
+        return dataclasses.replace(self, trainable=trainable, opt_state=opt_state, average=average)
+
+    @property
+    def trained(self) -> PyTree:
+        """What the stage leaves to sampling and export: the average, or else the leaves."""
+        return self.average or self.trainable
 
 
 def create(
@@ -44,6 +62,7 @@ def create(
     optimizer: optax.GradientTransformation,
     key: Array,
     players: Mapping[str, Player] | None = None,
+    average: bool = False,
 ) -> TrainState:
     """The state before a stage's first step.
 
@@ -53,6 +72,7 @@ def create(
       optimizer: the optax transformation of the stage.
       key: typed PRNG key (`jax.random.key`) that no other stage uses.
       players: the other players; each begins by its own `initial`.
+      average: whether an average of the trainable leaves is kept; it begins as these.
 
     Returns:
       A `TrainState` at step 0.
@@ -69,6 +89,7 @@ def create(
         opt_state=optimizer.init(trainable),
         key=key,
         players=others,
+        average=jax.tree.map(_own, trainable) if average else {},
     )
 
 

@@ -1,0 +1,65 @@
+"""Encodes the teacher's own training pictures once, for methods that learn from real ones.
+
+    python -m miniature.encode_latents --data emoji32.npz --model miniature/emoji-xl \
+        --output miniature/latents.npz
+
+One latent and one caption a pair, with the wording it has in `prompts/train.txt`. Left out are the
+pairs that the teacher never saw, and those whose captions are kept for evaluation.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from miniature.captions import wording
+from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.interchange.pipeline import Pipeline
+
+
+def encode(
+    pipeline: Pipeline, data: Mapping[str, np.ndarray], batch: int = 64
+) -> dict[str, np.ndarray]:
+    """Latents and captions, as `tlcm_jax.data.latents` reads them.
+
+    Args:
+      pipeline: whose autoencoder it is.
+      data: the arrays of `miniature.emoji`.
+      batch: pictures at a time.
+    """
+    rows = np.flatnonzero(~(data["composition"] | data["heldout"]))
+    # Whole batches, so that all have one shape and compile once.
+    padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch)])
+    run = jax.jit(pipeline.encode_images)
+    parts = [
+        np.asarray(run(data["images"][padded[i : i + batch]] / np.float32(255)), np.float16)
+        for i in range(0, len(padded), batch)
+    ]
+    hexcodes = data["class_hexcodes"][data["class_ids"][rows]]
+    styles = data["style_names"][data["style_ids"][rows]]
+    columns = [wording(str(h), str(s)) for h, s in zip(hexcodes, styles, strict=True)]
+    return {
+        "latents": np.concatenate(parts)[: len(rows)],
+        "captions": data["captions"][rows, columns],
+    }
+
+
+def main() -> None:
+    """The command; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="emoji32.npz")
+    parser.add_argument("--model", type=Path, required=True, help="the teacher's folder")
+    parser.add_argument("--output", type=Path, required=True, help="the .npz to write")
+    args = parser.parse_args()
+    with np.load(args.data) as file:
+        data = {name: file[name] for name in file.files}
+    encoded = encode(load_pipeline(args.model), data)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(args.output, **encoded)
+    print(f"{len(encoded['captions'])} latents of {list(encoded['latents'].shape[1:])}")
+
+
+if __name__ == "__main__":
+    main()
