@@ -207,6 +207,7 @@ def test_the_page_shows_means_reasons_and_commentary(tmp_path):
     assert "(1 of 2 seeds) | 40.0 | 0.250 |" in text
     assert "| teacher, 25 steps with guidance | 50.0 | – | – | – | – |" in text
     assert "| teacher, 4 steps with guidance | 30.0 |" in text
+    assert "| undistilled, in the student's sampler, 4 steps | 40.0 | 0.250 |" in text
     assert "| real pictures | 90.0 |" in text
     assert (
         "| steps | 1 | 4 | 25 |" in text and "| teacher with guidance | – | 30.0 | 50.0 |" in text
