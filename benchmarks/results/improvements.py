@@ -103,7 +103,7 @@ TRAJECTORIES = Table(
     name="trajectories",
     title="Changes to the default's trajectory regression",
     says="Each row changes one thing of `default`: 8 milestones of a 16-step path, all weighted "
-    "alike.",
+    "alike, and 30 % of the paths from the student's own states.",
     experiments=(
         OURS,
         _default("own0", "all paths from noise", trajectories__settings__own_states=0.0),

@@ -121,7 +121,8 @@ def _method(plan: Plan, found: Found, command: Sequence[str]) -> Iterator[str]:
         "LPIPS to teacher: to the teacher's 25-step picture from the same noise, lower is closer. "
         f"Diversity: LPIPS between {asked['draws']} pictures of a prompt under different noise, "
         f"for the first {min(asked['diverse'], prompts)} prompts; the teacher's own is the mark. "
-        "Fréchet: lower is better."
+        "Fréchet: lower is better. A student begins as the undistilled teacher in the student's "
+        "sampler, so that row is what training starts from."
     )
     yield ""
     yield (
@@ -168,7 +169,10 @@ def _at(one: Table, plan: Plan, found: Found, steps: int) -> list[str]:
         for count in (_TEACHER_STEPS, 4)
     ]
     others.append(
-        (f"teacher in the student's sampler, {steps} steps", _of(found.teacher, "student", steps))
+        (
+            f"undistilled, in the student's sampler, {steps} steps",
+            _of(found.teacher, "student", steps),
+        )
     )
     others.append(("real pictures", found.teacher["real"]))
     rows += [
@@ -192,7 +196,7 @@ def _by_steps(one: Table, found: Found, measure: Measure) -> list[str]:
         if found.runs.get(experiment.name)
     ]
     rows.append(row("teacher with guidance", [found.teacher], "teacher"))
-    rows.append(row("teacher in the student's sampler", [found.teacher], "student"))
+    rows.append(row("undistilled, in the student's sampler", [found.teacher], "student"))
     return table(header, rows)
 
 

