@@ -29,11 +29,11 @@ def get_config(variant: str = "") -> ConfigDict:
         # student's own states, which are what the paper's stage 2 is for, are among them.
         trajectories=dict(
             objective="trajectory_regression",
-            steps=4 if smoke else 120,
+            steps=4 if smoke else 80,
             # 24 paths of 8 milestones: 6 updates of 32.
             batch_size=24,
             updates=6,
-            learning_rate=1e-3,
+            learning_rate=3e-4,
             warmup_updates=0 if smoke else 20,
             decay="cosine",
             final_fraction=0.05,
