@@ -50,3 +50,14 @@ def test_merged_and_factored_give_equal_outputs_and_gradients() -> None:
 
 def _relative(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def test_every_layer_s_draw_is_its_own_key_s():
+    shapes = {"conv1": (3, 3, 5, 8), "to_q": (7, 6)}
+    params = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}
+    key = jax.random.key(5)
+    adapter = lora.init(params, tuple(shapes), 3, key)
+    for i, (name, fan_in) in enumerate({"conv1": 45, "to_q": 7}.items()):
+        shape, bound = (*shapes[name][:-1], 3), fan_in**-0.5
+        drawn = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
+        np.testing.assert_array_equal(adapter[name]["lora_A"], drawn)

@@ -5,6 +5,8 @@ An adapter tree mirrors the base tree's paths; each adapted layer holds `lora_A`
 apply factors as they find them; `scaled` puts alpha / rank into them.
 """
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import flax.traverse_util
@@ -58,11 +60,32 @@ def init(params: Tree, targets: Sequence[str], rank: int, key: Array) -> dict:
             fan_in *= size
         # torch's kaiming_uniform_(a=sqrt(5)), which PEFT uses for A: U(-1/sqrt(fan), 1/sqrt(fan)).
         bound = fan_in**-0.5
-        adapter[(*path, "lora_A")] = jax.random.uniform(
-            jax.random.fold_in(key, i), (*spatial, fan, rank), jnp.float32, -bound, bound
+        adapter[(*path, "lora_A")] = _uniform(
+            jax.random.fold_in(key, i), bound, (*spatial, fan, rank)
         )
         adapter[(*path, "lora_B")] = jnp.zeros((*(1 for _ in spatial), rank, out), jnp.float32)
     return flax.traverse_util.unflatten_dict(adapter)
+
+
+def _uniform(key: Array, bound: float, shape: tuple[int, ...]) -> Array:
+    """U(-bound, bound) of a shape, fp32: the beginning of a draw of the next power of two.
+
+    Which is the same numbers, as an element depends on its key and place alone; but a network's
+    many shapes share a few compiled draws.
+    """
+    count = math.prod(shape)
+    flat = _draw(key, bound, 1 << (count - 1).bit_length())
+    return _begin(flat, shape)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _draw(key: Array, bound: Array, count: int) -> Array:
+    return jax.random.uniform(key, (count,), jnp.float32, -bound, bound)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _begin(flat: Array, shape: tuple[int, ...]) -> Array:
+    return flat[: math.prod(shape)].reshape(shape)
 
 
 def scaled(adapter: Tree, scale: float) -> dict:
