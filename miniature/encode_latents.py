@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from miniature.captions import wording
+from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.pipeline import Pipeline
 
@@ -30,12 +31,10 @@ def encode(
       batch: pictures at a time.
     """
     rows = np.flatnonzero(~(data["composition"] | data["heldout"]))
-    # Whole batches, so that all have one shape and compile once.
-    padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch)])
     run = jax.jit(pipeline.encode_images)
     parts = [
-        np.asarray(run(data["images"][padded[i : i + batch]] / np.float32(255)), np.float16)
-        for i in range(0, len(padded), batch)
+        np.asarray(run(data["images"][rows[places]] / np.float32(255)), np.float16)
+        for places in whole_batches(len(rows), batch)
     ]
     hexcodes = data["class_hexcodes"][data["class_ids"][rows]]
     styles = data["style_names"][data["style_ids"][rows]]

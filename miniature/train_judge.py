@@ -45,6 +45,7 @@ import optax
 from jax import Array
 
 from miniature.augment import augment, blur
+from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.scoring import efficientnet, frechet
 from tlcm_jax.scoring.frechet import Moments
 from tlcm_jax.scoring.judge import Judge
@@ -131,10 +132,8 @@ def outputs(network: JudgeNetwork, params: Params, images: np.ndarray) -> Output
     """NumPy outputs of `[n, h, w, 3]` uint8 or float pictures."""
     images = images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
     parts = []
-    for start in range(0, len(images), _BATCH):
-        batch = images[start : start + _BATCH]
-        padded = np.pad(batch, ((0, _BATCH - len(batch)), (0, 0), (0, 0), (0, 0)))
-        parts.append(jax.tree.map(np.asarray, _apply(network, params, padded)))
+    for rows in whole_batches(len(images), _BATCH):
+        parts.append(jax.tree.map(np.asarray, _apply(network, params, images[rows])))
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *parts)
 
 

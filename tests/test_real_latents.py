@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import emoji_dmd2, emoji_hyper_sd, emoji_lcm, emoji_mcm, emoji_pcm, emoji_scott
+from tests.support.cut import cut_after
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import paths
 from tlcm_jax.companions import Companions
@@ -16,7 +17,6 @@ from tlcm_jax.distil import PromptBatches, distil
 from tlcm_jax.interchange.diffusers_folder import abstract_pipeline, load_pipeline
 from tlcm_jax.recipe import blueprints
 from tlcm_jax.settings import read
-from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.workdir import load_adapter
 
@@ -121,19 +121,8 @@ def test_a_stochastic_stage_runs_resumes_and_leaves_its_average(world, tmp_path)
     # discriminator is shown, and 2 + 1 of its own.
     ratio = rows[1]["unet_evaluations_per_second"] / rows[1]["samples_per_second"]
     assert ratio == pytest.approx(4 + 2 * (2 + 1 + 3))
-
-    class Cut(Exception):
-        pass
-
-    def save_and_die(self, position, state, save=Checkpoints.save):
-        save(self, position, state)
-        if position.total == 1:
-            raise Cut
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlcm_jax.training.checkpoints.Checkpoints.save", save_and_die)
-        with pytest.raises(Cut):
-            distil(config(world), tmp_path / "cut", progress=False)
+    with cut_after(1):
+        distil(config(world), tmp_path / "cut", progress=False)
     again = distil(config(world), tmp_path / "cut", progress=False)
     jax.tree.map(np.testing.assert_array_equal, again.adapter, run.adapter)
     _, stored = load_adapter(tmp_path / "whole")

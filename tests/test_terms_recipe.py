@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from absl import logging
 
+from tests.support.cut import cut_after
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import companions
 from tlcm_jax.companions import load_companions
@@ -20,7 +21,6 @@ from tlcm_jax.models.latent_lpips import LatentLPIPS
 from tlcm_jax.recipe import abstract_adapter, blueprints
 from tlcm_jax.scoring.contrastive import ContrastiveNetwork, ContrastiveReward, words
 from tlcm_jax.settings import read
-from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.mesh import make_mesh
 
 
@@ -175,18 +175,7 @@ def test_a_game_runs_resumes_and_trains_the_whole_network(world, tmp_path):
     student = lora.merge(teacher.params["unet"], run.adapter)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), teacher.params["unet"], student)
     assert moved["conv_in"]["kernel"] and moved["conv_out"]["kernel"]
-
-    class Cut(Exception):
-        pass
-
-    def save_and_die(self, position, state, save=Checkpoints.save):
-        save(self, position, state)
-        if position.total == 1:
-            raise Cut
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlcm_jax.training.checkpoints.Checkpoints.save", save_and_die)
-        with pytest.raises(Cut):
-            distil(raw, tmp_path / "cut", progress=False)
+    with cut_after(1):
+        distil(raw, tmp_path / "cut", progress=False)
     again = distil(raw, tmp_path / "cut", progress=False)
     jax.tree.map(np.testing.assert_array_equal, again.adapter, run.adapter)

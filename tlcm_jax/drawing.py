@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.diffusion import sampler
 from tlcm_jax.diffusion.guidance import guided
 from tlcm_jax.diffusion.paths import teacher_path
@@ -86,6 +87,7 @@ def draw_student(
     """
     timesteps = sampler.timesteps_for(steps)
     levels = sampler.levels(pipeline.schedule, timesteps, gamma).astype(np.float32)
+    tokens = _tokens(pipeline, prompts, rendering)
     unet = pipeline.params["unet"]
     if lora is not None:
         unet = merged(unet, lora)
@@ -98,7 +100,7 @@ def draw_student(
             z = _student_step(model, unet, z, *at, conditioning)
         return z
 
-    return _draw(pipeline, prompts, seed, rendering, latents, f"{steps} steps")
+    return _draw(pipeline, model, tokens, seed, rendering, latents, f"{steps} steps")
 
 
 def draw_teacher(
@@ -127,22 +129,23 @@ def draw_teacher(
       ValueError: no prompts, or steps or resolution out of range.
     """
     timesteps = sampler.teacher_timesteps(steps, pipeline.schedule.train_steps)
+    tokens = _tokens(pipeline, prompts, rendering)
     scale = float(guidance_scale)
     if pipeline.guidance_is_embedded:
         pipeline = dataclasses.replace(pipeline, embedded_guidance=scale)
         scale = 1.0
     model, unet = _Model.of(pipeline, rendering), pipeline.params["unet"]
-    nulls = functools.cache(lambda chunks: pipeline.null_conditioning(rendering.resolution, chunks))
+    chunks = tokens[0][0].size // tokens[0].shape[-1]
+    null = pipeline.null_conditioning(rendering.resolution, chunks)
 
     def latents(conditioning: Conditioning, keys: Array) -> Array:
         z = _noise(model, keys, np.uint32(0))
-        null = nulls(conditioning.prompt_embeds.shape[1] // pipeline.tokenizers[0].model_max_length)
         for pair in itertools.pairwise((*timesteps, 0)):
             stops = np.asarray(pair, np.int32)
             z = _teacher_step(model, unet, z, stops, conditioning, null, scale)
         return z
 
-    return _draw(pipeline, prompts, seed, rendering, latents, f"teacher, {steps} steps")
+    return _draw(pipeline, model, tokens, seed, rendering, latents, f"teacher, {steps} steps")
 
 
 @jax.jit
@@ -241,34 +244,38 @@ def _noise(model: _Model, keys: Array, step: Array) -> Array:
     return jax.vmap(draw)(keys)
 
 
+def _tokens(
+    pipeline: Pipeline, prompts: Sequence[str], rendering: Rendering
+) -> tuple[np.ndarray, ...]:
+    """Token ids for each text encoder, `[n, 77]` or `[n, chunks, 77]`."""
+    if not prompts:
+        raise ValueError("there is nothing to draw: give at least one prompt")
+    return pipeline.tokenize(prompts, rendering.prompts_2, rendering.chunks)
+
+
 def _draw(
     pipeline: Pipeline,
-    prompts: Sequence[str],
+    model: _Model,
+    tokens: tuple[np.ndarray, ...],
     seed: int,
     rendering: Rendering,
     latents: Callable[[Conditioning, Array], Array],
     label: str,
 ) -> np.ndarray:
     """Encodes, samples by `latents(conditioning, keys)` and decodes, batch by batch."""
-    if not prompts:
-        raise ValueError("there is nothing to draw: give at least one prompt")
-    model, mesh = _Model.of(pipeline, rendering), _mesh_of(pipeline)
+    count, mesh = len(tokens[0]), _mesh_of(pipeline)
     devices = 1 if mesh is None else mesh.devices.size
-    size = -(-min(rendering.batch_size, len(prompts)) // devices) * devices
+    size = -(-min(rendering.batch_size, count) // devices) * devices
     towers = {k: v for k, v in pipeline.params.items() if k.startswith("text_encoder")}
     decoder = {"vae": pipeline.params["vae"]}
-    # Places left over repeat the last prompt, so that all batches have one shape and compile once.
-    rows = np.minimum(np.arange(-(-len(prompts) // size) * size), len(prompts) - 1)
-    tokens = pipeline.tokenize(prompts, rendering.prompts_2, rendering.chunks)
-    keys = _prompt_keys(jax.random.key(seed), np.arange(len(prompts), dtype=np.uint32))
+    keys = _prompt_keys(jax.random.key(seed), np.arange(count, dtype=np.uint32))
     pictures = []
-    starts = range(0, len(rows), size)
-    for start in tqdm(starts, desc=label, unit="batch", disable=not rendering.progress):
-        chosen = rows[start : start + size]
-        ids, noise_keys = shard_batch(mesh, (tuple(t[chosen] for t in tokens), keys[chosen]))
+    batches = list(whole_batches(count, size))
+    for rows in tqdm(batches, desc=label, unit="batch", disable=not rendering.progress):
+        ids, noise_keys = shard_batch(mesh, (tuple(t[rows] for t in tokens), keys[rows]))
         drawn = latents(_encode(model, towers, ids), noise_keys)
         pictures.append(np.asarray(_decode(model, decoder, drawn)))
-    return np.concatenate(pictures)[: len(prompts)]
+    return np.concatenate(pictures)[:count]
 
 
 def _mesh_of(pipeline: Pipeline) -> Mesh | None:

@@ -6,5 +6,4 @@ ROOT = Path(__file__).resolve().parents[1]
 MINIATURE = ROOT / "miniature"
 EMOJI_XL = MINIATURE / "emoji-xl"
 JUDGE = MINIATURE / "judge"
-# Not committed: `python -m miniature.train_scorer` makes it.
 SCORER = MINIATURE / "scorer"

@@ -103,10 +103,7 @@ def scaled(
 def _cost(stage: StageSettings) -> Cost:
     kind = stages.find(stage.objective)
     terms = stages.build_terms(_STAND_INS, _SCHEDULE, stage.terms)
-    # Examples that are gone through again are made once.
-    epochs = getattr(stage, "epochs", 1)
-    again = {"epochs": epochs} if epochs > 1 else {}
-    found = stages.evaluations(stage.objective, stage.settings, terms, **again)
+    found = stages.evaluations(stage.objective, stage.settings, terms, stage.epochs)
     return Cost(
         examples=stage.batch_size * kind.examples_per_prompt(stage.settings),
         forwards=found.total,

@@ -116,8 +116,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 def missing_files(settings: Settings) -> str:
     """Which weights or latents a recipe needs that are not there, and what makes them; or ""."""
-    latents = getattr(settings, "latents", "")
-    if latents and not Path(latents).is_file():
+    if settings.latents and not Path(settings.latents).is_file():
         return "the real latents are missing (`python -m miniature.encode_latents` makes them)"
     for stage in settings.stages.values():
         for name, chosen in stage.terms.items():

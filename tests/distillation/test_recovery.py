@@ -50,11 +50,8 @@ def teacher_step(world, z, t, s):
     return ddim.step(world.schedule, z, x0, t, s)
 
 
-def test_stage_1_finds_the_segment_map(world):
-    settings = consistency.SegmentConsistencySettings(guidance_scale=world.scale)
-    objective = consistency.segment_consistency(
-        world.networks, world.schedule, world.shape, settings
-    )
+def segment_jumps(world):
+    """Latents at every time, the floors of their segments, and the student's jumps to these."""
     t = jnp.tile(jnp.arange(1, 1000), 8)
     floor = paths.segment_floor(t, 8)
     z = world.marginal(jax.random.key(7), t)
@@ -64,6 +61,15 @@ def test_stage_1_finds_the_segment_map(world):
         x0 = predict_x0(student, world.schedule, z, t, world.conditioning(len(t)))
         return ddim.step(world.schedule, z, x0, t, floor)
 
+    return z, t, floor, jump
+
+
+def test_stage_1_finds_the_segment_map(world):
+    settings = consistency.SegmentConsistencySettings(guidance_scale=world.scale)
+    objective = consistency.segment_consistency(
+        world.networks, world.schedule, world.shape, settings
+    )
+    z, t, floor, jump = segment_jumps(world)
     exact = gaussian.flow(world.schedule, z, t, floor, world.guided(len(t)))
     discrete, now = z, t
     for _ in range(7):  # 125 times in steps of 20
@@ -89,15 +95,7 @@ def test_a_stochastic_teacher_s_mean_is_found_from_noised_data(world):
     objective = consistency.segment_consistency(
         world.networks, world.schedule, world.shape, settings
     )
-    t = jnp.tile(jnp.arange(1, 1000), 8)
-    floor = paths.segment_floor(t, 8)
-    z = world.marginal(jax.random.key(7), t)
-
-    def jump(trainable):
-        student = world.student(trainable, world.frozen)
-        x0 = predict_x0(student, world.schedule, z, t, world.conditioning(len(t)))
-        return ddim.step(world.schedule, z, x0, t, floor)
-
+    z, t, floor, jump = segment_jumps(world)
     mean, now = z, t
     for _ in range(6):  # 125 times in skips of 24
         then = jnp.maximum(now - settings.skip, floor)

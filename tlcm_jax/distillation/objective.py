@@ -15,9 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tlcm_jax.diffusion.prediction import Denoiser
 from tlcm_jax.diffusion.schedule import NoiseSchedule
 from tlcm_jax.distillation.networks import Networks
-
-# The student's average among the parameters that a loss is given besides its own.
-AVERAGE = "average"
+from tlcm_jax.training.update import AVERAGE
 
 
 @dataclass(frozen=True, kw_only=True)

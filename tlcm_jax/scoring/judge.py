@@ -25,6 +25,7 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.scoring import frechet
 from tlcm_jax.scoring.frechet import Moments
 from tlcm_jax.scoring.judge_network import JudgeNetwork
@@ -92,14 +93,13 @@ class Judge:
         images = _checked(images)
         apply = _compiled(self.network, self.resolution)
         outputs: list[tuple[np.ndarray, ...]] = []
-        for start in range(0, len(images), _BATCH):
-            batch = images[start : start + _BATCH]
-            missing = _BATCH - len(batch)
-            padded = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            result = apply(self.params, padded)
+        for rows in whole_batches(len(images), _BATCH):
+            result = apply(self.params, images[rows])
             parts = (result.features, result.objects, result.styles)
-            outputs.append(tuple(np.asarray(part)[: len(batch)] for part in parts))
-        features, objects, styles = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+            outputs.append(tuple(np.asarray(part) for part in parts))
+        features, objects, styles = (
+            np.concatenate(parts)[: len(images)] for parts in zip(*outputs, strict=True)
+        )
         return (features.astype(np.float64) - self.centre) @ self.projection, objects, styles
 
     def features(self, images: np.ndarray) -> np.ndarray:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tlcm_jax.data.batches import whole_batches
+
 # Pictures in -1..1, `[b, h, w, 3]` twice to `[b]`; traceable.
 Distance = Callable[[Array, Array], Array]
 
@@ -47,8 +49,8 @@ def distances(
         raise ValueError(f"pictures must pair up: {first.shape} and {second.shape} do not")
     compiled = jax.jit(distance)
     found = []
-    for start in range(0, len(first), batch):
-        pair = [_padded(pictures[start : start + batch], batch) for pictures in (first, second)]
+    for rows in whole_batches(len(first), batch):
+        pair = [jnp.asarray(x[rows], jnp.float32) / 127.5 - 1 for x in (first, second)]
         found.append(np.asarray(compiled(*pair), np.float32))
     return np.concatenate(found)[: len(first)]
 
@@ -70,10 +72,3 @@ def diversity(distance: Distance, pictures: np.ndarray, batch: int = 50) -> floa
     first = np.concatenate([pictures[j] for j, _ in pairs])
     second = np.concatenate([pictures[k] for _, k in pairs])
     return float(distances(distance, first, second, batch).mean())
-
-
-def _padded(pictures: np.ndarray, batch: int) -> Array:
-    """A whole batch in -1..1; places left over are empty."""
-    missing = batch - len(pictures)
-    whole = np.pad(pictures, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    return jnp.asarray(whole, jnp.float32) / 127.5 - 1

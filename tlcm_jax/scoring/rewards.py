@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.scoring.contrastive import ContrastiveReward
 
 PyTree = Any
@@ -95,11 +96,9 @@ def mean_score(
       batch: pictures at a time.
     """
     texts, score = reward.texts(prompts), jax.jit(reward.score)
-    total = 0.0
-    for start in range(0, len(pictures), batch):
-        # Places left over repeat the last picture, so that all batches have one shape.
-        rows = np.minimum(np.arange(start, start + batch), len(pictures) - 1)
+    found = []
+    for rows in whole_batches(len(pictures), batch):
         chosen = jax.tree.map(lambda x, rows=rows: x[rows], texts)
-        found = score(reward.params, pictures[rows].astype(np.float32) / 255, chosen)
-        total += float(np.sum(np.asarray(found)[: len(pictures) - start]))
-    return total / len(pictures)
+        scores = score(reward.params, pictures[rows].astype(np.float32) / 255, chosen)
+        found.append(np.asarray(scores, np.float64))
+    return float(np.concatenate(found)[: len(pictures)].mean())
