@@ -24,7 +24,7 @@ from tlcm_jax.models.unet import UNet2DConditionModel  # noqa: E402
 from tlcm_jax.models.unet_config import UNetConfig  # noqa: E402
 
 HEIGHT, WIDTH, TOKENS = 13, 19, 7  # halves to 7 x 10, 4 x 5, 2 x 3
-TIMES = np.array([999, 3, 500])
+TIMES = np.array([999, 3, 500, 700, 120, 40, 880, 260])
 RANK, ALPHA = 4, 6
 
 
@@ -151,20 +151,16 @@ def test_gradients_of_inputs_and_adapter(family):
         assert relative(ours, theirs) < 1e-4, path
 
 
-@pytest.mark.slow
-def test_bf16_is_as_near_to_fp32_as_pytorch_s():
-    """Rounding alone takes PyTorch's bf16 1.9 % away from fp32 on this network."""
+def test_bf16_is_near_to_fp32():
+    """PyTorch's own bf16 is 1.83 % from fp32 here; rounded weights alone make that 1.0 %."""
     net, module, params = pair("sdxl")
-    inputs = draw(net.config, batch=2)
-    tensors = {name: tensor(value) for name, value in inputs.items()}
+    inputs = draw(net.config, batch=len(TIMES))
     with torch.no_grad():
-        expected = array(run_theirs(net.config, module, tensors))
-        halves = {name: value.bfloat16() for name, value in tensors.items()}
-        theirs = array(run_theirs(net.config, module.bfloat16(), halves).float())
+        expected = run_theirs(net.config, module, {k: tensor(v) for k, v in inputs.items()})
     with blockwise():
         output = run_ours(net.clone(dtype=jnp.bfloat16), {"params": params}, inputs)
     assert output.dtype == jnp.float32
-    assert relative(output, expected) < 1.25 * relative(theirs, expected)
+    assert relative(output, array(expected)) < 2e-2
 
 
 def test_guidance_embedding():
