@@ -1,7 +1,5 @@
 """All of TLCM on emoji-xl: progressive segments, endpoints, preference, then DM and adversarial.
 
-    python -m miniature.train_latent_lpips --data emoji32.npz --model miniature/emoji-xl \\
-        --output miniature/latent_lpips
     python -m tlcm_jax.main --config configs/emoji_full.py --workdir runs/emoji-full
 
 The stages and terms are the paper's (arXiv 2406.05768); batches, steps and rates are scaled down

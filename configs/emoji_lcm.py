@@ -2,8 +2,8 @@
 
     python -m tlcm_jax.main --config configs/emoji_lcm.py --workdir runs/emoji-lcm
 
-One segment: every point of a trajectory is to jump to its end. The states are the teacher's own
-paths, as in the default recipe; LCM takes them from noised pictures. Not measured yet.
+One segment: every point of a trajectory is to jump to its end, by LCM's pseudo-Huber distance. The
+states are the teacher's own paths, as in the default recipe; LCM takes them from noised pictures.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +16,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = emoji.relative("lcm", variant, "segments")
     # As many nodes a path as the default's 8 segments of 2, and so as many evaluations.
     settings = config.stages.segments.settings
-    settings.segments, settings.nodes_per_segment = 1, 16
+    settings.segments, settings.nodes_per_segment, settings.huber = 1, 16, 1e-3
     return config

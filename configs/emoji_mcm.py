@@ -3,11 +3,11 @@
     python -m miniature.encode_latents --data emoji32.npz --model miniature/emoji-xl \\
         --output miniature/latents.npz
     python -m tlcm_jax.main --config configs/emoji_mcm.py --workdir runs/emoji-mcm
-    python -m tlcm_jax.sample --model runs/emoji-mcm --steps 8 --gamma 0 --prompt "a rocket"
+    python -m tlcm_jax.sample --model runs/emoji-mcm --steps 8 --prompt "a rocket"
 
 Real latents, noised, in place of the teacher's paths; one time down by adjusted DDIM; compared as
-x0 with MCM's weight. MCM is sampled without fresh noise, at its segments' own times: with 8
-segments, in 8 steps and `--gamma 0`. Not measured yet.
+x0 with MCM's weight. MCM is sampled without fresh noise (gamma 0), at its segments' own times:
+with 8 segments, in 8 steps. Not measured yet.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """The recipe; there are no variants."""
     config = emoji.relative("mcm", variant, "segments")
     config.latents = str(paths.MINIATURE / "latents.npz")
+    config.evaluation.gamma = 0.0
     stage = config.stages.segments
     # A pair a picture: as many as 16 prompts' paths have, at the same evaluations a pair.
     stage.batch_size = 272

@@ -172,9 +172,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="pipeline, for its autoencoder")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--workdir", type=Path, default=Path("runs/latent-lpips"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
     args = parser.parse_args()
 
     pipeline = load_pipeline(args.model)

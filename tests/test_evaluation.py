@@ -73,6 +73,7 @@ def result(pipeline, adapter, heldout, tmp_path_factory):
         steps=(4, 1),
         further_steps=(4,),
         guidance_scale=2.0,
+        gamma=0.5,
         seed=5,
         scorers=[Brightness()],
         cache=tmp_path_factory.mktemp("cache"),
@@ -86,7 +87,7 @@ def test_pictures_are_those_of_the_samplers(pipeline, adapter, result):
     assert [(drawn.kind, drawn.steps) for drawn in result.sets[1].drawn] == order[1:3]
     np.testing.assert_array_equal(
         first.find("student", 4).pictures,
-        draw_student(pipeline, PROMPTS, 4, 5, adapter, rendering=Rendering(batch_size=25)),
+        draw_student(pipeline, PROMPTS, 4, 5, adapter, 0.5, Rendering(batch_size=25)),
     )
     np.testing.assert_array_equal(
         first.find("teacher", 4).pictures,
@@ -96,7 +97,7 @@ def test_pictures_are_those_of_the_samplers(pipeline, adapter, result):
 
 def test_metrics_hold_every_score_and_its_ratio_to_the_teacher(result):
     metrics = json.loads(json.dumps(result.metrics()))
-    assert set(metrics) == {"model", "seed", "guidance_scale", "seconds", "sets"}
+    assert set(metrics) == {"model", "seed", "guidance_scale", "gamma", "seconds", "sets"}
     assert set(metrics["seconds"]) == {"drawing", "scoring"}
     assert metrics["sets"]["other"]["real"] == {}
     heldout = metrics["sets"]["heldout"]

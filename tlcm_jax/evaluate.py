@@ -23,7 +23,7 @@ from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.reporting.provenance import provenance
 from tlcm_jax.sample import load_model
 from tlcm_jax.scoring.scorers import check_scorers, load_scorers
-from tlcm_jax.workdir import guidance_scale, is_workdir
+from tlcm_jax.workdir import drawn_with, is_workdir
 
 CACHE = "teacher"
 
@@ -42,6 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("judge", str(paths.JUDGE), "Folder of the judge.", **here)
     flags.DEFINE_string("contrastive", str(paths.SCORER), "Folder of that scorer.", **here)
     flags.DEFINE_float("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
+    flags.DEFINE_float("gamma", None, "Share of fresh noise; the run's own, or 1.", **here)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
     flags.DEFINE_integer("batch_size", 25, "Pictures at a time.", lower_bound=1, **here)
     flags.DEFINE_integer("pictures", 12, "Prompts in the report.", lower_bound=1, **here)
@@ -71,9 +72,11 @@ def run(values: flags.FlagValues) -> None:
     if values.teacher is not None:
         teacher = load_pipeline(values.teacher)
     home = Path(values.model if is_workdir(values.model) else values.output)
-    scale = values.guidance_scale
+    scale, gamma = values.guidance_scale, values.gamma
     if scale is None:
-        scale = guidance_scale(values.model)
+        scale = drawn_with(values.model, "guidance_scale", 8.0)
+    if gamma is None:
+        gamma = drawn_with(values.model, "gamma", 1.0)
     result = evaluate(
         pipeline,
         prompt_sets,
@@ -81,6 +84,7 @@ def run(values: flags.FlagValues) -> None:
         teacher=teacher,
         steps=steps,
         guidance_scale=scale,
+        gamma=gamma,
         seed=values.seed,
         scorers=scorers,
         cache=home / CACHE,

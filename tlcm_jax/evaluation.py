@@ -96,6 +96,7 @@ class Evaluation:
       model: where the weights came from.
       seed: of the noise.
       guidance_scale: of the teacher; None where no teacher was drawn.
+      gamma: share of fresh noise between the student's steps.
       measures: what was scored, in the order in which it is shown.
       sets: one result a prompt set.
       seconds: what `drawing` and `scoring` took.
@@ -104,6 +105,7 @@ class Evaluation:
     model: str
     seed: int
     guidance_scale: float | None
+    gamma: float
     measures: tuple[Measure, ...]
     sets: tuple[SetResult, ...]
     seconds: Mapping[str, float]
@@ -112,14 +114,15 @@ class Evaluation:
         """The scores as plain values, as `metrics.json` holds them.
 
         Returns:
-          `model`, `seed`, `guidance_scale`, `seconds`, and under `sets`, by name: `prompts` (how
-          many), `real`, and `student` and `teacher`: by steps, the scores and, beside those of
-          the 25-step teacher, `relative` to them.
+          `model`, `seed`, `guidance_scale`, `gamma`, `seconds`, and under `sets`, by name:
+          `prompts` (how many), `real`, and `student` and `teacher`: by steps, the scores and,
+          beside those of the 25-step teacher, `relative` to them.
         """
         return {
             "model": self.model,
             "seed": self.seed,
             "guidance_scale": self.guidance_scale,
+            "gamma": self.gamma,
             "seconds": {key: round(value, 1) for key, value in self.seconds.items()},
             "sets": {result.prompts.name: _set_metrics(result) for result in self.sets},
         }
@@ -146,6 +149,7 @@ def evaluate(
     steps: Sequence[int] = (1, 2, 3, 4, 8),
     further_steps: Sequence[int] | None = None,
     guidance_scale: float = 8.0,
+    gamma: float = 1.0,
     seed: int = 0,
     scorers: Sequence[Scorer] = (),
     cache: Path | None = None,
@@ -165,6 +169,7 @@ def evaluate(
       further_steps: those on the sets after the first, where the teacher is then drawn at 25
         steps only: a shorter evaluation. As on the first by default.
       guidance_scale: the teacher's.
+      gamma: share of fresh noise between the student's steps, 0 to 1.
       seed: of the noise.
       scorers: none draws pictures only.
       cache: folder where the teacher's pictures are kept, so that they are drawn once for a
@@ -187,7 +192,7 @@ def evaluate(
         for scorer in scorers:
             scorer.check(prompts.prompts, prompts.annotations)
     rendering = Rendering(batch_size=batch_size, progress=progress)
-    samplers: dict[Kind, _Draw] = {"student": _student(pipeline, lora, seed, rendering)}
+    samplers: dict[Kind, _Draw] = {"student": _student(pipeline, lora, seed, gamma, rendering)}
     if teacher is not None:
         samplers["teacher"] = _teacher(teacher, guidance_scale, cache, seed, rendering)
     stopwatch = _Stopwatch()
@@ -212,6 +217,7 @@ def evaluate(
         model=pipeline.source,
         seed=seed,
         guidance_scale=None if teacher is None else float(guidance_scale),
+        gamma=float(gamma),
         measures=tuple(measure for scorer in scorers for measure in scorer.measures),
         sets=tuple(results),
         seconds=stopwatch.seconds,
@@ -224,12 +230,14 @@ def _plan(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[Kind, in
     return own + [("teacher", count) for count in teacher]
 
 
-def _student(pipeline: Pipeline, lora: Any, seed: int, rendering: Rendering) -> _Draw:
+def _student(pipeline: Pipeline, lora: Any, seed: int, gamma: float, rendering: Rendering) -> _Draw:
     student = pipeline
     if lora is not None:  # once for all step counts
         unet = merged(pipeline.params["unet"], lora)
         student = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
-    return lambda prompts, steps: draw_student(student, prompts, steps, seed, rendering=rendering)
+    return lambda prompts, steps: draw_student(
+        student, prompts, steps, seed, gamma=gamma, rendering=rendering
+    )
 
 
 def _teacher(

@@ -96,6 +96,7 @@ def finish(
         teacher=run.pipeline,
         steps=chosen.steps,
         guidance_scale=chosen.guidance_scale,
+        gamma=chosen.gamma,
         seed=settings.seed,
         scorers=ending.scorers,
         cache=workdir / TEACHER_CACHE,

@@ -24,7 +24,7 @@ from tlcm_jax.drawing import Rendering, draw_student, draw_teacher
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.lora_stack import read_loras
 from tlcm_jax.interchange.pipeline import Pipeline
-from tlcm_jax.workdir import guidance_scale, is_workdir, load_adapter
+from tlcm_jax.workdir import drawn_with, is_workdir, load_adapter
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -39,7 +39,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("long_prompts", False, "Read prompts beyond their 77th token.", **where)
     flags.DEFINE_integer("steps", None, "1 to 8 (default 4); with --teacher any (25).", **where)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **where)
-    flags.DEFINE_float("gamma", 1.0, "Share of fresh noise between steps, 0 to 1.", **where)
+    flags.DEFINE_float("gamma", None, "Share of fresh noise; the run's own, or 1.", **where)
     flags.DEFINE_bool("teacher", False, "Draw with the undistilled model and guidance.", **where)
     flags.DEFINE_float(
         "guidance_scale", None, "With --teacher, or for LCM's UNets; the run's own, or 8.", **where
@@ -80,13 +80,16 @@ def run(values: flags.FlagValues) -> None:
     if values.teacher:
         scale = values.guidance_scale
         if scale is None:
-            scale = guidance_scale(values.model)
+            scale = drawn_with(values.model, "guidance_scale", 8.0)
         pictures = draw_teacher(pipeline, values.prompt, steps, scale, values.seed, rendering)
     else:
         if values.guidance_scale is not None:
             pipeline = _embed_guidance(pipeline, values.guidance_scale)
+        gamma = values.gamma
+        if gamma is None:
+            gamma = drawn_with(values.model, "gamma", 1.0)
         pictures = draw_student(
-            pipeline, values.prompt, steps, values.seed, adapter, values.gamma, rendering
+            pipeline, values.prompt, steps, values.seed, adapter, gamma, rendering
         )
     for target, picture in zip(targets, pictures, strict=True):
         enlarged = picture.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)

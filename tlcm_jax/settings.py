@@ -124,6 +124,7 @@ class EvaluationSettings:
       judge: folder of the judge; empty draws without scoring.
       steps: the student's step counts.
       guidance_scale: of the undistilled teacher.
+      gamma: share of fresh noise between the student's steps (`diffusion.sampler`).
       pictures: prompts shown in the report.
       limit: prompts used of each file; 0 takes all.
     """
@@ -132,6 +133,7 @@ class EvaluationSettings:
     judge: str = ""
     steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     guidance_scale: float = 8.0
+    gamma: float = 1.0
     pictures: int = 12
     limit: int = 0
 

@@ -18,12 +18,18 @@ def is_workdir(path: str | Path) -> bool:
     return (Path(path) / CONFIG_FILE).is_file() and (Path(path) / CHECKPOINTS).is_dir()
 
 
-def guidance_scale(path: str | Path, default: float = 8.0) -> float:
-    """The scale that a run evaluates its teacher with; `default` for what is not a workdir."""
+def drawn_with(path: str | Path, setting: str, default: float) -> float:
+    """A number that a run's evaluation draws with; `default` for what is not a workdir.
+
+    Args:
+      path: a workdir, or anything else.
+      setting: "guidance_scale", the teacher's, or "gamma", the student's.
+      default: where the run does not say either.
+    """
     if not is_workdir(path):
         return default
     config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
-    return (config.get("evaluation") or {}).get("guidance_scale", default)
+    return (config.get("evaluation") or {}).get(setting, default)
 
 
 def load_adapter(

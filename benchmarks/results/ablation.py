@@ -4,10 +4,10 @@ The paper adds its parts one by one, each row with all that the rows before it h
 
     1 LCD                              `lcd`: one segment (M = 1); a state is one guided step
                                        of the teacher away from noise
-    2 MLCD, single-step states         not here: `segment_consistency` walks to a state
-    3 + latent LPIPS                   not here, as its states are those of row 2; see `lpips`
+    2 MLCD, single-step states         `single`: 8 segments
+    3 + latent LPIPS                   `single_look`
     - MLCD, multistep states           `mlcd`: ours, row 4 without latent LPIPS, so that the step
-                                       from row 1 and the gain by latent LPIPS both show
+                                       from row 2 shows by itself
     4 multistep states                 `lpips`: states on the teacher's path, and latent LPIPS
     5 + LCD over all t                 `all_t`: stage 2 on 50 times, 20 apart, not 8 milestones
     6 milestone LCD instead            `milestones`: stage 2 as it is
@@ -52,6 +52,13 @@ _SECOND = (*_FIRST, "endpoints")
 _THIRD = (*_SECOND, "preference")
 _LAST = (*_THIRD, "matching")
 
+# One pair a prompt: as many pairs as 16 prompts' paths have.
+_SINGLE: dict[str, object] = {
+    "segments8__settings__mode": "single_step",
+    "segments8__batch_size": 272,
+}
+_PLAIN: dict[str, object] = {"segments8__terms": {}}
+
 LADDER = Table(
     name="ablation",
     title="The parts of TLCM, one by one",
@@ -63,12 +70,13 @@ LADDER = Table(
             "(1) latent consistency distillation: one segment, single-step states",
             _FIRST,
             segments8__settings__segments=1,
-            segments8__settings__mode="literal",
-            segments8__batch_size=272,
-            segments8__terms={},
+            **_SINGLE,
+            **_PLAIN,
         ),
-        _row("mlcd", "8 segments, multistep states", _FIRST, segments8__terms={}),
-        _row("lpips", "(4) + latent LPIPS", _FIRST),
+        _row("single", "(2) 8 segments, single-step states", _FIRST, **_SINGLE, **_PLAIN),
+        _row("single_look", "(3) + latent LPIPS", _FIRST, **_SINGLE),
+        _row("mlcd", "multistep states, no latent LPIPS", _FIRST, **_PLAIN),
+        _row("lpips", "(4) multistep states, latent LPIPS", _FIRST),
         _row(
             "all_t",
             "(5) + stage 2 over all times",

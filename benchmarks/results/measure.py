@@ -83,6 +83,7 @@ def measure(
             teacher=pipeline if of_teacher else None,
             steps=asked.steps,
             guidance_scale=asked.guidance_scale,
+            gamma=asked.gamma,
             seed=noise,
             scorers=scorers,
         )

@@ -31,6 +31,7 @@ class Asked:
       judge: folder of the judge; empty asks none.
       scorer: folder of the scorer that preference follows; empty where there is none.
       guidance_scale: of the teacher.
+      gamma: share of fresh noise between the student's steps.
       steps: the student's step counts.
       limit: prompts used; 0 takes all.
       noise: seed of the noise, the same for all runs.
@@ -43,6 +44,7 @@ class Asked:
     judge: str
     scorer: str
     guidance_scale: float
+    gamma: float
     steps: tuple[int, ...]
     limit: int = 0
     noise: int = 0
@@ -60,6 +62,7 @@ class Asked:
             judge=str(chosen.get("judge", "")),
             scorer=str(scorer),
             guidance_scale=float(chosen["guidance_scale"]),
+            gamma=float(chosen.get("gamma", 1.0)),
             steps=tuple(sorted(set(steps))),
             limit=limit,
         )

@@ -137,7 +137,9 @@ def test_numbers_of_seeds_are_mean_and_spread(values, kind, text):
 
 def fake(folder, name="default", seed=0, top1=0.4, steps=(4,)):
     """A finished run with made-up scores."""
-    asked = runs.Asked(prompts="few.txt", judge="", scorer="", guidance_scale=2.0, steps=steps)
+    asked = runs.Asked(
+        prompts="few.txt", judge="", scorer="", guidance_scale=2.0, gamma=1.0, steps=steps
+    )
     run = runs.Run(name=name, seed=seed, config={}, asked=asked, folder=folder / f"{name}{seed}")
     scores = {str(n): {"object_top1": top1, "diversity": 0.25} for n in steps}
     kinds = {"student": scores}
@@ -288,6 +290,7 @@ def test_a_run_in_a_process_of_its_own(world, monkeypatch):
         judge="",
         scorer="",
         guidance_scale=2.0,
+        gamma=1.0,
         steps=(1,),
         limit=3,
         diverse=2,

@@ -129,6 +129,38 @@ def test_literal_paths_are_the_paper_s(world):
         assert np.ptp(walked) <= 1
 
 
+def test_a_single_step_leads_from_noise_to_any_time(world):
+    """The first rows of the paper's ablation."""
+    objective = make(world, settings(mode="single_step"))
+    batch = {"conditioning": world.conditioning(2000)}
+    pairs = jax.jit(objective.produce)(None, world.frozen, batch, jax.random.key(0))
+    assert pairs.z_m.shape[0] == 2000
+    np.testing.assert_array_equal(pairs.boundary, paths.segment_floor(pairs.t_m, 8))
+    segment = np.searchsorted(paths.milestones(8)[::-1], np.asarray(pairs.t_m)) - 1
+    assert np.all(np.abs(np.bincount(segment, minlength=8) / 2000 - 1 / 8) < 0.03)
+    # One step back, by the same direction, is the noise that it came from: of unit variance.
+    start = jnp.full_like(pairs.t_m, 999)
+    noise = jax.random.normal(jax.random.split(jax.random.key(0))[0], pairs.z_m.shape)
+    guess = gaussian.x0(world.schedule, noise, start, world.guided(2000))
+    expected = ddim.step(world.schedule, noise, guess, start, pairs.t_m)
+    np.testing.assert_allclose(pairs.z_m, expected, atol=2e-5)
+
+
+def test_the_pseudo_huber_distance(world):
+    """LCM's code: mean(sqrt(error^2 + c^2) - c)."""
+    c = 0.01
+    square, huber = (make(world, settings(huber=value)) for value in (0.0, c))
+    pairs = pairs_of(world, square, 16)
+    jump = np.linspace(-0.05, 0.05, pairs.z_m.size, dtype=np.float32).reshape(pairs.z_m.shape)
+    x0 = jnp.asarray(jump)
+    goal = jnp.zeros_like(x0)
+    error = np.asarray(square.parts.land(x0, pairs), np.float64)
+    found, metrics = huber.parts.distance(x0, goal, pairs)
+    expected = (np.sqrt(error**2 + c**2) - c).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["mse_z"], (error**2).mean(axis=(1, 2, 3)), rtol=1e-4)
+
+
 def test_a_student_that_starts_as_the_teacher_agrees_with_it(world):
     """With no correction (LoRA's B = 0) student and teacher are one network."""
     z = jax.random.normal(jax.random.key(0), (32, *world.shape))

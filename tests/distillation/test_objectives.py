@@ -22,6 +22,7 @@ CASES = {
     "node_reuse": SegmentConsistencySettings(),
     "one_node": SegmentConsistencySettings(nodes_per_segment=1, segments=4),
     "literal": SegmentConsistencySettings(mode="literal"),
+    "single_step": SegmentConsistencySettings(mode="single_step"),
     "data": SegmentConsistencySettings(mode="data", skip=24, teacher_substeps=3, solver="sde"),
     "finer": SegmentConsistencySettings(nodes_per_segment=1, teacher_substeps=2),
     "endpoint": EndpointConsistencySettings(),
@@ -162,6 +163,7 @@ def test_the_stated_costs():
     }
     assert costs["node_reuse"] == costs["one_node"] == 2 + 2
     assert costs["literal"] == 18 + 2
+    assert costs["single_step"] == 4 + 2
     assert costs["data"] == 6 + 2
     assert costs["finer"] == 4 + 2
     assert costs["endpoint"] == 4 + 6 + 2

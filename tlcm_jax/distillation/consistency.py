@@ -19,6 +19,7 @@ the relatives that have some, and other steps of the teacher than (3).)
 *Node reuse*, the default: one path visits nodes in every segment, and the guided eps at a node
 gives both the path's next jump and, by arithmetic alone, the pair (3). K nodes cost K guided calls
 and make K pairs. *Literal*, the paper's algorithm: one pair a path, at the path's end.
+*Single step*: one too, a single step of the teacher away from noise.
 
 With `loss_space` "x0", (4) is compared as x0, as in multistep consistency models (Heek et al.
 2024, arXiv 2403.06807): DDIM is solved for the x0 that leads to the target,
@@ -46,6 +47,7 @@ from tlcm_jax.distillation.objective import (
     Parts,
     consistency,
     mean_square,
+    pseudo_huber,
     snr_weight,
 )
 from tlcm_jax.distillation.segment_pairs import SegmentPairs, make_pairs
@@ -65,11 +67,12 @@ def needs_latents(settings: SegmentConsistencySettings) -> bool:
 
 
 def evaluations_per_sample(settings: SegmentConsistencySettings) -> Evaluations:
-    """Network forwards a pair: K guided calls make K pairs; M + 1 make the literal one.
+    """Network forwards a pair.
 
-    The teacher's further sub-steps are a call each.
+    K guided calls make K pairs; M + 1 make the literal one, and 2 a single step's. The teacher's
+    further sub-steps are a call each.
     """
-    calls = settings.segments + 1 if settings.mode == "literal" else 1
+    calls = {"literal": settings.segments + 1, "single_step": 2}.get(settings.mode, 1)
     calls += settings.teacher_substeps - 1
     teacher = forwards(settings.guidance_scale) * calls
     return Evaluations(teacher=teacher, target=1.0, student=1.0)
@@ -116,10 +119,12 @@ def segment_consistency(
     def distance(
         x0_m: Float[Array, "n h w c"], goal: Float[Array, "n h w c"], pairs: SegmentPairs
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        error = mse_z = mean_square(land(x0_m, pairs) - goal)  # (4)
+        error = land(x0_m, pairs) - goal  # (4)
+        mse_z = mean_square(error)
         if settings.loss_space == "x0":
             x0_goal = ddim.inverse(schedule, pairs.z_m, goal, pairs.t_m, pairs.boundary)
-            error = mean_square(x0_m - x0_goal)  # (5)
+            error = x0_m - x0_goal  # (5)
+        error = pseudo_huber(error, settings.huber) if settings.huber else mean_square(error)
         weight = snr_weight(schedule, pairs.t_m, settings.time_limit)
         return weight * error, {"mse_z": mse_z}
 

@@ -172,6 +172,15 @@ def mean_square(error: Float[Array, "n h w c"]) -> Float[Array, " n"]:
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
+def pseudo_huber(error: Float[Array, "n h w c"], c: float) -> Float[Array, " n"]:
+    """The mean over a sample's elements of sqrt(error^2 + c^2) - c, c > 0.
+
+    Quadratic below c and linear above it. The distance of latent consistency models (arXiv
+    2310.04378) and of SCott (arXiv 2403.01505).
+    """
+    return jnp.mean(jnp.sqrt(jnp.square(error) + c * c) - c, axis=(1, 2, 3))
+
+
 def snr_weight(schedule: NoiseSchedule, t: Int[Array, " n"], limit: float) -> Float[Array, " n"]:
     """The weight min(SNR + 1, limit) of an error in x0 at times t; a limit of 1 weighs all alike.
 

@@ -1,9 +1,11 @@
 """The pairs of stage 1: where z_m comes from, and how the teacher goes on from it to z_n.
 
-Three ways to come by a state inside a segment (`mode`):
+Four ways to come by a state inside a segment (`mode`):
 
 * *node reuse*: one teacher path from noise visits nodes in every segment, and each is a state;
 * *literal*, the paper's: a state is the end of a path of its own, in a step a segment;
+* *single step*: a state is one step away from noise, wherever it lies, as in the first rows of the
+  paper's ablation;
 * *data*: real latents, noised, as in the relatives that have pictures. No path is walked.
 
 From z_m the teacher walks to t_n in p equal sub-steps, by one of three solvers: *ddim*; *addim*,
@@ -117,10 +119,13 @@ def make_pairs(
         time_key: PRNGKeyArray,
     ) -> tuple[Float[Array, "n h w c"], Int[Array, " n"], Float[Array, "n h w c"]]:
         """Latents on the teacher's own paths, their times, and the guided eps there."""
-        size, literal = batch_size(conditioning), settings.mode == "literal"
+        size, reuse = batch_size(conditioning), settings.mode == "node_reuse"
         noise = jax.random.normal(noise_key, (size, *latent_shape))
-        if literal:
+        if settings.mode == "literal":
             times = literal_times(time_key, size, settings.segments, train_steps)
+        elif settings.mode == "single_step":
+            _, t_m = paths.random_times(time_key, size, settings.segments, train_steps)
+            times = jnp.stack([jnp.full_like(t_m, train_steps - 1), t_m], axis=1)
         else:
             times = paths.node_times(
                 time_key, size, settings.segments, settings.nodes_per_segment, train_steps
@@ -129,7 +134,7 @@ def make_pairs(
         # The path ends by waiting at its last node: nothing is asked beyond it.
         stops = jnp.concatenate([times, times[:, -1:]], axis=1)
         nodes, _ = paths.teacher_path(teacher, schedule, noise, stops, conditioning)
-        if literal:
+        if not reuse:
             nodes = jax.tree.map(lambda leaf: leaf[-1:], nodes)
         # Batch-major, so that merging the node axis keeps a sample's pairs on its own device.
         z, t, eps = (_merge(jnp.moveaxis(leaf, 0, 1)) for leaf in nodes)

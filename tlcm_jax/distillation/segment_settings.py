@@ -11,7 +11,7 @@ from tlcm_jax.distillation.checks import (
 )
 
 # Where states come from, and how the teacher steps (`segment_pairs.py`).
-MODES = ("node_reuse", "literal", "data")
+MODES = ("node_reuse", "literal", "single_step", "data")
 SOLVERS = ("ddim", "addim", "sde")
 
 
@@ -25,13 +25,15 @@ class SegmentConsistencySettings:
       teacher_substeps: p, the teacher's steps over the skip; 1 in the paper.
       solver: of these: "ddim", the paper's, "addim" (in mode "data") or "sde".
       guidance_scale: w of the teacher, fixed; 8 in the paper.
-      mode: "node_reuse", ours, or "literal", the paper's; or "data", noised real latents, which
-        the batches must then hold. At 9 nodes a path a toy (2-D mixture, three seeds) reached
-        the same error by the first two at equal samples, node reuse with 2.7 times fewer
-        evaluations.
+      mode: "node_reuse", ours, or "literal", the paper's; "single_step", the first rows of its
+        ablation; or "data", noised real latents, which the batches must then hold. At 9 nodes a
+        path a toy (2-D mixture, three seeds) reached the same error by the first two at equal
+        samples, node reuse with 2.7 times fewer evaluations.
       nodes_per_segment: of a path, with node reuse; 1 is the paper's step length. More lie closer
         to the true ODE at the same cost a pair (toy error 0.049, 0.037, 0.034 for 1, 2, 4), for
         fewer prompts in a batch of pairs.
+      huber: c of the pseudo-Huber distance mean(sqrt(e^2 + c^2) - c) of latents, in place of
+        their mean square; 0, the paper's, is the mean square. LCM and SCott take 0.001.
       loss_space: "z", the paper's (4), or "x0", (5); z won on the toy.
       snr_limit: of the weight of times, 1 for all alike. None takes that of the loss's own
         source: 1 for "z", 5 for "x0".
@@ -47,6 +49,7 @@ class SegmentConsistencySettings:
     guidance_scale: float = 8.0
     mode: str = "node_reuse"
     nodes_per_segment: int = 2
+    huber: float = 0.0
     loss_space: str = "z"
     snr_limit: float | None = None
     target: str = "student"
@@ -69,6 +72,7 @@ class SegmentConsistencySettings:
             )
         check_choice("target", self.target, ("student", "average"))
         check_at_least("nodes_per_segment", self.nodes_per_segment, 1)
+        check_at_least("huber", self.huber, 0)
         check_choice("loss_space", self.loss_space, ("z", "x0"))
         check_at_least("snr_limit", self.time_limit, 1)
         check_choice("landing", self.landing, ("milestone", "trajectory"))
