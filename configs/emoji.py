@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> ConfigDict:
             # 16 prompts make 272 pairs: 8 updates of 34.
             batch_size=16,
             updates=8,
-            learning_rate=1e-3,
+            learning_rate=3e-4,
             warmup_updates=10,
             decay="cosine",
             final_fraction=0.1,
