@@ -67,8 +67,8 @@ def run(values: flags.FlagValues) -> None:
     check_scorers(values.scores)
     prompt_sets = [read_prompt_set(path).first(values.limit) for path in values.prompts]
     scorers = load_scorers({name: getattr(values, name) for name in values.scores})
-    pipeline, adapter = load_model(values.model, values.lora)
-    teacher = None if adapter is None else pipeline
+    pipeline, adapter, bare = load_model(values.model, values.lora)
+    teacher = None if adapter is None and bare is pipeline else bare
     if values.teacher is not None:
         teacher = load_pipeline(values.teacher)
     home = Path(values.model if is_workdir(values.model) else values.output)

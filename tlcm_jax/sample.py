@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags, logging
@@ -22,7 +22,7 @@ from tlcm_jax.data.prompts import warn_truncated
 from tlcm_jax.diffusion.sampler import timesteps_for
 from tlcm_jax.drawing import Rendering, draw_student, draw_teacher
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.interchange.lora_stack import read_loras
+from tlcm_jax.interchange.lora_stack import put_on
 from tlcm_jax.interchange.pipeline import Pipeline
 from tlcm_jax.workdir import drawn_with, is_workdir, load_adapter
 
@@ -74,7 +74,8 @@ def run(values: flags.FlagValues) -> None:
         resolution=values.resolution,
         tile=values.tile,
     )
-    pipeline, adapter = load_model(values.model, values.lora, adapted=not values.teacher)
+    model = load_model(values.model, values.lora, adapted=not values.teacher)
+    pipeline, adapter = model.pipeline, model.adapter
     if not values.long_prompts:
         warn_truncated([*values.prompt, *(values.prompt_2 or ())], pipeline.tokenizers[0])
     if values.teacher:
@@ -97,10 +98,22 @@ def run(values: flags.FlagValues) -> None:
         print(target)
 
 
-def load_model(
-    path: str, loras: Sequence[str] | None = None, *, adapted: bool = True
-) -> tuple[Pipeline, Mapping[str, Any] | None]:
-    """A pipeline, and the adapter to draw with, from what `--model` and `--lora` name.
+class Model(NamedTuple):
+    """What `--model` and `--lora` name.
+
+    Attributes:
+      pipeline: what is drawn with.
+      adapter: of its UNet, scaled; None where there is none.
+      bare: the pipeline as it is without LoRAs, which may change its text encoders too.
+    """
+
+    pipeline: Pipeline
+    adapter: Mapping[str, Any] | None
+    bare: Pipeline
+
+
+def load_model(path: str, loras: Sequence[str] | None = None, *, adapted: bool = True) -> Model:
+    """A pipeline, and the adapter to draw with.
 
     Args:
       path: what `load_pipeline` reads, or a workdir: its teacher, and its newest adapter.
@@ -113,10 +126,10 @@ def load_model(
         config, trained = load_adapter(path)
         path = config["model"]["path"]
         adapter = trained if adapted else None
-    pipeline = load_pipeline(path)
+    bare = pipeline = load_pipeline(path)
     if loras:
-        adapter = read_loras(loras, pipeline.params["unet"])
-    return pipeline, adapter
+        pipeline, adapter = put_on(bare, loras)
+    return Model(pipeline, adapter, bare)
 
 
 def _embed_guidance(pipeline: Pipeline, scale: float) -> Pipeline:

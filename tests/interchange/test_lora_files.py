@@ -209,19 +209,19 @@ def test_several_with_weights(tmp_path, unet, adapter):
     first = write_lora(tmp_path / "first.safetensors", adapter)
     half = {"mid_block": lora.scaled(adapter["mid_block"], np.float32(3))}
     second = write_lora(tmp_path / "second.safetensors", half, dialect="kohya")
-    both = read_loras([f"{first}:0.5", f"{second}:-2", str(first)], unet)
+    both = read_loras([f"{first}:0.5", f"{second}:-2", str(first)], {"unet": unet})["unet"]
     merged = flat(lora.merge(unet, both))
     for path, kernel in flat(unet).items():
         weight = 1.5 - 6 * (path[0] == "mid_block")
         one = flat(lora.merge(unet, adapter, weight))[path]
         np.testing.assert_allclose(merged[path], one, rtol=1e-5, atol=1e-6, err_msg=str(path))
         assert path[-1] != "kernel" or merged[path].shape == kernel.shape
-    assert_equal(read_loras([str(first)], unet), adapter)
+    assert_equal(read_loras([str(first)], {"unet": unet})["unet"], adapter)
     colon = tmp_path / "name:2"  # a path of its own, not a weight
     colon.write_bytes(first.read_bytes())
-    assert_equal(read_loras([str(colon)], unet), adapter)
+    assert_equal(read_loras([str(colon)], {"unet": unet})["unet"], adapter)
     with pytest.raises(FileNotFoundError, match="first.safetensors:much' does not exist"):
-        read_loras([f"{first}:much"], unet)
+        read_loras([f"{first}:much"], {"unet": unet})
 
 
 # What is refused.

@@ -215,11 +215,11 @@ def test_sample_command(workdir, tmp_path):
 
 def test_model_that_is_sampled(workdir, tiny, tmp_path):
     run(export, "--workdir", workdir, "--to", "kohya", "--output", tmp_path, "--dtype", "fp32")
-    _, trained = sample.load_model(str(workdir))
-    teacher, exported = sample.load_model(str(tiny), [str(tmp_path / "kohya" / KOHYA_FILE)])
+    trained = sample.load_model(str(workdir)).adapter
+    teacher, exported, _ = sample.load_model(str(tiny), [str(tmp_path / "kohya" / KOHYA_FILE)])
     assert_trees_equal(exported, jax.tree.map(np.asarray, trained))
     assert teacher.source == str(tiny)
-    assert sample.load_model(str(workdir), adapted=False)[1] is None
+    assert sample.load_model(str(workdir), adapted=False).adapter is None
 
 
 @pytest.mark.parametrize(

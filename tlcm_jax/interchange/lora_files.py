@@ -10,6 +10,9 @@ has it folded in too, so alpha = r and every reader's own scale is 1.
 | kohya | `lora_unet_<path, dots as underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha` |
 | PEFT folder | `base_model.model.<path>.lora_A.weight`, alpha in `adapter_config.json` |
 
+The text encoders' layers begin with `text_encoder.` and `text_encoder_2.`, and in kohya's files
+with `lora_te_` where there is one and `lora_te1_`, `lora_te2_` where there are two.
+
 Convolutions are `[r, in, kh, kw]` and `[out, r, 1, 1]`. In kohya's names an underscore may be a
 dot or an underscore; they are resolved through the UNet's own module paths. For SDXL kohya's own
 trainer names layers as single-file checkpoints do (`lora_unet_input_blocks_4_1_...`), and so may a
@@ -18,7 +21,8 @@ file here. Diffusers' former `.lora.down.weight` and PEFT's `.lora_A.default.wei
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,12 @@ _PARTS = {
     ".lora_down.weight": "lora_A",
     ".lora_up.weight": "lora_B",
     ".alpha": "alpha",
+}
+# How kohya's names of a network's layers begin.
+_KOHYA_STEMS = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
 }
 # How the names of layers begin in kohya's files for SDXL, and in no UNet's own names.
 _LDM_STEMS = tuple(
@@ -107,34 +117,53 @@ def write_lora(
 
 
 def read_lora(path: str | Path, unet: Mapping[str, Any]) -> dict:
-    """Reads a LoRA of any dialect.
+    """Reads a LoRA of a UNet alone.
 
     Args:
-      path: a safetensors file, a PEFT adapter folder, or a folder as diffusers'
-        `save_lora_weights` writes it.
+      path: as of `read_networks`.
       unet: the UNet's parameter tree (arrays or shapes), which says what layers there are.
 
     Returns:
       The adapter, float32 numpy arrays, scaled: fit for `Pipeline.denoiser(lora=...)`.
 
     Raises:
+      FileNotFoundError, ValueError: as of `read_networks`; layers of text encoders match nothing.
+    """
+    return read_networks(path, {"unet": unet})["unet"]
+
+
+def read_networks(path: str | Path, networks: Mapping[str, Any]) -> dict[str, dict]:
+    """Reads a LoRA of any dialect.
+
+    Args:
+      path: a safetensors file, a PEFT adapter folder, or a folder as diffusers'
+        `save_lora_weights` writes it.
+      networks: parameter trees (arrays or shapes), which say what layers there are, by name:
+        `unet`, `text_encoder`, `text_encoder_2`.
+
+    Returns:
+      The adapters of those networks that the file adapts, by their names: float32 numpy arrays,
+      scaled, fit for `models.lora.merge`.
+
+    Raises:
       FileNotFoundError: there is no such file, or the folder holds no LoRA.
-      ValueError: a pickle, a broken file, a key that matches no layer of the UNet (the first ten
-        are named), half a layer, factors that do not fit the layer, or an unsupported variant.
+      ValueError: a pickle, a broken file, a key that matches no layer (the first ten are named),
+        half a layer, factors that do not fit the layer, or an unsupported variant.
     """
     file, config = _locate(Path(path))
     tensors = TensorFile([file])
-    scale_of = _scales(file, tensors.metadata, config)
+    scales = {name: _scales(file, tensors.metadata, config, name) for name in networks}
     kernels = {
-        layer[:-1]: tuple(leaf.shape)
-        for layer, leaf in flax.traverse_util.flatten_dict(unet).items()
+        (name, *layer[:-1]): tuple(leaf.shape)
+        for name, tree in networks.items()
+        for layer, leaf in flax.traverse_util.flatten_dict(tree).items()
         if layer[-1] == "kernel"
     }
     parts = _resolve(tensors, kernels, file)
     adapter: dict[Path_, np.ndarray] = {}
     problems = []
     for layer, keys in parts.items():
-        name = ".".join(layer)
+        network, name = layer[0], ".".join(layer[1:])
         if "lora_A" not in keys or "lora_B" not in keys:
             problems.append(f"{name} has only {', '.join(sorted(keys))}")
             continue
@@ -152,16 +181,21 @@ def read_lora(path: str | Path, unet: Mapping[str, Any]) -> dict:
         if "alpha" in keys:
             scale = float(np.asarray(tensors[keys["alpha"]], np.float32)) / rank
         else:
-            scale = scale_of(name, rank)
+            scale = scales[network](name, rank)
         adapter[(*layer, "lora_A")] = np.ascontiguousarray(down)
         adapter[(*layer, "lora_B")] = np.ascontiguousarray(up * np.float32(scale))
-    names.raise_if(problems, f"{file} does not fit this UNet")
+    names.raise_if(problems, f"{file} does not fit this {_whole(networks)}")
     return flax.traverse_util.unflatten_dict(adapter)
 
 
-def kohya_name(layer: Path_) -> str:
+def kohya_name(layer: Path_, stem: str = "lora_unet_") -> str:
     """A layer's name in kohya's dialect: `lora_unet_down_blocks_0_resnets_0_conv1`."""
-    return "lora_unet_" + "_".join(layer).replace(".", "_")
+    return stem + "_".join(layer).replace(".", "_")
+
+
+def _whole(networks: Iterable[str]) -> str:
+    """What networks of these names make up."""
+    return "UNet" if set(networks) == {"unet"} else "model"
 
 
 def _layers(adapter: Mapping[str, Any]) -> dict[Path_, tuple[Any, Any]]:
@@ -208,16 +242,16 @@ def _read_config(path: Path) -> dict:
 
 
 def _scales(
-    file: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None
+    file: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, network: str
 ) -> Callable[[str, int], float]:
-    """The scale of a layer without an alpha tensor: `(name, rank) -> alpha / rank`."""
+    """The scale of a network's layer without an alpha tensor: `(name, rank) -> alpha / rank`."""
     if config is None:
         stored = metadata.get("lora_adapter_metadata")
         if stored is None:
             return lambda name, rank: 1.0
         try:
             config = json.loads(stored)
-            config = {k.removeprefix("unet."): v for k, v in config.items()}
+            config = {k.removeprefix(f"{network}."): v for k, v in config.items()}
         except (ValueError, AttributeError):
             raise ValueError(f"{file}: its lora_adapter_metadata is not a JSON object") from None
     for variant in ("use_dora", "fan_in_fan_out"):
@@ -251,34 +285,40 @@ def _literal(pattern: str, file: Path) -> str:
 def _resolve(
     tensors: Mapping[str, np.ndarray], kernels: Mapping[Path_, tuple], file: Path
 ) -> dict[Path_, dict[str, str]]:
-    """For each layer, the file's key of `lora_A`, `lora_B` and, where there is one, `alpha`."""
+    """For each layer, the file's key of `lora_A`, `lora_B` and, where there is one, `alpha`.
+
+    Layers are paths that begin with their network's name.
+    """
     dotted = {".".join(layer): layer for layer in kernels}
     flat: dict[str, list[Path_]] = {}
     for layer in kernels:
-        flat.setdefault(kohya_name(layer), []).append(layer)
+        for stem in _KOHYA_STEMS[layer[0]]:
+            flat.setdefault(kohya_name(layer[1:], stem), []).append(layer)
     if any(key.startswith(_LDM_STEMS) for key in tensors):
-        for name, ldm_name in unet_layers(dotted).items():
-            flat.setdefault(kohya_name((ldm_name,)), []).append(dotted[name])
+        own = {".".join(layer[1:]): layer for layer in kernels if layer[0] == "unet"}
+        for name, ldm_name in unet_layers(own).items():
+            flat.setdefault(kohya_name((ldm_name,)), []).append(own[name])
     parts: dict[Path_, dict[str, str]] = {}
     problems = []
     for key in tensors:
         suffix = next((s for s in _PARTS if key.endswith(s)), "")
         stem = key.removesuffix(suffix)
-        if stem.startswith("lora_unet_"):
+        if stem.startswith(("lora_unet_", "lora_te")):
             found = flat.get(stem, [])
         else:
-            name = stem.removeprefix("unet.").removeprefix("base_model.model.")
-            found = [dotted[name]] if name in dotted and name != stem else []
+            name = re.sub("^base_model[.]model[.]", "unet.", stem)
+            found = [dotted[name]] if name in dotted else []
         if not suffix or not found:
             problems.append(key)
         elif len(found) > 1:
-            named = " and ".join(".".join(layer) for layer in found)
+            named = " and ".join(".".join(layer[1:]) for layer in found)
             raise ValueError(f"{file}: {stem} may be {named}; convert the file to diffusers' names")
         elif _PARTS[suffix] in parts.setdefault(found[0], {}):
-            raise ValueError(f"{file} holds {'.'.join(found[0])} twice, in two dialects")
+            raise ValueError(f"{file} holds {'.'.join(found[0][1:])} twice, in two dialects")
         else:
             parts[found[0]][_PARTS[suffix]] = key
-    names.raise_if(problems, f"{file}: keys that match no layer of the UNet")
+    model = _whole(layer[0] for layer in kernels)
+    names.raise_if(problems, f"{file}: keys that match no layer of the {model}")
     if not parts:
         raise ValueError(f"{file} holds no LoRA")
     return parts
