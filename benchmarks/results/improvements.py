@@ -17,11 +17,13 @@ examples: at equal evaluations an example's cost alone then decides how many upd
     snr5          weights min(SNR + 1, 5), against all times alike
     path25, 50    every node of a path of 25 or 50 steps is a state, against 8 milestones of 16
     epochs2, 4    each path is gone through 2 or 4 times, against once
+    look          latent LPIPS beside the mean square
 """
 
 from benchmarks.results.ablation import PAPER
 from benchmarks.results.experiment import DEFAULT, Experiment, Table
 from benchmarks.results.recipes import OURS
+from tlcm_jax import paths
 
 
 def _paper(name: str, says: str, **changes: object) -> Experiment:
@@ -87,6 +89,9 @@ STAGES = Table(
 )
 
 
+_LOOK = {"latent_lpips": {"weights": str(paths.MINIATURE / "latent_lpips")}}
+
+
 def _path(nodes: int, batch_size: int) -> Experiment:
     return _default(
         f"path{nodes}",
@@ -117,5 +122,6 @@ TRAJECTORIES = Table(
         _path(50, batch_size=16),
         _default("epochs2", "each path twice", trajectories__epochs=2),
         _default("epochs4", "each path four times", trajectories__epochs=4),
+        _default("look", "latent LPIPS too", trajectories__terms=_LOOK),
     ),
 )
