@@ -4,7 +4,7 @@
 
 Four steps, 999 749 499 249, whose states are the student's own rollouts; the score's difference
 and an adversarial term, 5 updates of the critics to 1. DMD2's discriminator sees real pictures;
-here the student's own four-step samples stand in for them. Not measured yet.
+here the student's own four-step samples stand in for them.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     python -m tlcm_jax.main --config configs/emoji_full.py --workdir runs/emoji-full
 
 The stages and terms are the paper's (arXiv 2406.05768); batches, steps and rates are scaled down
-with those of `configs/emoji.py`. Not measured yet.
+with those of `configs/emoji.py`.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     python -m tlcm_jax.main --config configs/emoji_hyper_sd.py --workdir runs/emoji-hyper-sd
 
 Jumps to any time between a point and its segment's end, with 8, 4, 2 and 1 segments in turn. The
-states are the teacher's own paths; Hyper-SD takes them from noised pictures. Not measured yet.
+states are the teacher's own paths; Hyper-SD takes them from noised pictures.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@
 
 Real latents, noised, in place of the teacher's paths; one time down by adjusted DDIM; compared as
 x0 with MCM's weight. MCM is sampled without fresh noise (gamma 0), at its segments' own times:
-with 8 segments, in 8 steps. Not measured yet.
+with 8 segments, in 8 steps.
 """
 
 from ml_collections import ConfigDict

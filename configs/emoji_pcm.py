@@ -3,7 +3,7 @@
     python -m tlcm_jax.main --config configs/emoji_pcm.py --workdir runs/emoji-pcm
 
 Four phases, and inside each an adversarial term between the jump and its target, weight 0.1. The
-states are the teacher's own paths; PCM takes them from noised pictures. Not measured yet.
+states are the teacher's own paths; PCM takes them from noised pictures.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,7 @@
 
 Real latents, noised; the teacher goes 24 times down in three stochastic steps; the target is the
 student's average; and predictions are held against the pictures by a discriminator, weight 0.4.
-The distance is SCott's, pseudo-Huber. Not measured yet.
+The distance is SCott's, pseudo-Huber.
 """
 
 from ml_collections import ConfigDict

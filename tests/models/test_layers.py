@@ -17,9 +17,11 @@ from tlcm_jax.models.layers import Conv
         ((2, 2), 1, 1),
         ((2, 2), 2, 1),
         ((2, 2), 2, ((0, 1), (0, 1))),
+        ((5, 8), 1, 1),
+        ((8, 7), 2, 1),
     ],
 )
-def test_images_smaller_than_the_kernel(shape, strides, padding) -> None:
+def test_small_images(shape, strides, padding) -> None:
     layer = Conv(5, strides=strides, padding=padding)
     x = jax.random.normal(jax.random.key(0), (3, *shape, 4))
     sides = [(padding, padding)] * 2 if isinstance(padding, int) else padding
