@@ -77,7 +77,8 @@ def page(
     """The whole page in Markdown.
 
     Args:
-      tables: in order; one of which nothing has run is left out.
+      tables: in order; one of which fewer than two rows have run compares nothing, and is left
+        out.
       plan: what was to be run.
       found: what was.
       command: the words that write the page again.
@@ -88,7 +89,7 @@ def page(
     if commentary.strip():
         lines += ["", commentary.strip()]
     for one in tables:
-        if any(found.runs.get(experiment.name) for experiment in one.experiments):
+        if sum(bool(found.runs.get(experiment.name)) for experiment in one.experiments) > 1:
             lines += ["", *_section(one, plan, found, (sheets or {}).get(one.name, {}))]
     return "\n".join(lines) + "\n"
 

@@ -2,7 +2,8 @@
 
 Each stage keeps the share of the evaluations that its recipe gives it. The relatives are what
 `docs/terms.md` says they are: the method's idea in this code, not the authors' own program. All
-are drawn with the same sampler, with fresh noise between steps, which is not every relative's own.
+are drawn at TLCM's times and, but for MCM (gamma 0), with all noise fresh between steps, which is
+not every relative's own sampler.
 A recipe that is not in `configs/` has no row.
 """
 
@@ -22,7 +23,7 @@ RECIPES = Table(
     name="recipes",
     title="Recipes at equal evaluations",
     says="Ours, the paper's two stages, all of TLCM, and its relatives as recipes of this code, "
-    "all drawn with TLCM's sampler.",
+    "all drawn at TLCM's times with fresh noise between steps, but `mcm`, which has none.",
     steps=(1, 2, 3, 4, 8),
     shown=(1, 4),
     experiments=(

@@ -21,14 +21,14 @@ def write_sheets(tables: Sequence[Table], plan: Plan, folder: Path) -> dict[str,
     """Writes a table's sheets, of its runs' first seed, as `TABLE-STEPS.png`.
 
     Returns:
-      Links relative to the folder's parent, by table and steps; of tables without runs there
-      are none.
+      Links relative to the folder's parent, by table and steps; of tables with nothing to compare
+      there are none.
     """
     links: dict[str, dict[int, str]] = {}
     for table in tables:
         for steps in table.shown:
             rows = list(_columns(table, plan, steps))
-            if not rows:
+            if len(rows) < 2:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             rows.append(_column(plan.teacher, "teacher", 25))
