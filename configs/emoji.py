@@ -2,7 +2,7 @@
 
     python -m tlcm_jax.main --config configs/emoji.py --workdir runs/emoji
 
-On two CPU cores: 12 minutes (the first step after one) and 2.4 GB of memory;
+On two CPU cores: 9 to 12 minutes (the first step after one) and 2.4 GB of memory;
 half of it is the training, a third the evaluation. Expect on held-out prompts: object top-1 50 %
 at 4 steps and 43 % at 2 (the 25-step teacher: 50 %; in 4 steps: 29 %), Frechet distance 76 and 90
 (77; 133).
