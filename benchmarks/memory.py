@@ -27,12 +27,7 @@ from tlcm_jax.training.state import create
 
 def size(tree: Any) -> int:
     """Bytes of a tree of arrays or shapes."""
-    leaves = [
-        leaf
-        for leaf in jax.tree.leaves(tree)
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    ]
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def roles(model: Path) -> Mapping[str, tuple[int, int, int]]:
@@ -45,7 +40,7 @@ def roles(model: Path) -> Mapping[str, tuple[int, int, int]]:
     pipeline = abstract_pipeline(
         model, dtype=settings.model.dtype, param_dtype=settings.model.param_dtype
     )
-    (plan,) = blueprints(settings, pipeline, make_mesh({"data": -1}))
+    (plan,) = blueprints(settings, pipeline, make_mesh(settings.mesh))
     stage = plan.stage(lambda step: None)
     unet = pipeline.params["unet"]
     adapter = abstract_adapter(settings, unet)

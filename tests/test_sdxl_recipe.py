@@ -23,7 +23,7 @@ def config():
     return module.get_config().to_dict()
 
 
-@pytest.mark.parametrize("stage", ["segments", pytest.param("endpoints", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["segments", "endpoints"])
 def test_lowers(tmp_path, config, stage):
     settings = read(config)
     pipeline = abstract_pipeline(

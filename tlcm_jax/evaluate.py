@@ -72,19 +72,14 @@ def run(values: flags.FlagValues) -> None:
     if values.teacher is not None:
         teacher = load_pipeline(values.teacher)
     home = Path(values.model if is_workdir(values.model) else values.output)
-    scale, gamma = values.guidance_scale, values.gamma
-    if scale is None:
-        scale = drawn_with(values.model, "guidance_scale", 8.0)
-    if gamma is None:
-        gamma = drawn_with(values.model, "gamma", 1.0)
     result = evaluate(
         pipeline,
         prompt_sets,
         lora=adapter,
         teacher=teacher,
         steps=steps,
-        guidance_scale=scale,
-        gamma=gamma,
+        guidance_scale=drawn_with(values.model, "guidance_scale", 8.0, given=values.guidance_scale),
+        gamma=drawn_with(values.model, "gamma", 1.0, given=values.gamma),
         seed=values.seed,
         scorers=scorers,
         cache=home / CACHE,

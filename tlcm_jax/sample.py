@@ -79,16 +79,12 @@ def run(values: flags.FlagValues) -> None:
     if not values.long_prompts:
         warn_truncated([*values.prompt, *(values.prompt_2 or ())], pipeline.tokenizers[0])
     if values.teacher:
-        scale = values.guidance_scale
-        if scale is None:
-            scale = drawn_with(values.model, "guidance_scale", 8.0)
+        scale = drawn_with(values.model, "guidance_scale", 8.0, given=values.guidance_scale)
         pictures = draw_teacher(pipeline, values.prompt, steps, scale, values.seed, rendering)
     else:
         if values.guidance_scale is not None:
             pipeline = _embed_guidance(pipeline, values.guidance_scale)
-        gamma = values.gamma
-        if gamma is None:
-            gamma = drawn_with(values.model, "gamma", 1.0)
+        gamma = drawn_with(values.model, "gamma", 1.0, given=values.gamma)
         pictures = draw_student(
             pipeline, values.prompt, steps, values.seed, adapter, gamma, rendering
         )

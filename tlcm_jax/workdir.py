@@ -18,14 +18,17 @@ def is_workdir(path: str | Path) -> bool:
     return (Path(path) / CONFIG_FILE).is_file() and (Path(path) / CHECKPOINTS).is_dir()
 
 
-def drawn_with(path: str | Path, setting: str, default: float) -> float:
-    """A number that a run's evaluation draws with; `default` for what is not a workdir.
+def drawn_with(path: str | Path, setting: str, default: float, given: float | None = None) -> float:
+    """A number to draw with: the one given, or that of a run's own evaluation, or `default`.
 
     Args:
       path: a workdir, or anything else.
       setting: "guidance_scale", the teacher's, or "gamma", the student's.
-      default: where the run does not say either.
+      default: of what is not a workdir, and where the run does not say either.
+      given: by the user; None leaves it to the others.
     """
+    if given is not None:
+        return given
     if not is_workdir(path):
         return default
     config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -168,8 +168,9 @@ def test_folder_as_diffusers_saves_it(tmp_path, unet, adapter):
             (".lora_A.weight", ".lora_B.weight"),
             (".lora_A.default.weight", ".lora_B.default.weight"),
         ),
+        (("unet.",), ("unet.base_model.model.",)),
     ],
-    ids=["diffusers' former names", "PEFT's adapter name"],
+    ids=["diffusers' former names", "PEFT's adapter name", "PEFT's prefix inside diffusers'"],
 )
 def test_other_spellings(tmp_path, unet, adapter, old, new):
     path = write_lora(tmp_path / "lora.safetensors", adapter)

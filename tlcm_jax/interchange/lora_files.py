@@ -21,7 +21,6 @@ file here. Diffusers' former `.lora.down.weight` and PEFT's `.lora_A.default.wei
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -306,7 +305,9 @@ def _resolve(
         if stem.startswith(("lora_unet_", "lora_te")):
             found = flat.get(stem, [])
         else:
-            name = re.sub("^base_model[.]model[.]", "unet.", stem)
+            # PEFT's prefix alone is a UNet's; diffusers may have put a network's before it.
+            network, prefix, rest = stem.partition("base_model.model.")
+            name = (network or "unet.") + rest if prefix else stem
             found = [dotted[name]] if name in dotted else []
         if not suffix or not found:
             problems.append(key)
