@@ -3,6 +3,7 @@
     python -m benchmarks.results --output docs/results.md --workdir runs/results
     python -m benchmarks.results ... --seeds 0,1,2 --budget 1.0   # three seeds, full evaluations
     python -m benchmarks.results ... --only recipes,literal       # a table, and one experiment
+    python -m benchmarks.results ... --jobs 2                     # two runs at a time, a core each
     python -m benchmarks.results ... --rewrite                    # the page alone, runs nothing
 
 The same command resumes: runs that have scores are skipped, one that was stopped goes on from its
@@ -20,7 +21,7 @@ from typing import NoReturn
 
 from benchmarks.results import ablation, improvements, recipes
 from benchmarks.results.experiment import Table
-from benchmarks.results.page import collect, commentary_beside, page
+from benchmarks.results.page import collect, commentary_beside, compared, page
 from benchmarks.results.queue import perform
 from benchmarks.results.runs import Plan, Run, plan
 from benchmarks.results.sheets import write_sheets
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, tables: Sequence[Table] = TABLE
         "--budget", type=float, default=1.0, help="share of the default recipe's evaluations"
     )
     parser.add_argument("--only", type=_words, default=(), help="experiments or tables to run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, cores shared out")
     parser.add_argument("--limit", type=int, default=0, help="prompts that are scored; 0: all")
     parser.add_argument("--rewrite", action="store_true", help="write the page, run nothing")
     args = parser.parse_args(arguments)
@@ -59,8 +61,10 @@ def main(arguments: Sequence[str] | None = None, tables: Sequence[Table] = TABLE
     if not args.rewrite:
         signal.signal(signal.SIGTERM, _stop)
         try:
-            failed = perform(planned.teacher, chosen, lambda line: print(line, flush=True))
-        except RuntimeError as error:
+            failed = perform(
+                planned.teachers, chosen, lambda line: print(line, flush=True), jobs=args.jobs
+            )
+        except (RuntimeError, ValueError) as error:
             sys.exit(f"results: {error}")
         except KeyboardInterrupt:
             sys.exit("stopped; the same command resumes")
@@ -73,6 +77,7 @@ def main(arguments: Sequence[str] | None = None, tables: Sequence[Table] = TABLE
 def write(tables: Sequence[Table], planned: Plan, output: Path, words: Sequence[str]) -> None:
     """Writes the page and its contact sheets from what the folders hold."""
     found = collect(planned)
+    tables = compared(tables, found)
     sheets = write_sheets(tables, planned, output.with_suffix(""))
     text = page(
         tables,

@@ -33,12 +33,12 @@ class Found:
     """What the folders hold.
 
     Attributes:
-      teacher: the teacher's scores.
+      teachers: the teacher's scores, one a seed.
       runs: those of the runs that have ended well, by experiment.
       failed: why others have not, by `Run.label`.
     """
 
-    teacher: Scores
+    teachers: Sequence[Scores]
     runs: Mapping[str, Sequence[Scores]]
     failed: Mapping[str, str]
 
@@ -47,22 +47,32 @@ def collect(plan: Plan) -> Found:
     """Reads the folders of a plan.
 
     Raises:
-      FileNotFoundError: the teacher has not been scored.
+      FileNotFoundError: the teacher has not been scored under any seed.
     """
-    teacher = plan.teacher.scores()
-    if teacher is None:
+    teachers = [scores for run in plan.teachers.values() if (scores := run.scores()) is not None]
+    if not teachers:
+        folders = ", ".join(str(run.folder) for run in plan.teachers.values())
         raise FileNotFoundError(
-            f"{plan.teacher.folder} holds no scores of the teacher: run without --rewrite first"
+            f"no scores of the teacher in {folders}: run without --rewrite first"
         )
     every: list[Run] = [run for runs in plan.runs.values() for run in runs]
     return Found(
-        teacher=teacher,
+        teachers=teachers,
         runs={
             name: [scores for run in runs if (scores := run.scores()) is not None]
             for name, runs in plan.runs.items()
         },
         failed={run.label: message for run in every if (message := run.failure())},
     )
+
+
+def compared(tables: Sequence[Table], found: Found) -> list[Table]:
+    """The tables of which two rows have run: one row alone compares nothing."""
+    return [
+        one
+        for one in tables
+        if sum(bool(found.runs.get(experiment.name)) for experiment in one.experiments) > 1
+    ]
 
 
 def page(
@@ -77,8 +87,7 @@ def page(
     """The whole page in Markdown.
 
     Args:
-      tables: in order; one of which fewer than two rows have run compares nothing, and is left
-        out.
+      tables: in order, those that are `compared`.
       plan: what was to be run.
       found: what was.
       command: the words that write the page again.
@@ -89,31 +98,31 @@ def page(
     if commentary.strip():
         lines += ["", commentary.strip()]
     for one in tables:
-        if sum(bool(found.runs.get(experiment.name)) for experiment in one.experiments) > 1:
-            lines += ["", *_section(one, plan, found, (sheets or {}).get(one.name, {}))]
+        lines += ["", *_section(one, plan, found, (sheets or {}).get(one.name, {}))]
     return "\n".join(lines) + "\n"
 
 
 def _method(plan: Plan, found: Found, command: Sequence[str]) -> Iterator[str]:
-    asked, where = found.teacher["asked"], found.teacher["provenance"]
+    teacher = found.teachers[0]
+    asked, where = teacher["asked"], teacher["provenance"]
     count = len(plan.seeds)
     done = [scores for every in found.runs.values() for scores in every]
     spent = sum(scores["training_seconds"] + sum(scores["seconds"].values()) for scores in done)
     seeds = ", ".join(map(str, plan.seeds))
     spread = (
-        f"Numbers are mean ± standard deviation over {count} training seeds ({seeds})"
+        f"Numbers are mean ± standard deviation over {count} seeds ({seeds}), of the training and "
+        "of the noise that pictures are drawn from"
         if count > 1
-        else f"One training seed ({seeds}), so no spread is known"
+        else f"One seed ({seeds}), so no spread is known"
     )
-    prompts = found.teacher["prompts"]
+    prompts = teacher["prompts"]
     yield "Written by"
     yield from ("", "```shell", shlex.join(command), "```", "")
     yield (
         f"Every run uses {plan.evaluations:,.0f} UNet forwards: the teacher's, the target's, the "
         "rollout's, the student's and the critics' together. Beside it stand the student's "
         f"backward passes, one for each example it learns from. {spread}; a row says how many "
-        "where it has fewer. The noise that pictures are drawn from is the same for all rows and "
-        "seeds."
+        "where it has fewer. All rows of a seed, the teacher's too, draw from the same noise."
     )
     yield ""
     yield (
@@ -127,8 +136,8 @@ def _method(plan: Plan, found: Found, command: Sequence[str]) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"{len(done)} runs, {duration(spent)} in all, on {where['host']}, {where['devices']}; "
-        f"{where['versions']}."
+        f"{len(done)} runs, {duration(spent)} of work in all, on {where['host']}, "
+        f"{where['devices']}; {where['versions']}."
     )
 
 
@@ -159,25 +168,25 @@ def _at(one: Table, plan: Plan, found: Found, steps: int) -> list[str]:
         rows.append(
             [
                 f"`{experiment.name}` {experiment.says}{fewer}",
-                *_cells(measures, [_of(run, "student", steps) for run in runs]),
+                *_cells(measures, _all(runs, "student", steps)),
                 thousands([run["forwards"] for run in runs]),
                 thousands([run["backwards"] for run in runs]),
                 minutes([run["training_seconds"] for run in runs]),
             ]
         )
     others = [
-        (f"teacher, {count} steps with guidance", _of(found.teacher, "teacher", count))
+        (f"teacher, {count} steps with guidance", _all(found.teachers, "teacher", count))
         for count in (_TEACHER_STEPS, 4)
     ]
-    others.append(
+    others += [
         (
             f"undistilled, in the student's sampler, {steps} steps",
-            _of(found.teacher, "student", steps),
-        )
-    )
-    others.append(("real pictures", found.teacher["real"]))
+            _all(found.teachers, "student", steps),
+        ),
+        ("real pictures", [found.teachers[0]["real"]]),
+    ]
     rows += [
-        [name, *_cells(measures, [scores]), *[NOTHING] * 3] for name, scores in others if scores
+        [name, *_cells(measures, scores), *[NOTHING] * 3] for name, scores in others if any(scores)
     ]
     return table(header, rows)
 
@@ -188,7 +197,7 @@ def _by_steps(one: Table, found: Found, measure: Measure) -> list[str]:
     header = ["steps", *map(str, counts)]
 
     def row(name: str, runs: Sequence[Scores], kind: str) -> list[str]:
-        found = [[_of(run, kind, count).get(measure.key) for run in runs] for count in counts]
+        found = [[one.get(measure.key) for one in _all(runs, kind, count)] for count in counts]
         return [name, *[number(values, measure) for values in found]]
 
     rows = [
@@ -196,8 +205,8 @@ def _by_steps(one: Table, found: Found, measure: Measure) -> list[str]:
         for experiment in one.experiments
         if found.runs.get(experiment.name)
     ]
-    rows.append(row("teacher with guidance", [found.teacher], "teacher"))
-    rows.append(row("undistilled, in the student's sampler", [found.teacher], "student"))
+    rows.append(row("teacher with guidance", found.teachers, "teacher"))
+    rows.append(row("undistilled, in the student's sampler", found.teachers, "student"))
     return table(header, rows)
 
 
@@ -237,8 +246,9 @@ def _cells(measures: Sequence[Measure], scores: Sequence[Mapping[str, float]]) -
     return [number([one.get(m.key) for one in scores], m) for m in measures]
 
 
-def _of(run: Scores, kind: str, steps: int) -> Mapping[str, float]:
-    return run["scores"].get(kind, {}).get(str(steps), {})
+def _all(runs: Sequence[Scores], kind: str, steps: int) -> list[Mapping[str, float]]:
+    """The scores of several seeds by one kind of sampler; an empty one where it did not draw."""
+    return [run["scores"].get(kind, {}).get(str(steps), {}) for run in runs]
 
 
 def commentary_beside(output: Path) -> str:

@@ -34,9 +34,9 @@ class Asked:
       gamma: share of fresh noise between the student's steps.
       steps: the student's step counts.
       limit: prompts used; 0 takes all.
-      noise: seed of the noise, the same for all runs.
+      noise: seed of the noise, the same for all runs of one training seed.
       diverse: of how many prompts, the first ones, diversity is measured.
-      draws: under how many noises each of them is drawn.
+      draws: under how many noises each of them is drawn, from `noise` on.
       shown: how many prompts are kept for the contact sheets.
     """
 
@@ -53,8 +53,12 @@ class Asked:
     shown: int = 8
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], steps: Sequence[int], limit: int) -> "Asked":
-        """What a recipe's own `evaluation` names, at these step counts."""
+    def of(cls, config: Mapping[str, Any], steps: Sequence[int], limit: int, seed: int) -> "Asked":
+        """What a recipe's own `evaluation` names, at these step counts.
+
+        Each training seed draws from noise of its own, so that the spread of a row's seeds is that
+        of its scores, not of its training alone.
+        """
         chosen = config["evaluation"]
         scorer = paths.SCORER if chosen.get("judge") and paths.SCORER.is_dir() else ""
         return cls(
@@ -65,6 +69,7 @@ class Asked:
             gamma=float(chosen.get("gamma", 1.0)),
             steps=tuple(sorted(set(steps))),
             limit=limit,
+            noise=seed * cls.draws,
         )
 
 
@@ -74,7 +79,7 @@ class Run:
 
     Attributes:
       name: the experiment's; `teacher` draws the recipe's teacher and trains nothing.
-      seed: of the training.
+      seed: of the training, and of the noise that is drawn from.
       config: the recipe as it is run, plain values.
       asked: what is scored.
       folder: where it works and leaves its scores.
@@ -89,7 +94,7 @@ class Run:
     @property
     def label(self) -> str:
         """For people."""
-        return self.name if self.name == TEACHER else f"{self.name}, seed {self.seed}"
+        return f"{self.name}, seed {self.seed}"
 
     @property
     def job(self) -> dict[str, Any]:
@@ -120,7 +125,7 @@ class Plan:
     Attributes:
       evaluations: the total that each run uses, in UNet forwards.
       seeds: of each experiment.
-      teacher: the run that all others are compared with.
+      teachers: the run that those of a seed are compared with, by seed.
       runs: by experiment, one a seed.
       waiting: why an experiment has no runs, by its name: weights that are missing.
       absent: those that this version of the library cannot run, and why.
@@ -128,7 +133,7 @@ class Plan:
 
     evaluations: float
     seeds: tuple[int, ...]
-    teacher: Run
+    teachers: Mapping[int, Run]
     runs: Mapping[str, tuple[Run, ...]]
     waiting: Mapping[str, str]
     absent: Mapping[str, str]
@@ -146,7 +151,7 @@ def plan(
     Args:
       tables: what is compared.
       workdir: holds a folder an experiment.
-      seeds: of the training.
+      seeds: of the training and the noise.
       share: of the default recipe's evaluations that each run uses.
       limit: prompts that are scored; 0 takes all.
 
@@ -174,15 +179,25 @@ def plan(
         if why := missing_files(read(config)):
             waiting[name] = why
             continue
-        asked = Asked.of(config, tuple(steps[name]), limit)
-        runs[name] = tuple(_run(name, seed, config, asked, workdir) for seed in seeds)
-    everything = {count for counts in steps.values() for count in counts}
-    asked = Asked.of(base, tuple(everything), limit)
-    teacher = Run(name=TEACHER, seed=0, config=base, asked=asked, folder=workdir / TEACHER)
+        runs[name] = tuple(
+            _run(name, config, Asked.of(config, tuple(steps[name]), limit, seed), seed, workdir)
+            for seed in seeds
+        )
+    everything = tuple({count for counts in steps.values() for count in counts})
+    teachers = {
+        seed: Run(
+            name=TEACHER,
+            seed=seed,
+            config=base,
+            asked=Asked.of(base, everything, limit, seed),
+            folder=workdir / TEACHER / f"seed{seed}",
+        )
+        for seed in seeds
+    }
     return Plan(
         evaluations=evaluations,
         seeds=tuple(seeds),
-        teacher=teacher,
+        teachers=teachers,
         runs=runs,
         waiting=waiting,
         absent=absent,
@@ -203,7 +218,7 @@ def sized(experiment: Experiment, evaluations: float) -> dict[str, Any]:
     return {**config, "checkpoint_every": max(1, steps // 10)}
 
 
-def _run(name: str, seed: int, config: Mapping[str, Any], asked: Asked, workdir: Path) -> Run:
+def _run(name: str, config: Mapping[str, Any], asked: Asked, seed: int, workdir: Path) -> Run:
     config = {**config, "seed": seed}
     learnt = {key: value for key, value in config.items() if key not in MAY_CHANGE}
     digest = hashlib.blake2b(

@@ -18,23 +18,23 @@ _SCALE = 3
 
 
 def write_sheets(tables: Sequence[Table], plan: Plan, folder: Path) -> dict[str, dict[int, str]]:
-    """Writes a table's sheets, of its runs' first seed, as `TABLE-STEPS.png`.
+    """Writes each table's sheets, of the first seed's runs, as `TABLE-STEPS.png`.
 
     Returns:
-      Links relative to the folder's parent, by table and steps; of tables with nothing to compare
-      there are none.
+      Links relative to the folder's parent, by table and steps.
     """
+    teacher = plan.teachers[plan.seeds[0]]
     links: dict[str, dict[int, str]] = {}
     for table in tables:
         for steps in table.shown:
             rows = list(_columns(table, plan, steps))
-            if len(rows) < 2:
+            if not rows:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            rows.append(_column(plan.teacher, "teacher", 25))
-            rows.append(_column(plan.teacher, "teacher", 4))
+            rows.append(_column(teacher, "teacher", 25))
+            rows.append(_column(teacher, "teacher", 4))
             name = f"{table.name}-{steps}.png"
-            prompts = (plan.teacher.scores() or {})["shown"]
+            prompts = (teacher.scores() or {})["shown"]
             with whole(folder / name) as part:
                 _write(part, prompts, rows)
             links.setdefault(table.name, {})[steps] = f"{folder.name}/{name}"
@@ -43,9 +43,9 @@ def write_sheets(tables: Sequence[Table], plan: Plan, folder: Path) -> dict[str,
 
 def _columns(table: Table, plan: Plan, steps: int) -> Iterator[PictureRow]:
     for experiment in table.experiments:
-        done = [run for run in plan.runs.get(experiment.name, ()) if run.scores() is not None]
-        if done:
-            yield _column(done[0], "student", steps, experiment.name)
+        for run in plan.runs.get(experiment.name, ()):
+            if run.seed == plan.seeds[0] and run.scores() is not None:
+                yield _column(run, "student", steps, experiment.name)
 
 
 def _column(run: Run, kind: Kind, steps: int, label: str = "") -> PictureRow:

@@ -107,6 +107,10 @@ def test_an_experiment_of_another_version_has_no_row(tmp_path):
     with pytest.raises(ValueError, match="--only nothing: give of t, default"):
         command.selected([table], planned, ["nothing"])
     assert [r.seed for r in command.selected([table], planned, ["t"])] == [0, 1]
+    # The seeds of one row draw from noise of their own, and all rows of a seed from the same.
+    noises = [run.asked.noise for run in planned.runs["default"]]
+    assert len({noise + i for noise in noises for i in range(4)}) == 8
+    assert [run.asked.noise for run in planned.teachers.values()] == noises
 
 
 def test_weights_that_are_missing_are_named(tmp_path):
@@ -138,7 +142,13 @@ def test_numbers_of_seeds_are_mean_and_spread(values, kind, text):
 def fake(folder, name="default", seed=0, top1=0.4, steps=(4,)):
     """A finished run with made-up scores."""
     asked = runs.Asked(
-        prompts="few.txt", judge="", scorer="", guidance_scale=2.0, gamma=1.0, steps=steps
+        prompts="few.txt",
+        judge="",
+        scorer="",
+        guidance_scale=2.0,
+        gamma=1.0,
+        steps=steps,
+        noise=4 * seed,
     )
     run = runs.Run(name=name, seed=seed, config={}, asked=asked, folder=folder / f"{name}{seed}")
     scores = {str(n): {"object_top1": top1, "diversity": 0.25} for n in steps}
@@ -165,11 +175,11 @@ def fake(folder, name="default", seed=0, top1=0.4, steps=(4,)):
     return run
 
 
-def planned(folder, teacher, found, seeds=(0, 1), **missing):
+def planned(teachers, found, **missing):
     return runs.Plan(
         evaluations=2000.0,
-        seeds=seeds,
-        teacher=teacher,
+        seeds=tuple(run.seed for run in teachers),
+        teachers={run.seed: run for run in teachers},
         runs=found,
         waiting=missing,
         absent={},
@@ -178,7 +188,7 @@ def planned(folder, teacher, found, seeds=(0, 1), **missing):
 
 def test_the_page_shows_means_reasons_and_commentary(tmp_path):
     steps = (1, 4)
-    teacher = fake(tmp_path, runs.TEACHER, steps=steps)
+    teachers = [fake(tmp_path, runs.TEACHER, seed, 0.4 + seed / 10, steps) for seed in (0, 1)]
     rows = {
         "default": (fake(tmp_path, steps=steps), fake(tmp_path, seed=1, top1=0.5, steps=steps)),
         "snr5": (fake(tmp_path, "snr5", steps=steps),),
@@ -198,32 +208,33 @@ def test_the_page_shows_means_reasons_and_commentary(tmp_path):
     output = tmp_path / "docs" / "results.md"
     (output.parent / "results").mkdir(parents=True)
     (output.parent / "results" / "commentary.md").write_text("What I *think*.\n")
-    plan = planned(tmp_path, teacher, rows, full="the weights are missing")
+    plan = planned(teachers, rows, full="the weights are missing")
     words = ["python", "-m", "benchmarks.results", "--seeds", "0,1"]
     command.write([table, empty], plan, output, words)
     text = output.read_text(encoding="utf-8")
     assert "python -m benchmarks.results --seeds 0,1" in text and "What I *think*." in text
-    assert "over 2 training seeds (0, 1)" in text and "2,000 UNet forwards" in text
+    assert "over 2 seeds (0, 1)" in text and "2,000 UNet forwards" in text
     says = EXPERIMENTS["default"].says
     assert f"| `default` {says} | 45.0 ± 7.1 | 0.250 ± 0.000 | 2.0 | 0.5 | 1.0 |" in text
     assert "(1 of 2 seeds) | 40.0 | 0.250 |" in text
-    assert "| teacher, 25 steps with guidance | 50.0 | – | – | – | – |" in text
-    assert "| teacher, 4 steps with guidance | 30.0 |" in text
-    assert "| undistilled, in the student's sampler, 4 steps | 40.0 | 0.250 |" in text
+    assert "| teacher, 25 steps with guidance | 50.0 ± 0.0 | – | – | – | – |" in text
+    assert "| teacher, 4 steps with guidance | 30.0 ± 0.0 |" in text
+    assert "| undistilled, in the student's sampler, 4 steps | 45.0 ± 7.1 | 0.250 ± 0.000" in text
     assert "| real pictures | 90.0 |" in text
     assert (
-        "| steps | 1 | 4 | 25 |" in text and "| teacher with guidance | – | 30.0 | 50.0 |" in text
+        "| steps | 1 | 4 | 25 |" in text
+        and "| teacher with guidance | – | 30.0 ± 0.0 | 50.0 ± 0.0 |" in text
     )
     assert "- `snr5, seed 1` failed: the loss is not finite" in text
     assert "- `full` was not run: the weights are missing." in text
     assert "- Not run: `path25`." in text and "Empty" not in text
-    assert "3 runs, 4 min 30 s in all" in text
+    assert "3 runs, 4 min 30 s of work in all" in text
     sheet = output.parent / "results" / "small-4.png"
     assert "](results/small-4.png)" in text and 0 < sheet.stat().st_size < 300_000
 
-    alone = planned(tmp_path, teacher, {"default": rows["default"][:1]}, seeds=(0,))
+    alone = planned(teachers[:1], {name: found[:1] for name, found in rows.items()})
     command.write([table], alone, output, words)
-    assert "One training seed (0), so no spread is known" in output.read_text(encoding="utf-8")
+    assert "One seed (0), so no spread is known" in output.read_text(encoding="utf-8")
 
 
 def test_done_runs_are_skipped_and_failed_ones_recorded(tmp_path, monkeypatch):
@@ -243,7 +254,8 @@ def test_done_runs_are_skipped_and_failed_ones_recorded(tmp_path, monkeypatch):
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(queue.sys, "executable", str(tmp_path / "python"))
     lines = []
-    failed = queue.perform(teacher, [done, good, bad, killed], lines.append)
+    teachers = {run.seed: teacher for run in (done, good, bad, killed)}
+    failed = queue.perform(teachers, [done, good, bad, killed], lines.append)
     assert failed == [bad, killed]
     assert lines[0] == "1 of 4 runs are done"
     assert lines[1].startswith("[1/3] default, seed 1: object_top1 0.400")
@@ -251,6 +263,9 @@ def test_done_runs_are_skipped_and_failed_ones_recorded(tmp_path, monkeypatch):
     assert bad.failure() == "no such thing" and killed.failure() == "ended by SIGKILL"
     assert not (done.folder / runs.JOB).exists() and good.scores() is not None
     assert "about" in lines[1] and "left" in lines[1]
+    assert queue.perform(teachers, [good, bad], jobs=2) == [bad]
+    with pytest.raises(ValueError, match="jobs = 0: give 1 to"):
+        queue.perform(teachers, [good], jobs=0)
     # Asked for something else, a finished run is no longer done.
     asked = dataclasses.replace(done.asked, limit=16)
     assert dataclasses.replace(done, asked=asked).scores() is None
@@ -300,7 +315,7 @@ def test_a_run_in_a_process_of_its_own(world, monkeypatch):
         name=runs.TEACHER, seed=0, config=config, asked=asked, folder=world / "first"
     )
     student = dataclasses.replace(teacher, name="tiny", folder=world / "second")
-    assert queue.perform(teacher, [student], lambda line: None) == []
+    assert queue.perform({0: teacher}, [student], lambda line: None) == []
     of_teacher, found = teacher.scores(), student.scores()
     assert set(of_teacher["scores"]["teacher"]) == {"25", "4"}
     assert set(of_teacher["scores"]["teacher"]["25"]) == {measure.DIVERSITY}
