@@ -1,10 +1,15 @@
-"""All of TLCM on emoji-xl: progressive segments, endpoints, preference, then DM and adversarial.
+"""All of TLCM on emoji-xl: every term of the paper, on our two stages or on its own.
 
     python -m tlcm_jax.main --config configs/emoji_full.py --workdir runs/emoji-full
+    python -m tlcm_jax.main --config configs/emoji_full.py:paper --workdir runs/emoji-full-paper
 
-The stages and terms are the paper's (arXiv 2406.05768); batches, steps and rates are scaled down
-with those of `configs/emoji.py`.
+Without a variant the stages are the default's (`configs/emoji.py`) with latent LPIPS beside them,
+preference beside the second, and a third with distribution matching and the adversarial term.
+`:paper` has the paper's (arXiv 2406.05768): progressive segments, endpoints, preference, then both
+games. Batches, steps and rates are scaled down with those of `configs/emoji.py`.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,14 +20,44 @@ SEGMENTS = (8, 4, 2)
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; there are no variants."""
-    config = emoji.relative("full", variant, "segments", "endpoints")
-    look = dict(latent_lpips=dict(weights=str(paths.MINIATURE / "latent_lpips")))
+    """The recipe, or its variant `paper`."""
+    if variant not in ("", "paper"):
+        raise ValueError(f"configs/emoji_full.py has no variant {variant!r}; use ':paper'")
+    config = emoji.get_config(variant)
+    config.name = "emoji-xl-full"
+    stages = _paper_stages(config) if variant else _our_stages(config)
+    config.stages = ConfigDict(stages)
+    config.stage_order = tuple(stages)
+    return config
+
+
+def _our_stages(config: ConfigDict) -> dict[str, Any]:
+    # At weight 1 its gradient is 4 to 10 times the mean square's.
+    look = emoji.latent_lpips(weight=0.1)
+    stages = config.stages.to_dict()
+    for stage in stages.values():
+        stage["terms"] = dict(look)
+    # Its gradient, 0.2 of the regression's at weight 1, is held to half of it.
+    preference = dict(preference=dict(_scorer(), weight=5.0, share=0.5))
+    games = _games(config)
+    # 4 times the regression's at weight 1.
+    games["distribution_matching"]["weight"] = 0.25
+    # The teacher's own ends are real.
+    games["adversarial"]["real"] = "goal"
+    stages["matching"] = dict(
+        stages["trajectories"], steps=8, batch_size=8, updates=8, terms=dict(look, **games)
+    )
+    stages["trajectories"]["terms"] |= preference
+    return stages
+
+
+def _paper_stages(config: ConfigDict) -> dict[str, Any]:
+    look = emoji.latent_lpips()
     guidance_scale = config.stages.segments.settings.guidance_scale
     first, second = config.stages.segments.to_dict(), config.stages.endpoints.to_dict()
     stages = {}
     for segments in SEGMENTS:
-        # 16 nodes a path whatever M; the steps of the default's first stage are shared out.
+        # 16 nodes a path whatever M; the steps of the first stage are shared out.
         settings = dict(
             segments=segments, nodes_per_segment=16 // segments, guidance_scale=guidance_scale
         )
@@ -30,16 +65,18 @@ def get_config(variant: str = "") -> ConfigDict:
         stages[f"segments{segments}"] = dict(first, steps=steps, settings=settings, terms=look)
     stages["endpoints"] = dict(second, terms=look)
     later = dict(second, learning_rate=1e-4, decay="constant", steps=20)
-    scorer = dict(scorer="contrastive", weights=str(paths.MINIATURE / "scorer"))
-    stages["preference"] = dict(later, terms=dict(look, preference=scorer))
-    stages["matching"] = dict(
-        later,
-        terms=dict(
-            look,
-            distribution_matching=dict(guidance_scale=guidance_scale, critic_learning_rate=1e-4),
-            adversarial=dict(weight=5e-3, critic_learning_rate=1e-3),
-        ),
+    stages["preference"] = dict(later, terms=dict(look, preference=_scorer()))
+    stages["matching"] = dict(later, terms=dict(look, **_games(config)))
+    return stages
+
+
+def _scorer() -> dict[str, Any]:
+    return dict(scorer="contrastive", weights=str(paths.MINIATURE / "scorer"))
+
+
+def _games(config: ConfigDict) -> dict[str, Any]:
+    guidance_scale = config.evaluation.guidance_scale
+    return dict(
+        distribution_matching=dict(guidance_scale=guidance_scale, critic_learning_rate=1e-4),
+        adversarial=dict(weight=5e-3, critic_learning_rate=1e-3),
     )
-    config.stages = ConfigDict(stages)
-    config.stage_order = tuple(stages)
-    return config

@@ -32,7 +32,8 @@ TABLES = (
     ablation.LADDER,
     ablation.SETTINGS,
     improvements.STAGES,
-    improvements.TRAJECTORIES,
+    improvements.PARTS,
+    improvements.REGRESSIONS,
 )
 
 

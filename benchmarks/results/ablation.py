@@ -26,7 +26,7 @@ stage 1 as its first versions had it.
 
 from benchmarks.results.experiment import Experiment, Table
 
-FULL = "emoji_full"
+FULL = "emoji_full:paper"
 # The stages' evaluations where they are all there; fewer share them alike.
 SHARES = {"segments8": 10.0, "endpoints": 3.0, "preference": 1.5, "matching": 3.0}
 _LATER = {"stages.preference.updates": 8, "stages.matching.updates": 8}

@@ -11,6 +11,9 @@ from tlcm_jax.settings import Settings, read
 # The noise schedule's measure of all budgets: the embedded default.
 DEFAULT = "emoji"
 
+# What a student is drawn in where a table does not ask for less.
+ALL_STEPS = (1, 2, 3, 4, 8)
+
 # What makes the weights that terms need, by the term.
 _MAKERS = {"latent_lpips": "train_latent_lpips", "preference": "train_scorer"}
 

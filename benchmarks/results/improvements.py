@@ -6,12 +6,19 @@ examples: at equal evaluations an example's cost alone then decides how many upd
 
     literal       the paper's algorithm, one pair a path, against node reuse
     nodes1 ..     nodes a segment, and so a path: 9, 33, 49 against 17
+    landing       jumps to any time of a segment, as Hyper-SD's, against its milestone
     loss_x0       the loss as x0, weighted by min(SNR + 1, 5), against z
     loss_x0_flat  the same, all times weighted alike
     states1       one state a rollout in stage 2, against 4
     ema           the average of stage 2's updates is what is drawn with, against the last one
 
-`TRAJECTORIES` changes the default, `emoji.py`, which regresses on the end of the teacher's paths.
+`PARTS` takes `emoji.py`, the default, apart.
+
+    jumps         its first stage alone: 4 segments, jumps to any time between
+    milestones4   the same with jumps to the milestones, the paper's
+    regression    its second alone, at the rate of a first stage
+
+`REGRESSIONS` changes that second stage, where it stands alone.
 
     own0, own60   none or 60 % of the paths begin at the student's own states, against 30 %
     snr5          weights min(SNR + 1, 5), against all times alike
@@ -21,9 +28,9 @@ examples: at equal evaluations an example's cost alone then decides how many upd
 """
 
 from benchmarks.results.ablation import PAPER
-from benchmarks.results.experiment import DEFAULT, Experiment, Table
+from benchmarks.results.experiment import ALL_STEPS, DEFAULT, Experiment, Table
 from benchmarks.results.recipes import OURS
-from tlcm_jax import paths
+from configs.emoji import latent_lpips
 
 
 def _paper(name: str, says: str, **changes: object) -> Experiment:
@@ -31,13 +38,24 @@ def _paper(name: str, says: str, **changes: object) -> Experiment:
     return _changed("emoji:paper", name, says, changes)
 
 
-def _default(name: str, says: str, **changes: object) -> Experiment:
-    return _changed(DEFAULT, name, says, changes)
+def _jumps(name: str, says: str, **changes: object) -> Experiment:
+    """The default's first stage alone."""
+    return _changed(DEFAULT, name, says, changes, ("segments",))
 
 
-def _changed(recipe: str, name: str, says: str, changes: dict[str, object]) -> Experiment:
+def _regression(name: str, says: str, **changes: object) -> Experiment:
+    """The default's second stage alone, at a first stage's rate and 6 updates a step."""
+    alone = dict(trajectories__learning_rate=3e-4, trajectories__batch_size=24)
+    return _changed(
+        DEFAULT, name, says, {**alone, "trajectories__updates": 6, **changes}, ("trajectories",)
+    )
+
+
+def _changed(
+    recipe: str, name: str, says: str, changes: dict[str, object], stages: tuple[str, ...] = ()
+) -> Experiment:
     dotted = {"stages." + key.replace("__", "."): value for key, value in changes.items()}
-    return Experiment(name=name, says=says, recipe=recipe, changes=dotted)
+    return Experiment(name=name, says=says, recipe=recipe, stages=stages, changes=dotted)
 
 
 def _nodes(count: int, batch_size: int, updates: int) -> Experiment:
@@ -53,8 +71,8 @@ def _nodes(count: int, batch_size: int, updates: int) -> Experiment:
 STAGES = Table(
     name="improvements",
     title="Changes to the paper's stages",
-    says="Each row changes one thing of `paper`: node reuse with 17 nodes a path, the loss in z, "
-    "4 states a rollout.",
+    says="Each row changes one thing of `paper`: node reuse with 17 nodes a path, jumps to the "
+    "milestones, the loss in z, 4 states a rollout.",
     experiments=(
         PAPER,
         _paper(
@@ -67,6 +85,11 @@ STAGES = Table(
         _nodes(1, batch_size=32, updates=8),
         _nodes(4, batch_size=8, updates=8),
         _nodes(6, batch_size=10, updates=14),
+        _paper(
+            "landing",
+            "jumps to any time between, as Hyper-SD's",
+            segments__settings__landing="trajectory",
+        ),
         _paper(
             "loss_x0",
             "loss as x0, weighted by min(SNR + 1, 5)",
@@ -89,39 +112,52 @@ STAGES = Table(
 )
 
 
-_LOOK = {"latent_lpips": {"weights": str(paths.MINIATURE / "latent_lpips")}}
-
-
 def _path(nodes: int, batch_size: int) -> Experiment:
-    return _default(
+    return _regression(
         f"path{nodes}",
         f"every node of a {nodes}-step path is a state",
         trajectories__settings__segments=nodes,
         trajectories__settings__teacher_substeps=1,
         trajectories__batch_size=batch_size,
-        # 32 examples an update, as the default has.
+        # 32 examples an update, as the others have.
         trajectories__updates=nodes * batch_size // 32,
     )
 
 
-TRAJECTORIES = Table(
-    name="trajectories",
-    title="Changes to the default's trajectory regression",
-    says="Each row changes one thing of `default`: 8 milestones of a 16-step path, all weighted "
-    "alike, and 30 % of the paths from the student's own states.",
+_ALONE = _regression("regression", "the second stage alone")
+
+PARTS = Table(
+    name="parts",
+    title="The default, taken apart",
+    says="`default` is `jumps`, then `regression` at a third of its rate.",
+    steps=ALL_STEPS,
     experiments=(
         OURS,
-        _default("own0", "all paths from noise", trajectories__settings__own_states=0.0),
-        _default("own60", "60 % from own states", trajectories__settings__own_states=0.6),
-        _default(
-            "snr5",
-            "weights min(SNR + 1, 5)",
-            trajectories__settings__snr_limit=5.0,
+        _jumps("jumps", "the first stage alone: 4 segments, jumps to any time between"),
+        _jumps(
+            "milestones4",
+            "the first stage with jumps to the milestones",
+            segments__settings__landing="milestone",
         ),
+        _ALONE,
+    ),
+)
+
+REGRESSIONS = Table(
+    name="regressions",
+    title="Changes to the regression on whole trajectories",
+    says="Each row changes one thing of `regression`: 8 milestones of a 16-step path, all weighted "
+    "alike, and 30 % of the paths from the student's own states.",
+    steps=ALL_STEPS,
+    experiments=(
+        _ALONE,
+        _regression("own0", "all paths from noise", trajectories__settings__own_states=0.0),
+        _regression("own60", "60 % from own states", trajectories__settings__own_states=0.6),
+        _regression("snr5", "weights min(SNR + 1, 5)", trajectories__settings__snr_limit=5.0),
         _path(25, batch_size=32),
         _path(50, batch_size=16),
-        _default("epochs2", "each path twice", trajectories__epochs=2),
-        _default("epochs4", "each path four times", trajectories__epochs=4),
-        _default("look", "latent LPIPS too", trajectories__terms=_LOOK),
+        _regression("epochs2", "each path twice", trajectories__epochs=2),
+        _regression("epochs4", "each path four times", trajectories__epochs=4),
+        _regression("look", "latent LPIPS too", trajectories__terms=latent_lpips()),
     ),
 )

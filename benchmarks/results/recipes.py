@@ -7,11 +7,11 @@ not every relative's own sampler.
 A recipe that is not in `configs/` has no row.
 """
 
-from benchmarks.results.ablation import PAPER
-from benchmarks.results.experiment import DEFAULT, Experiment, Table
+from benchmarks.results.ablation import FULL, PAPER
+from benchmarks.results.experiment import ALL_STEPS, DEFAULT, Experiment, Table
 
 OURS = Experiment(
-    name="default", says="`emoji.py`: regression on whole trajectories", recipe=DEFAULT
+    name="default", says="`emoji.py`: jumps, then regression on trajectories", recipe=DEFAULT
 )
 
 
@@ -22,14 +22,18 @@ def _relative(name: str, says: str) -> Experiment:
 RECIPES = Table(
     name="recipes",
     title="Recipes at equal evaluations",
-    says="Ours, the paper's two stages, all of TLCM, and its relatives as recipes of this code, "
-    "all drawn at TLCM's times with fresh noise between steps, but `mcm`, which has none.",
-    steps=(1, 2, 3, 4, 8),
+    says="Ours, ours with all terms of TLCM, the paper's two stages, all of the paper, and its "
+    "relatives as recipes of this code, all drawn at TLCM's times with fresh noise between steps, "
+    "but `mcm`, which has none.",
+    steps=ALL_STEPS,
     shown=(1, 4),
     experiments=(
         OURS,
+        _relative("full", "`default` and all terms of TLCM"),
         PAPER,
-        _relative("full", "all of TLCM, M = 8, 4, 2"),
+        Experiment(
+            name="tlcm", says="`emoji_full.py:paper`: all of TLCM, M = 8, 4, 2", recipe=FULL
+        ),
         _relative("lcm", "LCM, one segment"),
         _relative("pcm", "PCM, four phases, adversarial inside each"),
         _relative("hyper_sd", "Hyper-SD, jumps to any time, M = 8, 4, 2, 1"),
