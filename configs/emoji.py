@@ -7,8 +7,9 @@ half of it is the training, a third the evaluation. Expect on held-out prompts: 
 at 4 steps and 43 % at 2 (the 25-step teacher: 50 %; in 4 steps: 29 %), Frechet distance 76 and 90
 (77; 133).
 
-    --config configs/emoji.py:smoke     a few steps of each stage, to see that all is in place
-    --config configs/emoji.py:paper     the paper's two stages, for the same number of evaluations
+    --config configs/emoji.py:smoke        a few steps of each stage, to see that all is in place
+    --config configs/emoji.py:paper        the paper's two stages
+    --config configs/emoji.py:regression   then the ends of whole teacher paths, as one more stage
 """
 
 from typing import Any
@@ -17,44 +18,31 @@ from ml_collections import ConfigDict
 
 from tlcm_jax import paths
 
-VARIANTS = ("", "smoke", "paper")
+VARIANTS = ("", "smoke", "paper", "regression")
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe, or one of its variants: see above."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/emoji.py has no variant {variant!r}; use ':smoke', ':paper'")
-    smoke, paper = variant == "smoke", variant == "paper"
+        known = ", ".join(f"':{name}'" for name in VARIANTS if name)
+        raise ValueError(f"configs/emoji.py has no variant {variant!r}; use {known}")
+    smoke = variant == "smoke"
     prompts = paths.MINIATURE / "prompts"
     guidance_scale = 5.0
-    stages = dict(
-        # Not in the paper: its targets are the teacher's own from the first update on, and the
-        # student's own states, which are what the paper's stage 2 is for, are among them.
-        trajectories=dict(
-            objective="trajectory_regression",
-            steps=4 if smoke else 35,
-            # 16 paths of 8 milestones: 4 updates of 32.
-            batch_size=16,
-            updates=4,
-            learning_rate=1e-4,
-            warmup_updates=0 if smoke else 20,
-            decay="cosine",
-            final_fraction=0.05,
-            settings=dict(guidance_scale=guidance_scale, teacher_substeps=2, own_states=0.3),
-        ),
-        segments=dict(
-            objective="segment_consistency",
-            steps=80,
-            # 16 prompts make 272 pairs: 8 updates of 34.
-            batch_size=16,
-            updates=8,
-            learning_rate=3e-4,
-            warmup_updates=10,
-            decay="cosine",
-            final_fraction=0.1,
-            settings=dict(guidance_scale=guidance_scale, nodes_per_segment=2),
-        ),
-        endpoints=dict(
+    segments = dict(
+        objective="segment_consistency",
+        steps=80,
+        # 16 prompts make 272 pairs: 8 updates of 34.
+        batch_size=16,
+        updates=8,
+        learning_rate=3e-4,
+        warmup_updates=10,
+        decay="cosine",
+        final_fraction=0.1,
+        settings=dict(guidance_scale=guidance_scale, nodes_per_segment=2),
+    )
+    if variant == "paper":
+        endpoints = dict(
             objective="endpoint_consistency",
             steps=45,
             # 16 rollouts of 4 states: 2 updates of 32.
@@ -64,14 +52,35 @@ def get_config(variant: str = "") -> ConfigDict:
             decay="cosine",
             final_fraction=0.1,
             settings=dict(guidance_scale=guidance_scale, teacher_substeps=2, states_per_rollout=4),
-        ),
-    )
-    order = ("segments", "endpoints" if paper else "trajectories")
-    if not paper:
-        # Jumps to any time between, as Hyper-SD has them; 17 nodes a path as with M = 8.
-        stages["segments"]["steps"] = 2 if smoke else 55
-        stages["segments"]["settings"] |= dict(
-            segments=4, nodes_per_segment=4, landing="trajectory"
+        )
+        stages = dict(segments=segments, endpoints=endpoints)
+    else:
+        # Jumps to any time of a segment, 4 segments and then 2: 17 nodes a path as with 8.
+        stages = {
+            f"segments{count}": dict(
+                segments,
+                steps=2 if smoke else 39,
+                settings=dict(
+                    segments["settings"],
+                    segments=count,
+                    nodes_per_segment=16 // count,
+                    landing="trajectory",
+                ),
+            )
+            for count in (4, 2)
+        }
+    if variant == "regression":
+        stages["trajectories"] = dict(
+            objective="trajectory_regression",
+            steps=20,
+            # 24 paths of 8 milestones: 6 updates of 32.
+            batch_size=24,
+            updates=6,
+            learning_rate=1e-4,
+            warmup_updates=20,
+            decay="cosine",
+            final_fraction=0.05,
+            settings=dict(guidance_scale=guidance_scale, teacher_substeps=2, own_states=0.3),
         )
     return ConfigDict(
         dict(
@@ -80,8 +89,8 @@ def get_config(variant: str = "") -> ConfigDict:
             model=dict(path=str(paths.EMOJI_XL), dtype="float32"),
             prompts=(str(prompts / "train.txt"),),
             adapter=dict(rank=64, alpha=64.0, merged=True),
-            stage_order=order,
-            stages={name: stages[name] for name in order},
+            stage_order=tuple(stages),
+            stages=stages,
             mesh=dict(data=-1, fsdp=1),
             log_every=1 if smoke else 5,
             checkpoint_every=20,

@@ -4,7 +4,7 @@
     python -m tlcm_jax.main --config configs/emoji_full.py:paper --workdir runs/emoji-full-paper
 
 Without a variant the stages are the default's (`configs/emoji.py`) with latent LPIPS beside them,
-preference beside the second, and a third with distribution matching and the adversarial term.
+preference beside the second too, and a third with distribution matching and the adversarial term.
 `:paper` has the paper's (arXiv 2406.05768): progressive segments, endpoints, preference, then both
 games. Batches, steps and rates are scaled down with those of `configs/emoji.py`.
 """
@@ -34,21 +34,27 @@ def get_config(variant: str = "") -> ConfigDict:
 def _our_stages(config: ConfigDict) -> dict[str, Any]:
     # At weight 1 its gradient is 4 to 10 times the mean square's.
     look = emoji.latent_lpips(weight=0.1)
-    stages = config.stages.to_dict()
-    for stage in stages.values():
-        stage["terms"] = dict(look)
-    # Its gradient, 0.2 of the regression's at weight 1, is held to half of it.
-    preference = dict(preference=dict(_scorer(), weight=5.0, share=0.5))
+    first, second = config.stages.to_dict().values()
     games = _games(config)
-    # 4 times the regression's at weight 1.
-    games["distribution_matching"]["weight"] = 0.25
-    # The teacher's own ends are real.
-    games["adversarial"]["real"] = "goal"
-    stages["matching"] = dict(
-        stages["trajectories"], steps=8, batch_size=8, updates=8, terms=dict(look, **games)
+    # At weight 1 fifty times the jumps' gradient, which the teacher's landings hold in place.
+    games["distribution_matching"]["weight"] = 0.01
+    games["adversarial"] |= dict(real="goal", weight=2e-3)
+    matching = dict(
+        second,
+        learning_rate=1e-4,
+        decay="constant",
+        warmup_updates=0,
+        steps=7,
+        # 4 prompts make 68 pairs: 2 updates of 34.
+        batch_size=4,
+        updates=2,
+        terms=dict(look, **games),
     )
-    stages["trajectories"]["terms"] |= preference
-    return stages
+    return dict(
+        segments4=dict(first, terms=look),
+        segments2=dict(second, terms=dict(look, preference=dict(_scorer(), share=0.5))),
+        matching=matching,
+    )
 
 
 def _paper_stages(config: ConfigDict) -> dict[str, Any]:

@@ -33,7 +33,7 @@ TABLES = (
     ablation.SETTINGS,
     improvements.STAGES,
     improvements.PARTS,
-    improvements.REGRESSIONS,
+    improvements.ENDS,
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tlcm_jax.settings import Settings, read
 
-# The noise schedule's measure of all budgets: the embedded default.
+# The embedded default, whose teacher, prompts and judge are those of all experiments.
 DEFAULT = "emoji"
 
 # What a student is drawn in where a table does not ask for less.

@@ -14,11 +14,13 @@ examples: at equal evaluations an example's cost alone then decides how many upd
 
 `PARTS` takes `emoji.py`, the default, apart.
 
-    jumps         its first stage alone: 4 segments, jumps to any time between
-    milestones4   the same with jumps to the milestones, the paper's
-    regression    its second alone, at the rate of a first stage
+    jumps4        its first stage alone, 4 segments
+    jumps2        its second alone, 2 segments
+    milestones4   the first with jumps to the milestones, the paper's, in place of any time
+    regression    `emoji.py:regression`: a third stage, whole trajectories
+    ends          that stage alone, at the rate of a first one
 
-`REGRESSIONS` changes that second stage, where it stands alone.
+`ENDS` changes the last of these.
 
     own0, own60   none or 60 % of the paths begin at the student's own states, against 30 %
     snr5          weights min(SNR + 1, 5), against all times alike
@@ -38,17 +40,10 @@ def _paper(name: str, says: str, **changes: object) -> Experiment:
     return _changed("emoji:paper", name, says, changes)
 
 
-def _jumps(name: str, says: str, **changes: object) -> Experiment:
-    """The default's first stage alone."""
-    return _changed(DEFAULT, name, says, changes, ("segments",))
-
-
-def _regression(name: str, says: str, **changes: object) -> Experiment:
-    """The default's second stage alone, at a first stage's rate and 6 updates a step."""
-    alone = dict(trajectories__learning_rate=3e-4, trajectories__batch_size=24)
-    return _changed(
-        DEFAULT, name, says, {**alone, "trajectories__updates": 6, **changes}, ("trajectories",)
-    )
+def _ends(name: str, says: str, **changes: object) -> Experiment:
+    """Regression on whole trajectories alone, at a first stage's rate."""
+    changes = {"trajectories__learning_rate": 3e-4, **changes}
+    return _changed("emoji:regression", name, says, changes, ("trajectories",))
 
 
 def _changed(
@@ -113,7 +108,7 @@ STAGES = Table(
 
 
 def _path(nodes: int, batch_size: int) -> Experiment:
-    return _regression(
+    return _ends(
         f"path{nodes}",
         f"every node of a {nodes}-step path is a state",
         trajectories__settings__segments=nodes,
@@ -124,40 +119,49 @@ def _path(nodes: int, batch_size: int) -> Experiment:
     )
 
 
-_ALONE = _regression("regression", "the second stage alone")
+_ALONE = _ends("ends", "whole trajectories alone")
 
 PARTS = Table(
     name="parts",
     title="The default, taken apart",
-    says="`default` is `jumps`, then `regression` at a third of its rate.",
+    says="`default` is two stages of jumps to any time of a segment, 4 segments and then 2.",
     steps=ALL_STEPS,
     experiments=(
         OURS,
-        _jumps("jumps", "the first stage alone: 4 segments, jumps to any time between"),
-        _jumps(
+        _changed(DEFAULT, "jumps4", "the first stage alone", {}, ("segments4",)),
+        _changed(DEFAULT, "jumps2", "the second stage alone", {}, ("segments2",)),
+        _changed(
+            DEFAULT,
             "milestones4",
-            "the first stage with jumps to the milestones",
-            segments__settings__landing="milestone",
+            "the first stage alone, with jumps to the milestones",
+            {"segments4__settings__landing": "milestone"},
+            ("segments4",),
+        ),
+        Experiment(
+            name="regression",
+            says="`emoji.py:regression`: then the ends of whole trajectories",
+            recipe="emoji:regression",
+            shares={"segments4": 45, "segments2": 35, "trajectories": 20},
         ),
         _ALONE,
     ),
 )
 
-REGRESSIONS = Table(
-    name="regressions",
-    title="Changes to the regression on whole trajectories",
-    says="Each row changes one thing of `regression`: 8 milestones of a 16-step path, all weighted "
+ENDS = Table(
+    name="trajectories",
+    title="Regression on the ends of whole trajectories",
+    says="Each row changes one thing of `ends`: 8 milestones of a 16-step path, all weighted "
     "alike, and 30 % of the paths from the student's own states.",
     steps=ALL_STEPS,
     experiments=(
         _ALONE,
-        _regression("own0", "all paths from noise", trajectories__settings__own_states=0.0),
-        _regression("own60", "60 % from own states", trajectories__settings__own_states=0.6),
-        _regression("snr5", "weights min(SNR + 1, 5)", trajectories__settings__snr_limit=5.0),
+        _ends("own0", "all paths from noise", trajectories__settings__own_states=0.0),
+        _ends("own60", "60 % from own states", trajectories__settings__own_states=0.6),
+        _ends("snr5", "weights min(SNR + 1, 5)", trajectories__settings__snr_limit=5.0),
         _path(25, batch_size=32),
         _path(50, batch_size=16),
-        _regression("epochs2", "each path twice", trajectories__epochs=2),
-        _regression("epochs4", "each path four times", trajectories__epochs=4),
-        _regression("look", "latent LPIPS too", trajectories__terms=latent_lpips()),
+        _ends("epochs2", "each path twice", trajectories__epochs=2),
+        _ends("epochs4", "each path four times", trajectories__epochs=4),
+        _ends("look", "latent LPIPS too", trajectories__terms=latent_lpips()),
     ),
 )

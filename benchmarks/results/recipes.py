@@ -10,9 +10,7 @@ A recipe that is not in `configs/` has no row.
 from benchmarks.results.ablation import FULL, PAPER
 from benchmarks.results.experiment import ALL_STEPS, DEFAULT, Experiment, Table
 
-OURS = Experiment(
-    name="default", says="`emoji.py`: jumps, then regression on trajectories", recipe=DEFAULT
-)
+OURS = Experiment(name="default", says="`emoji.py`: jumps to any time, M = 4, 2", recipe=DEFAULT)
 
 
 def _relative(name: str, says: str) -> Experiment:

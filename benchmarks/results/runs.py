@@ -152,7 +152,7 @@ def plan(
       tables: what is compared.
       workdir: holds a folder an experiment.
       seeds: of the training and the noise.
-      share: of the default recipe's evaluations that each run uses.
+      share: of `budget.WHOLE`, the default's evaluations, that each run uses.
       limit: prompts that are scored; 0 takes all.
 
     Raises:
@@ -161,7 +161,7 @@ def plan(
     if not share > 0 or not seeds:
         raise ValueError(f"budget {share}, seeds {list(seeds)}: give a positive one, and a seed")
     base = load_recipe(DEFAULT)
-    evaluations = share * budget.total(read(base))
+    evaluations = share * budget.WHOLE
     steps: dict[str, set[int]] = {}
     experiments: dict[str, Experiment] = {}
     for table in tables:

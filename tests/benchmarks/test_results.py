@@ -32,7 +32,7 @@ def there(experiment):
 
 @pytest.mark.parametrize("name", [n for n, e in EXPERIMENTS.items() if there(e)])
 def test_every_experiment_uses_the_same_evaluations(name):
-    whole = budget.total(read(EXPERIMENTS["default"].config()))
+    whole = budget.WHOLE
     for share in (1.0, 0.3):
         settings = read(runs.sized(EXPERIMENTS[name], share * whole))
         found = budget.costs(settings)
@@ -41,6 +41,12 @@ def test_every_experiment_uses_the_same_evaluations(name):
         assert abs(budget.total(settings) - share * whole) <= finest / 2
         for stage in settings.stages.values():
             assert 10 * stage.warmup_updates <= stage.steps * stage.updates
+
+
+def test_the_whole_budget_is_the_default_recipe_s():
+    assert budget.total(read(EXPERIMENTS["default"].config())) == pytest.approx(
+        budget.WHOLE, rel=5e-3
+    )
 
 
 def test_names_fit_over_a_column_and_mean_one_thing():
