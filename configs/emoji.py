@@ -72,10 +72,10 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "regression":
         stages["trajectories"] = dict(
             objective="trajectory_regression",
-            steps=20,
-            # 24 paths of 8 milestones: 6 updates of 32.
-            batch_size=24,
-            updates=6,
+            steps=30,
+            # 16 paths of 8 milestones: 4 updates of 32.
+            batch_size=16,
+            updates=4,
             learning_rate=1e-4,
             warmup_updates=20,
             decay="cosine",

@@ -41,8 +41,9 @@ def _paper(name: str, says: str, **changes: object) -> Experiment:
 
 
 def _ends(name: str, says: str, **changes: object) -> Experiment:
-    """Regression on whole trajectories alone, at a first stage's rate."""
-    changes = {"trajectories__learning_rate": 3e-4, **changes}
+    """Regression on whole trajectories alone, at a first stage's rate, 6 updates a step."""
+    alone = dict(trajectories__learning_rate=3e-4, trajectories__batch_size=24)
+    changes = {**alone, "trajectories__updates": 6, **changes}
     return _changed("emoji:regression", name, says, changes, ("trajectories",))
 
 
