@@ -32,7 +32,7 @@ def size(tree: Any) -> int:
 
 def roles(model: Path) -> Mapping[str, tuple[int, int, int]]:
     """Bytes of each role, by column."""
-    config = sdxl.get_config().to_dict()
+    config = sdxl.get_config("paper").to_dict()
     last = config["stages"]["endpoints"]
     last["terms"] = {"distribution_matching": {}, "adversarial": {}}
     config |= {"stages": {"endpoints": last}, "stage_order": ("endpoints",)}

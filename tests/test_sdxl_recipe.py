@@ -16,16 +16,18 @@ from tlcm_jax.training.state import create
 
 
 @pytest.fixture(scope="module")
-def config():
+def recipe():
     spec = importlib.util.spec_from_file_location("sdxl", paths.ROOT / "configs" / "sdxl.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config().to_dict()
+    return module.get_config
 
 
-@pytest.mark.parametrize("stage", ["segments", "endpoints"])
-def test_lowers(tmp_path, config, stage):
-    settings = read(config)
+@pytest.mark.parametrize(
+    ("variant", "stage"), [("", "segments2"), ("paper", "segments"), ("paper", "endpoints")]
+)
+def test_lowers(tmp_path, recipe, variant, stage):
+    settings = read(recipe(variant).to_dict())
     pipeline = abstract_pipeline(
         write_sdxl_configs(tmp_path), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="blocks"
     )
@@ -42,7 +44,7 @@ def test_lowers(tmp_path, config, stage):
     null = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), conditioning)
     frozen = {"unet": pipeline.params["unet"], "null": null}
     lowered = prepared.step.lower(state, frozen, {"conditioning": conditioning})
-    assert plan.examples == (272 if stage == "segments" else 16)
+    assert plan.examples == (16 if stage == "endpoints" else 272)
     out_state, metrics = lowered.out_info
     assert jax.tree.map(lambda x: x.shape, out_state.trainable) == jax.tree.map(
         lambda x: x.shape, adapter
