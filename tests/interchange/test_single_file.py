@@ -231,8 +231,10 @@ def _family(pipeline):
 
 def test_tiny_names_are_found_by_an_independent_converter(teacher, checkpoint, family):
     """The UNet and VAE: diffusers' own converter maps the file back to the folder's names."""
-    utils = pytest.importorskip("diffusers.loaders.single_file_utils")
-    torch = pytest.importorskip("torch")
+    utils = pytest.importorskip(
+        "diffusers.loaders.single_file_utils", reason="needs diffusers: `verify`"
+    )
+    torch = pytest.importorskip("torch", reason="needs torch: the extra `verify`")
     stored = {key: torch.from_numpy(value) for key, value in load_file(checkpoint).items()}
     converters = {
         "unet": utils.convert_ldm_unet_checkpoint,

