@@ -110,7 +110,9 @@ def test_jumps_to_any_time_are_the_flow_s_best_average(world):
     # What a step makes of x0: its distances to the flow's points are squares of this times x0's.
     ones, still = jnp.ones_like(z), jnp.zeros_like(z)
     slopes = [ddim.step(world.schedule, still, ones, t, s) for s in landings]
-    leads = [ddim.inverse(world.schedule, z, end, t, s) for end, s in zip(flow, landings)]
+    leads = [
+        ddim.inverse(world.schedule, z, end, t, s) for end, s in zip(flow, landings, strict=True)
+    ]
     weights = jnp.square(jnp.stack(slopes))
     best = jnp.sum(weights * jnp.stack(leads), axis=0) / jnp.sum(weights, axis=0)
 
