@@ -91,6 +91,7 @@ class Table:
       experiments: the rows, of different names.
       steps: the student's step counts.
       shown: those of them that get a contact sheet.
+      followed: keys of the measures that are told at all of them; none given takes all.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Table:
     experiments: tuple[Experiment, ...]
     steps: tuple[int, ...] = (4,)
     shown: tuple[int, ...] = (4,)
+    followed: tuple[str, ...] = ()
 
 
 def recipe(name: str) -> dict[str, Any]:

@@ -31,8 +31,13 @@ examples: at equal evaluations an example's cost alone then decides how many upd
 
 from benchmarks.results.ablation import PAPER
 from benchmarks.results.experiment import ALL_STEPS, DEFAULT, Experiment, Table
+from benchmarks.results.measure import LPIPS_TO_TEACHER
 from benchmarks.results.recipes import OURS
 from configs.emoji import latent_lpips
+
+
+# Six measures at five step counts would bury what these tables say.
+_FOLLOWED = ("object_top1", "frechet_distance", LPIPS_TO_TEACHER)
 
 
 def _paper(name: str, says: str, **changes: object) -> Experiment:
@@ -127,6 +132,7 @@ PARTS = Table(
     title="The default, taken apart",
     says="`default` is two stages of jumps to any time of a segment, 4 segments and then 2.",
     steps=ALL_STEPS,
+    followed=_FOLLOWED,
     experiments=(
         OURS,
         _changed(DEFAULT, "jumps4", "the first stage alone", {}, ("segments4",)),
@@ -154,6 +160,7 @@ ENDS = Table(
     says="Each row changes one thing of `ends`: 8 milestones of a 16-step path, all weighted "
     "alike, and 30 % of the paths from the student's own states.",
     steps=ALL_STEPS,
+    followed=_FOLLOWED,
     experiments=(
         _ALONE,
         _ends("own0", "all paths from noise", trajectories__settings__own_states=0.0),

@@ -147,6 +147,8 @@ def _section(one: Table, plan: Plan, found: Found, sheets: Mapping[int, str]) ->
     yield from _at(one, plan, found, steps)
     if len(one.steps) > 1:
         for measure in _known(one, found):
+            if one.followed and measure.key not in one.followed:
+                continue
             yield from ("", f"### {one.title}: {measure.title}", "")
             yield from _by_steps(one, found, measure)
     for count, link in sorted(sheets.items()):

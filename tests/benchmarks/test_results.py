@@ -210,13 +210,14 @@ def test_the_page_shows_means_reasons_and_commentary(tmp_path):
         steps=steps,
         experiments=tuple(EXPERIMENTS[n] for n in ("default", "snr5", "path25", "full")),
     )
+    followed = dataclasses.replace(table, name="few", title="Few", followed=("diversity",))
     empty = dataclasses.replace(table, name="empty", title="Empty", experiments=())
     output = tmp_path / "docs" / "results.md"
     (output.parent / "results").mkdir(parents=True)
     (output.parent / "results" / "commentary.md").write_text("What I *think*.\n")
     plan = planned(teachers, rows, full="the weights are missing")
     words = ["python", "-m", "benchmarks.results", "--seeds", "0,1"]
-    command.write([table, empty], plan, output, words)
+    command.write([table, followed, empty], plan, output, words)
     text = output.read_text(encoding="utf-8")
     assert "python -m benchmarks.results --seeds 0,1" in text and "What I *think*." in text
     assert "over 2 seeds (0, 1)" in text and "2,000 UNet forwards" in text
@@ -231,6 +232,8 @@ def test_the_page_shows_means_reasons_and_commentary(tmp_path):
         "| steps | 1 | 4 | 25 |" in text
         and "| teacher with guidance | – | 30.0 ± 0.0 | 50.0 ± 0.0 |" in text
     )
+    assert "### Small: object top-1, %" in text and "### Few: diversity" in text
+    assert "### Few: object top-1" not in text
     assert "- `snr5, seed 1` failed: the loss is not finite" in text
     assert "- `full` was not run: the weights are missing." in text
     assert "- Not run: `path25`." in text and "Empty" not in text
