@@ -35,7 +35,6 @@ from benchmarks.results.measure import LPIPS_TO_TEACHER
 from benchmarks.results.recipes import OURS
 from configs.emoji import latent_lpips
 
-
 # Six measures at five step counts would bury what these tables say.
 _FOLLOWED = ("object_top1", "frechet_distance", LPIPS_TO_TEACHER)
 
