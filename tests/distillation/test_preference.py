@@ -33,6 +33,20 @@ def test_the_preference_loss_by_hand(world):
     assert term.share == 0.3
 
 
+def test_a_stage_s_own_threshold_takes_the_scorer_s_place(world):
+    def value(settings):
+        term = preference(roles(world), world.schedule, settings)
+        x, texts = jnp.zeros((2, *world.shape)), jnp.array([0.2, 0.4])
+        extras = {"reward_texts": texts, "judge_texts": texts}
+        return term.loss(made_of(world, x), extras, world.frozen, {}, jax.random.key(0))[0]
+
+    # Grey pictures score above 9.8, so the scorer's 9.9 asks for at most 0.1 more.
+    own, other = value(WISH), value(dataclasses.replace(WISH, threshold=20.0))
+    expected = 20 - (10 - np.array([0.2, 0.4]) ** 2)
+    relu = np.maximum(9.9 - (10 - np.array([0.2, 0.4]) ** 2), 0)
+    np.testing.assert_allclose(other - own, expected - relu, rtol=1e-5)
+
+
 def test_descent_on_the_term_raises_its_score(world):
     term = preference(roles(world), world.schedule, WISH)
     texts = jnp.full(16, 0.5)

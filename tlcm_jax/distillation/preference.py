@@ -37,6 +37,8 @@ class PreferenceSettings:
       share: of the consistency gradient's norm at x that the term's may have.
       scorer: the one that is followed, a name in `scoring.rewards.REWARDS`.
       weights: the folder of its weights.
+      threshold: s0, above which a picture is good enough; None is the scorer's own. One that the
+        teacher's pictures pass already leaves the student nothing to learn.
       judge: one that is not; empty tells none.
       judge_weights: its folder.
       stop_when_parted: end the stage when the judge has fallen by more than `tolerance`, in its
@@ -48,6 +50,7 @@ class PreferenceSettings:
     share: float = 0.3
     scorer: str
     weights: str
+    threshold: float | None = None
     judge: str = ""
     judge_weights: str = ""
     stop_when_parted: bool = False
@@ -83,6 +86,7 @@ def preference(networks: Networks, schedule: NoiseSchedule, settings: Preference
     decode = needed(networks.decode, "preference", "a decoder")
     reward = needed(networks.reward, "preference", "a scorer")
     judge = needed(networks.judge, "preference", "a judge") if settings.judge else None
+    enough = reward.threshold if settings.threshold is None else settings.threshold
 
     def loss(
         made: Made,
@@ -100,7 +104,7 @@ def preference(networks: Networks, schedule: NoiseSchedule, settings: Preference
         # The pictures are common to both texts: what the scorer does with them it does once.
         score, other = jax.vmap(reward.score(frozen), in_axes=(None, 0))(images, both)
         strange = jnp.logical_not(_same(texts, others))
-        value = jax.nn.relu(reward.threshold - score) + strange * jax.nn.relu(other)  # (1)
+        value = jax.nn.relu(enough - score) + strange * jax.nn.relu(other)  # (1)
         metrics = {"score": score}
         if judge is not None:
             seen = jax.lax.stop_gradient(images)
