@@ -42,9 +42,8 @@ def test_a_stage_s_own_threshold_takes_the_scorer_s_place(world):
 
     # Grey pictures score above 9.8, so the scorer's 9.9 asks for at most 0.1 more.
     own, other = value(WISH), value(dataclasses.replace(WISH, threshold=20.0))
-    expected = 20 - (10 - np.array([0.2, 0.4]) ** 2)
-    relu = np.maximum(9.9 - (10 - np.array([0.2, 0.4]) ** 2), 0)
-    np.testing.assert_allclose(other - own, expected - relu, rtol=1e-5)
+    score = 10 - np.array([0.2, 0.4]) ** 2
+    np.testing.assert_allclose(other - own, 20 - score - np.maximum(9.9 - score, 0), rtol=1e-5)
 
 
 def test_descent_on_the_term_raises_its_score(world):
