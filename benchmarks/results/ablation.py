@@ -9,6 +9,7 @@ The paper adds its parts one by one, each row with all that the rows before it h
     - MLCD, multistep states           `mlcd`: ours, row 4 without latent LPIPS, so that the step
                                        from row 2 shows by itself
     4 multistep states                 `lpips`: states on the teacher's path, and latent LPIPS
+    - the same at a tenth              `lpips_tenth`: ours, see below
     5 + LCD over all t                 `all_t`: stage 2 on 50 times, 20 apart, not 8 milestones
     6 milestone LCD instead            `milestones`: stage 2 as it is
     7 + MPS                            `preference`: the miniature's own scorer in MPS's place
@@ -18,6 +19,9 @@ The paper adds its parts one by one, each row with all that the rows before it h
 Where the paper trains each row's stages to their end, here all rows use the same evaluations, and
 stages that are added take theirs from those before. The last two stages have 8 updates a step, of
 8 examples (the paper's batch is 4): at 2 of 32 they would have only some twenty.
+
+The paper does not say how latent LPIPS is weighted. The rows have it at 1, where its gradient is 5
+to 10 times the mean square's, and `lpips_tenth` has it about as large.
 
 `SETTINGS` varies two things of the paper's two stages, `emoji.py:paper`: the teacher's sub-steps p
 of stage 2 (the paper: CLIP score 32.78, 32.97, 33.06, 33.10 for 1 to 4), and M falling 8, 4, 2 in
@@ -62,8 +66,9 @@ _PLAIN: dict[str, object] = {"segments8__terms": {}}
 LADDER = Table(
     name="ablation",
     title="The parts of TLCM, one by one",
-    says="Rows as in the paper's Table 2, each with all that the rows above it have, but `all_t`, "
-    "which `milestones` replaces. Numbers in brackets are the paper's rows.",
+    says="Rows as in the paper's Table 2, each with all that the rows above it have, but "
+    "`lpips_tenth`, which stands alone, and `all_t`, which `milestones` replaces. Numbers in "
+    "brackets are the paper's rows.",
     experiments=(
         _row(
             "lcd",
@@ -77,6 +82,12 @@ LADDER = Table(
         _row("single_look", "(3) + latent LPIPS", _FIRST, **_SINGLE),
         _row("mlcd", "multistep states, no latent LPIPS", _FIRST, **_PLAIN),
         _row("lpips", "(4) multistep states, latent LPIPS", _FIRST),
+        _row(
+            "lpips_tenth",
+            "row 4 with latent LPIPS at 0.1, not 1",
+            _FIRST,
+            segments8__terms__latent_lpips__weight=0.1,
+        ),
         _row(
             "all_t",
             "(5) + stage 2 over all times",

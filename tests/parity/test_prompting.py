@@ -58,9 +58,9 @@ def ours(pipeline, scale, noise, fresh, **texts):
     return sample(pipeline.denoiser(), pipeline.schedule, start, text, times, noises=fresh)
 
 
-@pytest.mark.parametrize("scale", [3.0, 8.0])
-def test_the_guidance_scale_reaches_lcm_s_unet(models, scale):
+def test_the_guidance_scale_reaches_lcm_s_unet(models):
     pipeline, pipe = models
+    scale = 3.0
     noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4), np.float32)
     expected, fresh = theirs(pipe, scale, noise)
     drawn = ours(pipeline, scale, noise, fresh)
