@@ -29,20 +29,25 @@ def test_the_adjusted_step_gives_the_noise_the_variance_that_is_missing(schedule
 def test_the_adjusted_step_keeps_the_variance_of_gaussian_data(schedule):
     """From much noise, with the exact posterior variance; DDIM loses a part of it.
 
-    (Near the data prediction and noise lie along each other, and no longer add up as squares.)
+    Of data N(0, I) the prediction is alpha z and the noise sigma z, so that both steps scale z, by
+    known factors. (Near the data they are as long as each other, and no longer add up as squares.)
     """
-    shape = (4, 32, 32, 4)
-    data = Gaussian(jnp.zeros(shape), jnp.ones(shape))
+    data = Gaussian(jnp.zeros((4, 8, 8, 4)), jnp.ones((4, 8, 8, 4)))
     for high, low in ((999, 600), (900, 600), (800, 600)):
         t, s = jnp.full(4, high), jnp.full(4, low)
-        z = jax.random.normal(jax.random.key(high), shape)  # alpha^2 + sigma^2 = 1
+        z = jax.random.normal(jax.random.key(high), data.mean.shape)
+        z /= jnp.sqrt(jnp.mean(z**2, (1, 2, 3), keepdims=True))  # alpha^2 + sigma^2 = 1
         x0 = gaussian.x0(schedule, z, t, data)
         posterior = schedule.sigma(t)[:, 0, 0, 0] ** 2  # S sigma^2 / V
-        spread = float(jnp.std(z))
-        plain = float(jnp.std(ddim.step(schedule, z, x0, t, s))) / spread
         found = solvers.adjusted_step(schedule, z, x0, posterior, t, s)
-        adjusted = float(jnp.std(found)) / spread
-        assert plain < 0.98 and abs(adjusted - 1) < 0.15 * (1 - plain), (high, plain, adjusted)
+
+        alpha, sigma = (np.asarray(x, np.float64) for x in (schedule.alphas, schedule.sigmas))
+        lost = alpha[low] - sigma[low] / sigma[high] * alpha[high]
+        plain = alpha[low] * alpha[high] + sigma[low] * sigma[high]
+        kept = alpha[low] * alpha[high] + sigma[high] * np.hypot(sigma[low], lost)
+        np.testing.assert_allclose(ddim.step(schedule, z, x0, t, s), plain * z, rtol=1e-5)
+        np.testing.assert_allclose(found, kept * z, rtol=1e-5)
+        assert plain < 0.98 and abs(kept - 1) < 0.1 * (1 - plain), (high, plain, kept)
 
 
 def test_an_ancestral_step_is_the_way_back_of_the_noise(schedule):

@@ -152,11 +152,12 @@ def test_a_stochastic_teacher_s_mean_is_found_from_noised_data(world):
             )
         now = then
 
-    trained = train(world, objective, steps=1000, rate=0.05, batch=256)
+    # What is left is the noise of the targets: 0.020 with a batch of 256.
+    trained = train(world, objective, steps=1000, rate=0.05, batch=1024)
     assert rms(jump(world.trainable()) - mean) > 0.1
     # Not the deterministic flow's end, which is as far away as the noise that was drawn.
     assert rms(gaussian.flow(world.schedule, z, t, floor, world.guided(len(t))) - mean) > 0.05
-    assert rms(jump(trained) - mean) < 0.025
+    assert rms(jump(trained) - mean) < 0.01
 
 
 @pytest.mark.parametrize(
