@@ -7,23 +7,19 @@ pictures, which is the scorer's own ceiling.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
 from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion import sampler
 from tlcm_jax.drawing import Rendering, draw_student, draw_teacher, merged
-from tlcm_jax.interchange.files import whole
 from tlcm_jax.interchange.pipeline import Pipeline
+from tlcm_jax.picture_cache import cached, weights_hash
 from tlcm_jax.reporting.contents import Kind
 from tlcm_jax.scoring.scorers import Measure, Scorer
 
@@ -247,7 +243,7 @@ def _teacher(
 
     def draw(prompts: Sequence[str], steps: int) -> np.ndarray:
         description = [fingerprint, list(prompts), steps, float(scale), seed]
-        return _cached(
+        return cached(
             cache,
             description,
             lambda: draw_teacher(teacher, prompts, steps, scale, seed, rendering),
@@ -275,43 +271,12 @@ def check_steps(steps: Sequence[int | str]) -> list[int]:
     return sorted(counts)
 
 
-def weights_hash(pipeline: Pipeline) -> str:
-    """A hash of all that a pipeline's pictures depend on: weights, configs, precision."""
-    digest = hashlib.blake2b(digest_size=16)
-    description = [pipeline.configs, np.dtype(pipeline.unet.dtype).name]
-    digest.update(json.dumps(description, sort_keys=True, default=str).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(pipeline.params)):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.view(np.uint8).reshape(-1).data)
-    return digest.hexdigest()
-
-
 def _score(scorers: Sequence[Scorer], pictures: np.ndarray, prompts: PromptSet) -> dict:
     return {
         key: value
         for scorer in scorers
         for key, value in scorer.score(pictures, prompts.prompts, prompts.annotations).items()
     }
-
-
-def _cached(
-    folder: Path | None, description: Sequence[Any], draw: Callable[[], np.ndarray]
-) -> np.ndarray:
-    """What `draw` returns, from the folder if it was drawn by the same description before."""
-    if folder is None:
-        return draw()
-    name = hashlib.blake2b(json.dumps(description).encode(), digest_size=16).hexdigest()
-    path = Path(folder) / f"{name}.npz"
-    # A damaged file is drawn again.
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-        with np.load(path) as file:
-            return file["pictures"]
-    pictures = draw()
-    with whole(path) as part:
-        with part.open("wb") as file:
-            np.savez_compressed(file, pictures=pictures)
-    return pictures
 
 
 class _Stopwatch:
