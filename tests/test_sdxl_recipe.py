@@ -24,7 +24,13 @@ def recipe():
 
 
 @pytest.mark.parametrize(
-    ("variant", "stage"), [("", "segments2"), ("paper", "segments"), ("paper", "endpoints")]
+    ("variant", "stage"),
+    [
+        ("", "segments2"),
+        # As the one above, but for where a jump lands.
+        pytest.param("paper", "segments", marks=pytest.mark.slow),
+        ("paper", "endpoints"),
+    ],
 )
 def test_lowers(tmp_path, recipe, variant, stage):
     settings = read(recipe(variant).to_dict())
