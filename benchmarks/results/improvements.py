@@ -16,24 +16,22 @@ examples: at equal evaluations an example's cost alone then decides how many upd
 
     jumps4        its first stage alone, 4 segments
     jumps2        its second alone, 2 segments
-    milestones4   the first with jumps to the milestones, the paper's, in place of any time
+    average       both, drawn with the average of the second's updates, against the last one
     regression    `emoji.py:regression`: a third stage, whole trajectories
     ends          that stage alone, at the rate of a first one
 
 `ENDS` changes the last of these.
 
-    own0, own60   none or 60 % of the paths begin at the student's own states, against 30 %
+    own0          no path begins at the student's own states, against 30 % of them
     snr5          weights min(SNR + 1, 5), against all times alike
-    path25, 50    every node of a path of 25 or 50 steps is a state, against 8 milestones of 16
-    epochs2, 4    each path is gone through 2 or 4 times, against once
-    look          latent LPIPS beside the mean square
+    path25        every node of a path of 25 steps is a state, against 8 milestones of 16
+    epochs4       each path is gone through 4 times, against once
 """
 
 from benchmarks.results.ablation import PAPER
 from benchmarks.results.experiment import ALL_STEPS, DEFAULT, Experiment, Table
 from benchmarks.results.measure import LPIPS_TO_TEACHER
 from benchmarks.results.recipes import OURS
-from configs.emoji import latent_lpips
 
 # Six measures at five step counts would bury what these tables say.
 _FOLLOWED = ("object_top1", "frechet_distance", LPIPS_TO_TEACHER)
@@ -112,18 +110,6 @@ STAGES = Table(
 )
 
 
-def _path(nodes: int, batch_size: int) -> Experiment:
-    return _ends(
-        f"path{nodes}",
-        f"every node of a {nodes}-step path is a state",
-        trajectories__settings__segments=nodes,
-        trajectories__settings__teacher_substeps=1,
-        trajectories__batch_size=batch_size,
-        # 32 examples an update, as the others have.
-        trajectories__updates=nodes * batch_size // 32,
-    )
-
-
 _ALONE = _ends("ends", "whole trajectories alone")
 
 PARTS = Table(
@@ -138,10 +124,9 @@ PARTS = Table(
         _changed(DEFAULT, "jumps2", "the second stage alone", {}, ("segments2",)),
         _changed(
             DEFAULT,
-            "milestones4",
-            "the first stage alone, with jumps to the milestones",
-            {"segments4__settings__landing": "milestone"},
-            ("segments4",),
+            "average",
+            "average of the second stage's updates, decay 0.98",
+            {"segments2__ema_decay": 0.98},
         ),
         Experiment(
             name="regression",
@@ -163,12 +148,16 @@ ENDS = Table(
     experiments=(
         _ALONE,
         _ends("own0", "all paths from noise", trajectories__settings__own_states=0.0),
-        _ends("own60", "60 % from own states", trajectories__settings__own_states=0.6),
         _ends("snr5", "weights min(SNR + 1, 5)", trajectories__settings__snr_limit=5.0),
-        _path(25, batch_size=32),
-        _path(50, batch_size=16),
-        _ends("epochs2", "each path twice", trajectories__epochs=2),
+        _ends(
+            "path25",
+            "every node of a 25-step path is a state",
+            trajectories__settings__segments=25,
+            trajectories__settings__teacher_substeps=1,
+            trajectories__batch_size=32,
+            # 32 examples an update, as the others have.
+            trajectories__updates=25,
+        ),
         _ends("epochs4", "each path four times", trajectories__epochs=4),
-        _ends("look", "latent LPIPS too", trajectories__terms=latent_lpips()),
     ),
 )
