@@ -16,6 +16,7 @@ examples: at equal evaluations an example's cost alone then decides how many upd
 
     jumps4        its first stage alone, 4 segments
     jumps2        its second alone, 2 segments
+    jumps_x0      both, the loss as x0, weighted by min(SNR + 1, 5), against z
     average       both, drawn with the average of the second's updates, against the last one
     regression    `emoji.py:regression`: a third stage, whole trajectories
     ends          that stage alone, at the rate of a first one
@@ -122,6 +123,12 @@ PARTS = Table(
         OURS,
         _changed(DEFAULT, "jumps4", "the first stage alone", {}, ("segments4",)),
         _changed(DEFAULT, "jumps2", "the second stage alone", {}, ("segments2",)),
+        _changed(
+            DEFAULT,
+            "jumps_x0",
+            "loss as x0, weighted by min(SNR + 1, 5)",
+            {f"segments{count}__settings__loss_space": "x0" for count in (4, 2)},
+        ),
         _changed(
             DEFAULT,
             "average",
