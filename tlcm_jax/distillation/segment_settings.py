@@ -28,13 +28,15 @@ class SegmentConsistencySettings:
       mode: "node_reuse", ours, or "literal", the paper's; "single_step", the first rows of its
         ablation; or "data", noised real latents, which the batches must then hold. At 9 nodes a
         path a toy (2-D mixture, three seeds) reached the same error by the first two at equal
-        samples, node reuse with 2.7 times fewer evaluations.
+        samples, node reuse with 2.7 times fewer evaluations. A literal path has M steps: below 8
+        segments the teacher is far off its trajectory (docs/results.md).
       nodes_per_segment: of a path, with node reuse; 1 is the paper's step length. More lie closer
         to the true ODE at the same cost a pair (toy error 0.049, 0.037, 0.034 for 1, 2, 4), for
         fewer prompts in a batch of pairs.
       huber: c of the pseudo-Huber distance mean(sqrt(e^2 + c^2) - c) of latents, in place of
         their mean square; 0, the paper's, is the mean square. LCM and SCott take 0.001.
-      loss_space: "z", the paper's (4), or "x0", (5); z won on the toy.
+      loss_space: "z", the paper's (4), or "x0", (5). On the miniature x0 won where jumps end at
+        the milestone, z where they end at any time (docs/results.md); on the toy z.
       snr_limit: of the weight of times, 1 for all alike. None takes that of the loss's own
         source: 1 for "z", 5 for "x0".
       target: whose jump is the target in (4): the "student"'s own as it stands, as in the paper,
