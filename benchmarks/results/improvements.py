@@ -16,7 +16,7 @@ examples: at equal evaluations an example's cost alone then decides how many upd
 
     jumps4        its first stage alone, 4 segments
     jumps2        its second alone, 2 segments
-    jumps_literal both, one pair a path, the paper's literal algorithm, against node reuse
+    jumps_pair    both, one pair a path, the paper's literal algorithm, against node reuse
     jumps_x0      both, the loss as x0, weighted by min(SNR + 1, 5), against z
     average       both, drawn with the average of the second's updates, against the last one
     regression    `emoji.py:regression`: a third stage, whole trajectories
@@ -126,7 +126,7 @@ PARTS = Table(
         _changed(DEFAULT, "jumps2", "the second stage alone", {}, ("segments2",)),
         _changed(
             DEFAULT,
-            "jumps_literal",
+            "jumps_pair",
             "the literal algorithm: one pair a path",
             {
                 f"segments{count}__{key}": value
