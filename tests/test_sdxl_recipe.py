@@ -29,7 +29,7 @@ def recipe():
         ("", "segments2"),
         # As the one above, but for where a jump lands.
         pytest.param("paper", "segments", marks=pytest.mark.slow),
-        ("paper", "endpoints"),
+        pytest.param("paper", "endpoints", marks=pytest.mark.slow),
     ],
 )
 def test_lowers(tmp_path, recipe, variant, stage):
