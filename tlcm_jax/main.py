@@ -5,6 +5,7 @@ The same command resumes a run that was stopped.
 
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -36,8 +37,9 @@ def main(argv: list[str]) -> None:
     from tlcm_jax.distil import distil
     from tlcm_jax.finish import Ending, finish
 
-    config, workdir = _CONFIG.value.to_dict(), str(_WORKDIR.value)
+    workdir = str(_WORKDIR.value)
     try:
+        config = _CONFIG.value.to_dict()
         ending = Ending.prepare(config)
         run = distil(config, workdir, progress=_PROGRESS.value)
         if not run.completed:
@@ -50,9 +52,25 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Reads absl's flags; an override of a key that the recipe lacks ends the command with one line.
+
+    What a recipe itself raises keeps its trace, which names the place.
+    """
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError) as error:
+        if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        told: object = error
+        while isinstance(told, BaseException):
+            told = told.args[0]
+        sys.exit(f"error: an override of --config: no such key: {' '.join(str(told).split())}")
+
+
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
     # Orbax logs each of its options, through the same logger.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
