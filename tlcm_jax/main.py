@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads absl's flags; an override of a key that the recipe lacks ends the command with one line.
+    """Reads the flags; an override of a key that the recipe lacks ends the command with one line.
 
     What a recipe itself raises keeps its trace, which names the place.
     """
