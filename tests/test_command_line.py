@@ -1,5 +1,6 @@
 """What the trainer's command line says of arguments that are wrong, before it trains."""
 
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ def command(recipe, folder, *overrides):
     return subprocess.run(
         [sys.executable, "-m", "tlcm_jax.main", *words],
         cwd=paths.ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},  # one device, as the recipes want it
         capture_output=True,
         text=True,
         timeout=300,
@@ -22,9 +24,11 @@ def command(recipe, folder, *overrides):
 @pytest.mark.parametrize(
     ("recipe", "overrides", "said"),
     [
-        ("emoji", ["--config.stages.segments2.stepz=3"], 'Did you mean "steps"'),
-        ("emoji", ["--config.stages.nowhere.steps=3"], "no such key: 'nowhere'"),
-        ("emoji", ["--config.seed.more=3"], "no such key: "),
+        ("emoji", ["--config.stages.segments2.stepz=3"], "did you mean 'steps'"),
+        # A key that the recipe leaves at its default.
+        ("emoji", ["--config.stages.segments2.ema_decay=2"], "ema_decay must lie in"),
+        ("emoji", ["--config.stages.nowhere.steps=3"], "does not have: 'nowhere'"),
+        ("emoji", ["--config.seed.more=3"], "sets a part of"),
         ("nowhere", [], "configs/nowhere.py"),
         ("emoji_full", ["--config.stages.matching.terms.adversarial.weight=-1"], "at least 0"),
     ],

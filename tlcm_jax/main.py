@@ -12,7 +12,14 @@ from ml_collections import config_flags
 
 from tlcm_jax import compilation
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, such as configs/emoji.py.")
+# Keys that a recipe leaves at their defaults can be set too; `settings.read` refuses unknown ones.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "The recipe, such as configs/emoji.py; --config.KEY=VALUE changes a key of it.",
+    lock_config=False,
+    accept_new_attributes=True,
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, samples, report.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
 _CACHE = flags.DEFINE_string(
@@ -53,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the flags; an override of a key that the recipe lacks ends the command with one line.
+    """Reads the flags; an override below a key that the recipe lacks is an error of one line.
 
     What a recipe itself raises keeps its trace, which names the place.
     """
@@ -65,7 +72,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         told: object = error
         while isinstance(told, BaseException):
             told = told.args[0]
-        sys.exit(f"error: an override of --config: no such key: {' '.join(str(told).split())}")
+        sys.exit(
+            "error: an override of --config sets a part of what the recipe does not have: "
+            f"{' '.join(str(told).split())}; give the whole, as --config.KEY=\"{{'part': 1}}\""
+        )
 
 
 if __name__ == "__main__":
