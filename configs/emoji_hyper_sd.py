@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     stages = {}
     for segments in SEGMENTS:
         stage = stages[f"segments{segments}"] = ConfigDict(first.to_dict())
-        # The default's steps are shared out; 16 nodes a path whatever M.
+        # The steps of `emoji.py:paper`'s stage 1 are shared out; 16 nodes a path whatever M.
         stage.steps = max(1, first.steps // len(SEGMENTS))
         stage.warmup_updates = first.warmup_updates if segments == SEGMENTS[0] else 0
         stage.settings = ConfigDict(

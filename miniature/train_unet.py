@@ -1,6 +1,6 @@
 """Trains the miniature's UNet on the latents of the emoji, and completes the pipeline folder.
 
-    python -m miniature.train_unet --data emoji32.npz --output miniature/emoji-xl
+    python -m miniature.train_unet --data emoji32.npz --output miniature/emoji-xl --tokenizer DIR
 
 Epsilon prediction with min-SNR weighting (Hang et al., arXiv 2303.09556; gamma 5), an averaged
 network, and the null conditioning (zeros, as SDXL has it) in a tenth of the samples.

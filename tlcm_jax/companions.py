@@ -64,7 +64,8 @@ class Companions:
                     found[role] = _scorer(self.rewards[which], _key(*which))
         chosen = stage.terms.get("latent_lpips")
         if chosen is not None and chosen.weights in self.perceptual:
-            network, _ = self.perceptual[chosen.weights]
+            network, params = self.perceptual[chosen.weights]
+            _check_channels(chosen.weights, params, pipeline.vae.config.latent_channels)
             found["perceptual"] = lambda frozen: functools.partial(
                 network.apply, {"params": frozen[_PERCEPTUAL][chosen.weights]}
             )
@@ -113,6 +114,16 @@ def load_companions(settings: Settings) -> Companions:
             Path(folder),
         )
     return Companions(rewards, perceptual)
+
+
+def _check_channels(folder: str, params: Any, channels: int) -> None:
+    """Raises a ValueError if a latent LPIPS was trained for other latents than the model's."""
+    seen = params["net"]["conv1_1"]["kernel"].shape[2]
+    if seen != channels:
+        raise ValueError(
+            f"{folder}: a latent LPIPS for {seen} channels, where this model's latents have "
+            f"{channels}; train one with `python -m miniature.train_latent_lpips`"
+        )
 
 
 def _scorers(chosen: Any) -> dict[str, tuple[str, str]]:

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from tlcm_jax.companions import Companions, load_companions
 from tlcm_jax.data.latents import LatentSet, read_latents
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
+from tlcm_jax.diffusion.sampler import check_timesteps, timesteps_for
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.pipeline import Pipeline
 from tlcm_jax.models import lora
 from tlcm_jax.recipe import blueprints, initial_trainable
-from tlcm_jax.settings import MAY_CHANGE, Settings, StageSettings, read
+from tlcm_jax.settings import MAY_CHANGE, ModelSettings, Settings, StageSettings, read
 from tlcm_jax.training import loop
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.mesh import make_mesh, shard_batch
@@ -66,18 +67,14 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
     prompts = read_prompts(settings.prompts)
     mesh = make_mesh(settings.mesh)
     model = settings.model
-    pipeline = load_pipeline(
-        model.path,
-        dtype=jnp.dtype(model.dtype),
-        param_dtype=jnp.dtype(model.param_dtype),
-        remat=model.remat,
-        shardings=lambda params: tree_shardings(params, mesh),
-    )
+    pipeline = teacher(model, mesh)
     if pipeline.guidance_is_embedded:
         raise ValueError(
             f"{model.path}: this UNet takes the guidance scale as an input (time_cond_proj_dim): it"
             " is a distilled model already; take the model that it was distilled from as teacher"
         )
+    for steps in settings.evaluation.steps if settings.evaluation else ():
+        check_timesteps(pipeline.schedule, timesteps_for(steps), f"times of {steps} steps")
     companions = load_companions(settings)
     plans = blueprints(settings, pipeline, mesh, companions)
     shape = pipeline.latent_shape(model.resolution or None)
@@ -123,6 +120,17 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
         adapter=lora.scaled(result.state.trained, settings.adapter.scale),
         history=result.history,
         completed=result.completed,
+    )
+
+
+def teacher(model: ModelSettings, mesh: Mesh) -> Pipeline:
+    """The model that a recipe names, its weights on a mesh."""
+    return load_pipeline(
+        model.path,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+        shardings=lambda params: tree_shardings(params, mesh),
     )
 
 

@@ -23,7 +23,7 @@ from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.reporting.provenance import provenance
 from tlcm_jax.sample import load_model
 from tlcm_jax.scoring.scorers import check_scorers, load_scorers
-from tlcm_jax.workdir import drawn_with, is_workdir
+from tlcm_jax.workdir import drawn_with, is_workdir, trained_resolution
 
 CACHE = "teacher"
 
@@ -81,6 +81,7 @@ def run(values: flags.FlagValues) -> None:
         guidance_scale=drawn_with(values.model, "guidance_scale", 8.0, given=values.guidance_scale),
         gamma=drawn_with(values.model, "gamma", 1.0, given=values.gamma),
         seed=values.seed,
+        resolution=trained_resolution(values.model),
         scorers=scorers,
         cache=home / CACHE,
         batch_size=values.batch_size,

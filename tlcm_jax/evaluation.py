@@ -147,6 +147,7 @@ def evaluate(
     guidance_scale: float = 8.0,
     gamma: float = 1.0,
     seed: int = 0,
+    resolution: int | None = None,
     scorers: Sequence[Scorer] = (),
     cache: Path | None = None,
     # Divides the miniature's 400 and 300 prompts; on a CPU larger ones cost more a picture.
@@ -167,6 +168,7 @@ def evaluate(
       guidance_scale: the teacher's.
       gamma: share of fresh noise between the student's steps, 0 to 1.
       seed: of the noise.
+      resolution: side of the pictures in pixels; the model's own by default.
       scorers: none draws pictures only.
       cache: folder where the teacher's pictures are kept, so that they are drawn once for a
         model, prompts, scale and seed; None keeps none.
@@ -181,13 +183,11 @@ def evaluate(
     further = plan
     if further_steps is not None:
         further = _plan(further_steps, TEACHER_STEPS[:1] if teacher else ())
-    names = [prompts.name for prompts in prompt_sets]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"prompt sets {names}: give at least one, each with its own name")
+    check_names(prompt_sets)
     for prompts in prompt_sets:
         for scorer in scorers:
             scorer.check(prompts.prompts, prompts.annotations)
-    rendering = Rendering(batch_size=batch_size, progress=progress)
+    rendering = Rendering(resolution=resolution, batch_size=batch_size, progress=progress)
     samplers: dict[Kind, _Draw] = {"student": _student(pipeline, lora, seed, gamma, rendering)}
     if teacher is not None:
         samplers["teacher"] = _teacher(teacher, guidance_scale, cache, seed, rendering)
@@ -243,6 +243,8 @@ def _teacher(
 
     def draw(prompts: Sequence[str], steps: int) -> np.ndarray:
         description = [fingerprint, list(prompts), steps, float(scale), seed]
+        if rendering.resolution is not None:
+            description.append(rendering.resolution)
         return cached(
             cache,
             description,
@@ -250,6 +252,13 @@ def _teacher(
         )
 
     return draw
+
+
+def check_names(prompt_sets: Sequence[PromptSet]) -> None:
+    """Raises a ValueError unless there are prompt sets, each of its own name."""
+    names = [prompts.name for prompts in prompt_sets]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"prompt sets {names}: give at least one, each with its own name")
 
 
 def check_steps(steps: Sequence[int | str]) -> list[int]:

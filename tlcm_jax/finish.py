@@ -6,18 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
+from jax.experimental import multihost_utils
 
 from tlcm_jax import evaluation_report
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
-from tlcm_jax.distil import Distilled
-from tlcm_jax.evaluation import check_steps, evaluate
+from tlcm_jax.distil import Distilled, teacher
+from tlcm_jax.evaluation import check_names, check_steps, evaluate
 from tlcm_jax.interchange.model_card import Recipe
 from tlcm_jax.interchange.products import check_targets, export_products
 from tlcm_jax.reporting.contents import Curve
 from tlcm_jax.reporting.provenance import provenance
 from tlcm_jax.scoring.scorers import Scorer, load_scorers
 from tlcm_jax.settings import Settings, read
+from tlcm_jax.training.mesh import make_mesh
+from tlcm_jax.training.sharding import place
 
 EXPORT = "export"
 TEACHER_CACHE = "teacher"
@@ -52,11 +56,29 @@ class Ending:
             return cls(settings, (), ())
         check_steps(chosen.steps)
         sets = tuple(read_prompt_set(path).first(chosen.limit) for path in chosen.prompts)
+        check_names(sets)
         scorers = load_scorers({"judge": chosen.judge} if chosen.judge else {})
         for prompts in sets:
             for scorer in scorers:
                 scorer.check(prompts.prompts, prompts.annotations)
         return cls(settings, sets, scorers)
+
+
+def brought_home(run: Distilled, settings: Settings) -> Distilled:
+    """A run of several processes with its weights on this process's own devices.
+
+    Each process then draws and exports by itself. All of them must call this: what is cut over
+    them is gathered, and what they held together is given up first, to make room.
+    """
+    if jax.process_count() == 1:
+        return run
+    trained = multihost_utils.process_allgather(run.adapter, tiled=True)
+    for leaf in jax.tree.leaves((run.adapter, run.pipeline.params)):
+        leaf.delete()
+    mesh = make_mesh({"fsdp": -1}, jax.local_devices())
+    return dataclasses.replace(
+        run, pipeline=teacher(settings.model, mesh), adapter=place(trained, mesh)
+    )
 
 
 def finish(
@@ -98,6 +120,7 @@ def finish(
         guidance_scale=chosen.guidance_scale,
         gamma=chosen.gamma,
         seed=settings.seed,
+        resolution=settings.model.resolution or None,
         scorers=ending.scorers,
         cache=workdir / TEACHER_CACHE,
         progress=progress,

@@ -42,17 +42,26 @@ def main(argv: list[str]) -> None:
 
     compilation.use_cache(_CACHE.value)
     from tlcm_jax.distil import distil
-    from tlcm_jax.finish import Ending, finish
+    from tlcm_jax.finish import Ending, brought_home, finish
 
     workdir = str(_WORKDIR.value)
     try:
+        if "://" in workdir:
+            raise ValueError(
+                f"--workdir {workdir} is no folder: mount the bucket (gcsfuse, as "
+                "launch/tpu_slice.sh does) and give the folder it is mounted on"
+            )
         config = _CONFIG.value.to_dict()
         ending = Ending.prepare(config)
         run = distil(config, workdir, progress=_PROGRESS.value)
         if not run.completed:
             logging.warning("stopped on request; the same command resumes this run")
-        elif jax.process_index() == 0:
+            return
+        run = brought_home(run, ending.settings)
+        if jax.process_index() == 0:
             finish(run, ending, config, workdir, started=started, progress=_PROGRESS.value)
+        # A process that ends before the others takes them with it after some minutes.
+        distributed.wait_for_all("finished")
     except (ValueError, FileNotFoundError, OSError, RuntimeError) as error:
         if logging.level_debug():
             raise

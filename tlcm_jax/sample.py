@@ -24,7 +24,7 @@ from tlcm_jax.drawing import Rendering, draw_student, draw_teacher
 from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.lora_stack import put_on
 from tlcm_jax.interchange.pipeline import Pipeline
-from tlcm_jax.workdir import drawn_with, is_workdir, load_adapter
+from tlcm_jax.workdir import drawn_with, is_workdir, load_adapter, trained_resolution
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -44,7 +44,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "guidance_scale", None, "With --teacher, or for LCM's UNets; the run's own, or 8.", **where
     )
-    flags.DEFINE_integer("resolution", None, "Side in pixels; the model's own.", **where)
+    flags.DEFINE_integer(
+        "resolution", None, "Side in pixels; the run's, or the model's own.", **where
+    )
     flags.DEFINE_integer("tile", 0, "Decode by tiles of so many latent pixels.", **where)
     flags.DEFINE_integer("enlarge", 1, "Write each pixel N x N times.", lower_bound=1, **where)
     flags.DEFINE_string("output", "out.png", "Picture to write.", **where)
@@ -71,7 +73,7 @@ def run(values: flags.FlagValues) -> None:
     rendering = Rendering(
         prompts_2=values.prompt_2,
         chunks=None if values.long_prompts else 1,
-        resolution=values.resolution,
+        resolution=values.resolution or trained_resolution(values.model),
         tile=values.tile,
     )
     model = load_model(values.model, values.lora, adapted=not values.teacher)

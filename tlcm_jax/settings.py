@@ -8,10 +8,11 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tlcm_jax.distillation import stages
+from tlcm_jax.distillation.checks import check_at_least
 from tlcm_jax.models import lora
 
 
@@ -37,6 +38,7 @@ class ModelSettings:
         for name in ("dtype", "param_dtype"):
             _one_of(f"model.{name}", getattr(self, name), ("float32", "bfloat16"))
         _one_of("model.remat", self.remat, ("none", "blocks"))
+        check_at_least("model.resolution", self.resolution, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class AdapterSettings:
             raise ValueError(
                 f"adapter.rank = {self.rank}, adapter.alpha = {self.alpha}: must be positive"
             )
+        if not self.targets:
+            raise ValueError("adapter.targets is empty: nothing would be trained; name layers")
 
     @property
     def scale(self) -> float:
@@ -108,6 +112,12 @@ class StageSettings:
     settings: Any = None
     terms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            check_at_least(name, getattr(self, name), 1)
+        for name in ("learning_rate", "warmup_updates", "final_fraction"):
+            check_at_least(name, getattr(self, name), 0)
+
     @property
     def needs_latents(self) -> bool:
         """Whether its states are made of real latents."""
@@ -136,6 +146,14 @@ class EvaluationSettings:
     gamma: float = 1.0
     pictures: int = 12
     limit: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts is empty: name a file of them, or set `evaluation` to None")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma = {self.gamma}: must lie in 0 to 1, all noise fresh")
+        for name in ("guidance_scale", "pictures", "limit"):
+            check_at_least(name, getattr(self, name), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +196,10 @@ class Settings:
         if not self.stages:
             raise ValueError("stages: the recipe has none; give at least one")
         _one_of("trainable", self.trainable, ("adapter", "full"))
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            check_at_least(name, getattr(self, name), 1)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed}: must lie in 0 to {2**32 - 1}")
         for name, stage in self.stages.items():
             if stage.needs_latents and not self.latents:
                 raise ValueError(
@@ -204,7 +226,7 @@ def read(config: Mapping[str, Any]) -> Settings:
     if not isinstance(raw.get("stages"), Mapping):
         raise ValueError("config key 'stages' must be a mapping of stages by name")
     order = raw.pop("stage_order", None) or list(raw["stages"])
-    if set(order) != set(raw["stages"]):
+    if sorted(order) != sorted(raw["stages"]):
         raise ValueError(
             f"stage_order {list(order)} must name each of stages {sorted(raw['stages'])} once"
         )
@@ -214,17 +236,35 @@ def read(config: Mapping[str, Any]) -> Settings:
 
 def _read_stage(name: str, raw: Mapping[str, Any]) -> StageSettings:
     where = f"stages.{name}"
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"config key {where!r} must be a mapping, got {raw!r}")
     raw = dict(raw)
-    kind = stages.find(raw.get("objective", "")).settings
+    kind = _named(stages.find, raw.get("objective"), f"{where}.objective").settings
     raw["settings"] = _build(kind, raw.get("settings") or {}, f"{where}.settings")
     terms = raw.get("terms") or {}
     if not isinstance(terms, Mapping):
         raise ValueError(f"config key {where + '.terms'!r} must be a mapping, got {terms!r}")
-    raw["terms"] = {
-        term: _build(stages.find_term(term).settings, chosen, f"{where}.terms.{term}")
+    built = {
+        term: _build(
+            _named(stages.find_term, term, f"{where}.terms").settings,
+            chosen,
+            f"{where}.terms.{term}",
+        )
         for term, chosen in terms.items()
     }
+    # One of weight 0 is as one that is not there: it costs nothing, and needs no weights on disk.
+    raw["terms"] = {term: chosen for term, chosen in built.items() if chosen.weight > 0}
     return _build(StageSettings, raw, where)
+
+
+def _named(find: Callable[[str], Any], name: Any, where: str) -> Any:
+    """What a table holds under a name that a recipe gives."""
+    if not isinstance(name, str):
+        raise ValueError(f"config key {where!r} must be a name, got {name!r}")
+    try:
+        return find(name)
+    except ValueError as error:
+        raise ValueError(f"config key {where!r}: {error}") from None
 
 
 def _build(kind: type, raw: Any, where: str) -> Any:

@@ -29,10 +29,19 @@ def drawn_with(path: str | Path, setting: str, default: float, given: float | No
     """
     if given is not None:
         return given
+    return (_config(path).get("evaluation") or {}).get(setting, default)
+
+
+def trained_resolution(path: str | Path) -> int | None:
+    """Side in pixels of the pictures that a run was trained for; None for the model's own."""
+    return _config(path).get("model", {}).get("resolution") or None
+
+
+def _config(path: str | Path) -> dict[str, Any]:
+    """A run's config; empty for what is not a workdir."""
     if not is_workdir(path):
-        return default
-    config = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
-    return (config.get("evaluation") or {}).get(setting, default)
+        return {}
+    return json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
 
 
 def load_adapter(

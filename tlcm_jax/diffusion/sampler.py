@@ -158,7 +158,7 @@ def levels(
     for s in timesteps[1:]:
         lower = int((1 - gamma) * s)
         alpha_s, sigma_s = float(schedule.alphas[s]), float(schedule.sigmas[s])
-        if lower == 0:
+        if lower == 0 and gamma > 0:
             rows.append((alpha_s, 0.0, sigma_s))
             continue
         alpha_lower, sigma_lower = float(schedule.alphas[lower]), float(schedule.sigmas[lower])

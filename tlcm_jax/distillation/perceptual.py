@@ -59,4 +59,4 @@ def perceptual(networks: Networks, schedule: NoiseSchedule, settings: Perceptual
         del extras, critics, key
         return distance(frozen)(made.landing, made.goal), {}  # (1)
 
-    return Term(weight=settings.weight, loss=loss)
+    return Term(weight=settings.weight, loss=loss, needs=("goal",))

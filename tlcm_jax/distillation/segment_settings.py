@@ -67,10 +67,11 @@ class SegmentConsistencySettings:
         check_choice("mode", self.mode, MODES)
         if self.solver == "addim" and self.mode != "data":
             raise ValueError("solver = 'addim': needs real latents, mode = 'data'")
-        if self.solver == "sde" and self.loss_space == "x0" and self.segments > 1:
+        short = self.segments > 1 or self.landing == "trajectory"
+        if self.solver == "sde" and self.loss_space == "x0" and short:
             # Over a short jump there is no bound to the x0 that explains fresh noise.
             raise ValueError(
-                "solver = 'sde': compares x0 in one segment only; use loss_space = 'z'"
+                "solver = 'sde': compares x0 over one whole segment only; use loss_space = 'z'"
             )
         check_choice("target", self.target, ("student", "average"))
         check_at_least("nodes_per_segment", self.nodes_per_segment, 1)

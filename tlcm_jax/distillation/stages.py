@@ -152,10 +152,22 @@ def build(
         raise TypeError(
             f"stage {name!r} takes {stage.settings.__name__}, not {type(settings).__name__}"
         )
-    if not terms and getattr(settings, "weight", 1.0) == 0:
-        raise ValueError(f"stage {name!r} of weight 0 asks nothing of the student: give it terms")
+    if getattr(settings, "weight", 1.0) == 0:
+        _check_without_goal(name, terms or {})
     base = stage.objective(networks, schedule, latent_shape, settings)
     return composed(base, networks, terms or {})
+
+
+def _check_without_goal(name: str, terms: Mapping[str, Term]) -> None:
+    """Raises a ValueError unless a stage of weight 0, without a goal, has terms that need none."""
+    if not terms:
+        raise ValueError(f"stage {name!r} of weight 0 asks nothing of the student: give it terms")
+    unfit = [one for one, term in terms.items() if term.share is not None or "goal" in term.needs]
+    if unfit:
+        raise ValueError(
+            f"weight = 0: the stage then has no goal and no gradient of its own, which "
+            f"{', '.join(unfit)} is held against; give it a weight, or leave the term out"
+        )
 
 
 def build_terms(

@@ -11,8 +11,10 @@ import os
 from collections.abc import Mapping
 
 import jax
+import orbax.checkpoint as ocp
 from absl import logging
 
+_LONGEST_MS = 24 * 60 * 60 * 1000
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -61,6 +63,17 @@ def initialize(
         return False
     logging.info("process %d of %d", jax.process_index(), jax.process_count())
     return True
+
+
+def wait_for_all(where: str) -> None:
+    """Waits until every process has come here, however long one of them still works.
+
+    No device takes part. Alone, nothing happens.
+
+    Args:
+      where: a name that is waited at once only.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=_LONGEST_MS)
 
 
 def on_tpu_slice(environment: Mapping[str, str]) -> bool:

@@ -41,7 +41,8 @@ class Stage:
       average: whether `step` keeps an average of the student, of this stage only: the next one
         trains the leaves themselves.
       enough: looks at the stage's rows after each, and says why the stage should end there, or
-        "". A pure function of the rows, so that a resumed run ends where the first did.
+        "". A pure function of the rows, so that a resumed run ends where the first did
+        (but for the shorter row that a preemption leaves).
     """
 
     name: str

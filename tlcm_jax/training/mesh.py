@@ -96,7 +96,7 @@ def shard_batch(mesh: Mesh | None, batch: Any) -> Any:
     Args:
       mesh: the mesh, or None for the default device.
       batch: pytree of host arrays `[b_local, ...]`, the rows of this process in process order;
-        with one process that is the whole batch.
+        on a mesh of one process's devices that is the whole batch.
 
     Returns:
       The same pytree of global arrays `[b, ...]`, sharded by `batch_sharding`.
@@ -107,7 +107,7 @@ def shard_batch(mesh: Mesh | None, batch: Any) -> Any:
     if mesh is None:
         return jax.tree.map(jax.numpy.asarray, batch)
     sharding = batch_sharding(mesh)
-    processes = jax.process_count()
+    processes = len({device.process_index for device in mesh.devices.flat})
 
     def put(leaf: Any) -> jax.Array:
         check_batch(mesh, np.shape(leaf)[0] * processes)
