@@ -19,6 +19,7 @@ from tlcm_jax.interchange.diffusers_folder import load_pipeline
 from tlcm_jax.interchange.lora_files import write_lora
 from tlcm_jax.models import lora
 from tlcm_jax.scoring.scorers import Measure, load_scorers
+from tlcm_jax.workdir import trained_resolution
 
 PROMPTS = ("a red cat", "an icon", "a cat of ice", "red")
 STYLES = ("flat", "round", "flat", "flat")
@@ -243,3 +244,11 @@ def test_the_command_compares_a_lora_with_its_base(pipeline, adapter, tmp_path, 
             run_command(*given, wrong)
     with pytest.raises(FileNotFoundError, match="holds no judge"):
         run_command(*given, "--scores=judge", f"--judge={tmp_path}")
+
+
+def test_a_run_s_own_resolution_is_what_is_drawn(pipeline, heldout, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"resolution": 64}}))
+    assert trained_resolution(tmp_path) == 64 and trained_resolution(tmp_path / "other") is None
+    found = evaluate(pipeline, [heldout], steps=(1,), resolution=64)
+    assert found.sets[0].drawn[0].pictures.shape == (4, 64, 64, 3)

@@ -59,6 +59,11 @@ def test_terms_are_settings_of_a_stage():
     assert read(MINIMAL).stages["first"].terms == {}
 
 
+def test_a_term_of_weight_0_is_as_one_that_is_not_there():
+    preference = {"scorer": "contrastive", "weights": "nowhere", "weight": 0}
+    assert read(changed(stages__first__terms={"preference": preference})) == read(MINIMAL)
+
+
 def test_progressive_segments_are_a_list_of_stages():
     """MLCM's M = 8, 4, 2: one objective three times, each with its own settings."""
     first = MINIMAL["stages"]["first"]
@@ -90,6 +95,26 @@ def test_progressive_segments_are_a_list_of_stages():
         (
             changed(stages__first__terms={"preference": {"scorer": "a"}}),
             "'stages.first.terms.preference.weights' is missing",
+        ),
+        (changed(stages__first__objective=["a"]), "'stages.first.objective' must be a name"),
+        (changed(stages__first=3), "'stages.first' must be a mapping"),
+        (changed(stages__first__steps=0), "stages.first: steps = 0: must be at least 1"),
+        (changed(stages__first__batch_size=0), "batch_size = 0: must be at least 1"),
+        (changed(stages__first__final_fraction=-1), "final_fraction = -1.0: must be at least 0"),
+        (changed(stage_order=["first", "first"]), "must name each of stages"),
+        (changed(keep_checkpoints=0), "keep_checkpoints = 0: must be at least 1"),
+        (changed(seed=-1), "seed = -1: must lie in 0 to"),
+        (changed(model__resolution=-64), "model.resolution = -64: must be at least 0"),
+        (changed(adapter={"targets": []}), "adapter.targets is empty"),
+        (changed(evaluation={"prompts": []}), "evaluation: prompts is empty"),
+        (changed(evaluation={"prompts": ["a"], "gamma": 2}), "evaluation: gamma = 2.0"),
+        (
+            changed(
+                stages__first__settings=dict(
+                    mode="data", solver="sde", loss_space="x0", segments=1, landing="trajectory"
+                )
+            ),
+            "solver = 'sde': compares x0 over one whole segment only",
         ),
         (changed(trainable="lora"), "trainable = 'lora': must be one of adapter, full"),
         (changed(trainable="full"), "a UNet trained whole has no LoRA; export 'pipeline'"),

@@ -150,6 +150,15 @@ def test_without_latent_lpips_the_mean_square_is_alone_and_says_so_once(world, m
     assert logging is companions.logging
 
 
+def test_a_latent_lpips_of_other_latents_is_refused(world, tmp_path):
+    distance, blank = LatentLPIPS((4,) * 5), jnp.zeros((1, 4, 4, 8))
+    params = jax.jit(distance.init)(jax.random.key(2), blank, blank)["params"]
+    save_latent_lpips(tmp_path, distance, params, 8, {})
+    raw = with_terms(config(world), latent_lpips=dict(weights=str(tmp_path)))
+    with pytest.raises(ValueError, match="for 8 channels, where this model's latents have 4"):
+        prepared(world, raw)
+
+
 def test_a_tree_of_the_base_s_own_leaves_takes_its_place():
     base = {"a": {"kernel": jnp.ones((2, 2), jnp.bfloat16), "bias": jnp.zeros(2, jnp.bfloat16)}}
     whole = jax.tree.map(lambda x: x.astype(jnp.float32) + 0.5, base)

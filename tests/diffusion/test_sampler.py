@@ -73,6 +73,10 @@ def test_without_fresh_noise_it_is_ddim(schedule):
     np.testing.assert_allclose(found, x0, atol=1e-5)
 
 
+def test_without_fresh_noise_there_is_none_at_time_0_either(schedule):
+    np.testing.assert_array_equal(sampler.levels(schedule, (999, 499, 0), 0.0)[:, 2], 0)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 def test_every_gamma_keeps_the_level_s_noise(schedule, gamma):
     levels = sampler.levels(schedule, (999, 749, 499), gamma)

@@ -254,6 +254,21 @@ def test_without_a_consistency_loss_no_teacher_walks(world):
         build(world, networks, settings, {})
 
 
+@pytest.mark.parametrize(
+    "term",
+    [
+        ("preference", WISH),  # a share of no gradient is none
+        ("latent_lpips", PerceptualSettings(weights="w")),
+        ("adversarial", AdversarialSettings(real="goal")),
+    ],
+    ids=lambda term: term[0],
+)
+def test_a_term_held_against_the_goal_needs_one(world, term):
+    settings = dataclasses.replace(ENDPOINTS, weight=0.0)
+    with pytest.raises(ValueError, match=f"no goal and no gradient of its own, which {term[0]} is"):
+        build(world, roles(world), settings, dict([term]))
+
+
 def test_the_stated_costs(world):
     """Beside stage 2's own 4 + 6 + 2: what METHOD's 5 : 1 comes to."""
     networks = roles(world)
