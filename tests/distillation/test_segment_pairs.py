@@ -129,7 +129,10 @@ def test_times_are_weighed_alike_or_by_the_clipped_snr(world, loss_space):
     [
         ({"solver": "heun"}, "solver = 'heun': must be one of ddim, addim, sde"),
         ({"solver": "addim", "mode": "literal"}, "solver = 'addim': needs real latents"),
-        ({"solver": "sde", "loss_space": "x0"}, "solver = 'sde': compares x0 over one whole segment only"),
+        (
+            {"solver": "sde", "loss_space": "x0"},
+            "solver = 'sde': compares x0 over one whole segment only",
+        ),
         ({"teacher_substeps": 0}, "teacher_substeps = 0"),
         ({"teacher_substeps": 3, "skip": 2}, "teacher_substeps = 3: must be at most 2"),
         ({"target": "teacher"}, "target = 'teacher': must be one of student, average"),
