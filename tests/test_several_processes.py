@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import numpy as np
 import PIL.Image
 from safetensors.numpy import load_file
 
+from tests.support.processes import all_end_well, environments
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import paths
 
@@ -41,20 +41,11 @@ def start(folder, environment):
     return subprocess.Popen(
         [*command, "--compilation_cache", ""],
         cwd=paths.ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def ended(processes):
-    try:
-        output = [process.communicate(timeout=900)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(output)
 
 
 def left(run):
@@ -76,22 +67,15 @@ def test_two_processes_end_a_run_as_one(tmp_path):
     teacher, prompts = write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "prompts.txt"
     prompts.write_text("a red cat\na cat icon\nan icon of a cat\n")
     (tmp_path / "recipe.py").write_text(RECIPE.format(teacher=teacher, prompts=prompts))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    together = {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2"),
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_COORDINATOR_BIND_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-    }
-    ended([start(tmp_path, {**together, "JAX_PROCESS_ID": str(rank)}) for rank in range(2)])
+    flags = os.environ["XLA_FLAGS"]
+    two = environments(2, flags.replace("device_count=8", "device_count=2"))
+    all_end_well([start(tmp_path, environment) for environment in two])
     picture, exported = left(tmp_path / "run")
     assert len(exported) >= 2
 
     # One process, its mesh another, finds the run trained, and draws and exports it again.
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    ended([start(tmp_path, {"XLA_FLAGS": flags})])
+    one = {**os.environ, "XLA_FLAGS": flags.replace("device_count=8", "device_count=1")}
+    all_end_well([start(tmp_path, one)])
     again, exported_again = left(tmp_path / "run")
     assert np.abs(picture - again).max() <= 1  # of 255: sums in another order
     jax.tree.map(np.testing.assert_array_equal, exported, exported_again)

@@ -16,7 +16,7 @@ from tlcm_jax.distillation.networks import Scorer
 from tlcm_jax.distillation.preference import JUDGE_TEXTS, REWARD_TEXTS
 from tlcm_jax.interchange.latent_lpips_files import is_latent_lpips, load_latent_lpips
 from tlcm_jax.interchange.pipeline import Pipeline
-from tlcm_jax.models.latent_lpips import LatentLPIPS
+from tlcm_jax.models.latent_lpips import LatentLPIPS, channels_of
 from tlcm_jax.scoring.rewards import Reward, load_reward
 from tlcm_jax.settings import Settings, StageSettings
 
@@ -101,7 +101,7 @@ def load_companions(settings: Settings) -> Companions:
                 if which not in rewards:
                     rewards[which] = load_reward(*which, followed=role == "reward")
         chosen = stage.terms.get("latent_lpips")
-        if chosen is None or chosen.weight == 0:
+        if chosen is None:
             continue
         if is_latent_lpips(chosen.weights):
             perceptual[chosen.weights] = load_latent_lpips(chosen.weights)
@@ -118,7 +118,7 @@ def load_companions(settings: Settings) -> Companions:
 
 def _check_channels(folder: str, params: Any, channels: int) -> None:
     """Raises a ValueError if a latent LPIPS was trained for other latents than the model's."""
-    seen = params["net"]["conv1_1"]["kernel"].shape[2]
+    seen = channels_of(params)
     if seen != channels:
         raise ValueError(
             f"{folder}: a latent LPIPS for {seen} channels, where this model's latents have "

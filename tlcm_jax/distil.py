@@ -67,7 +67,7 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
     prompts = read_prompts(settings.prompts)
     mesh = make_mesh(settings.mesh)
     model = settings.model
-    pipeline = teacher(model, mesh)
+    pipeline = load_teacher(model, mesh)
     if pipeline.guidance_is_embedded:
         raise ValueError(
             f"{model.path}: this UNet takes the guidance scale as an input (time_cond_proj_dim): it"
@@ -123,7 +123,7 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
     )
 
 
-def teacher(model: ModelSettings, mesh: Mesh) -> Pipeline:
+def load_teacher(model: ModelSettings, mesh: Mesh) -> Pipeline:
     """The model that a recipe names, its weights on a mesh."""
     return load_pipeline(
         model.path,

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from tlcm_jax import evaluation_report
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
-from tlcm_jax.distil import Distilled, teacher
+from tlcm_jax.distil import Distilled, load_teacher
 from tlcm_jax.evaluation import check_names, check_steps, evaluate
 from tlcm_jax.interchange.model_card import Recipe
 from tlcm_jax.interchange.products import check_targets, export_products
@@ -77,7 +77,7 @@ def brought_home(run: Distilled, settings: Settings) -> Distilled:
         leaf.delete()
     mesh = make_mesh({"fsdp": -1}, jax.local_devices())
     return dataclasses.replace(
-        run, pipeline=teacher(settings.model, mesh), adapter=place(trained, mesh)
+        run, pipeline=load_teacher(settings.model, mesh), adapter=place(trained, mesh)
     )
 
 

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tlcm_jax.diffusion.sampler import check_gamma
 from tlcm_jax.distillation import stages
 from tlcm_jax.distillation.checks import check_at_least
 from tlcm_jax.models import lora
@@ -150,8 +151,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("prompts is empty: name a file of them, or set `evaluation` to None")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma = {self.gamma}: must lie in 0 to 1, all noise fresh")
+        check_gamma(self.gamma)
         for name in ("guidance_scale", "pictures", "limit"):
             check_at_least(name, getattr(self, name), 0)
 

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch")
 reference = pytest.importorskip(
-    "efficientnet_lite_pytorch", reason="parity with PyTorch needs efficientnet-lite-pytorch"
+    "efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch: the extra `verify`"
 )
 
 from tlcm_jax.scoring import efficientnet  # noqa: E402

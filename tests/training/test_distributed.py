@@ -1,7 +1,5 @@
 """Several processes: when they are joined, and that together they compute the same."""
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import toy_regression as toy
 
+from tests.support.processes import all_end_well, environments
 from tlcm_jax.training import distributed, loop
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.metrics import MetricsWriter
@@ -71,37 +70,20 @@ def test_a_slice_is_recognised_without_a_backend(calls, monkeypatch):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     shared = tmp_path / "two"
     shared.mkdir()
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        "PYTHONPATH": str(ROOT),
-    }
     script = Path(__file__).with_name("two_processes.py")
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(shared)],
-            env={**environment, "JAX_PROCESS_ID": str(rank)},
+            env={**environment, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for environment in environments(2, "--xla_force_host_platform_device_count=2")
     ]
-    try:
-        output = [process.communicate(timeout=900)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(output)
+    all_end_well(processes)
 
     def run(folder, batches=None):
         return loop.run(

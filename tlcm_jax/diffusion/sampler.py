@@ -152,8 +152,7 @@ def levels(
       ValueError: times that do not fall or lie outside the schedule, or gamma outside 0 .. 1.
     """
     check_timesteps(schedule, timesteps)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma = {gamma}: must lie in 0 (deterministic) to 1 (all noise fresh)")
+    check_gamma(gamma)
     rows = []
     for s in timesteps[1:]:
         lower = int((1 - gamma) * s)
@@ -165,6 +164,12 @@ def levels(
         fresh = np.sqrt(max(0.0, 1 - (alpha_s / alpha_lower) ** 2))
         rows.append((alpha_s, alpha_s * sigma_lower / alpha_lower, fresh))
     return np.asarray([*rows, (1.0, 0.0, 0.0)])
+
+
+def check_gamma(gamma: float) -> None:
+    """Raises a ValueError unless gamma lies in 0 .. 1."""
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma = {gamma}: must lie in 0 (deterministic) to 1 (all noise fresh)")
 
 
 def check_timesteps(

@@ -7,6 +7,8 @@ already. With f_l the features of stage l, scaled to unit length at each place, 
     d(a, b) = sum_l mean_{h, w} sum_c w_lc (f_l(a) - f_l(b))_hwc^2.              (1)
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -59,6 +61,11 @@ class LatentLPIPS(nn.Module):
             squares = jnp.abs(weight) * jnp.square(unit[:, 0] - unit[:, 1])
             total = total + jnp.mean(jnp.sum(squares, axis=-1), axis=(1, 2))
         return total
+
+
+def channels_of(params: Any) -> int:
+    """Channels of the latents that parameters of `LatentLPIPS` are for."""
+    return params["net"]["conv1_1"]["kernel"].shape[2]
 
 
 def unit_length(x: Array) -> Array:
