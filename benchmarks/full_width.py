@@ -76,8 +76,8 @@ def run_ours(
     import jax
     import jax.numpy as jnp
 
-    from tlcm_jax.interchange import names
-    from tlcm_jax.interchange.diffusers_folder import abstract_params
+    from tlcm_jax.families.load import abstract_params
+    from tlcm_jax.io import names
     from tlcm_jax.models.unet import UNet2DConditionModel
     from tlcm_jax.models.unet_config import UNetConfig
 

@@ -50,8 +50,8 @@ def write(folder: Path, scale: float) -> None:
     import flax.traverse_util
     from safetensors.numpy import save_file
 
-    from tlcm_jax.interchange.diffusers_folder import abstract_params
-    from tlcm_jax.interchange.names import to_torch_layout, torch_key
+    from tlcm_jax.families.load import abstract_params
+    from tlcm_jax.io.names import to_torch_layout, torch_key
     from tlcm_jax.models.unet import UNet2DConditionModel
     from tlcm_jax.models.unet_config import UNetConfig
 
@@ -71,9 +71,9 @@ def load_ours(folder: Path) -> object:
     import flax.traverse_util
     import jax
 
-    from tlcm_jax.interchange import names
-    from tlcm_jax.interchange.placement import to_devices
-    from tlcm_jax.interchange.tensors import open_component
+    from tlcm_jax.io import names
+    from tlcm_jax.io.placement import to_devices
+    from tlcm_jax.io.tensors import open_component
 
     stored = json.loads((folder / SHAPES).read_text())
     shapes = flax.traverse_util.unflatten_dict(

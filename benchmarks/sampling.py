@@ -31,8 +31,8 @@ def restrict_cores(threads: int) -> int:
 
 def ours(model: str, steps: int) -> Callable[[list[str]], object]:
     """A function that draws prompts with this library."""
-    from tlcm_jax.drawing import draw_student
-    from tlcm_jax.interchange.diffusers_folder import load_pipeline
+    from tlcm_jax.families.load import load_pipeline
+    from tlcm_jax.generation.generate import draw_student
 
     pipeline = load_pipeline(model)
     return lambda prompts: draw_student(pipeline, prompts, steps, seed=0)
@@ -43,7 +43,7 @@ def theirs(model: str, steps: int, threads: int) -> Callable[[list[str]], object
     import diffusers
     import torch
 
-    from tlcm_jax.diffusion.sampler import timesteps_for
+    from tlcm_jax.diffusion.sampling import timesteps_for
 
     torch.set_num_threads(threads)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(

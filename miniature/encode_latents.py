@@ -16,8 +16,8 @@ import numpy as np
 
 from miniature.captions import wording
 from tlcm_jax.data.batches import whole_batches
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.interchange.pipeline import Pipeline
+from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.stable_diffusion import Pipeline
 
 
 def encode(

@@ -44,12 +44,13 @@ import numpy as np
 import optax
 from jax import Array
 
+from miniature import efficientnet
 from miniature.augment import augment, blur
+from miniature.judge import Judge
+from miniature.judge_network import JudgeNetwork, Outputs
 from tlcm_jax.data.batches import whole_batches
-from tlcm_jax.scoring import efficientnet, frechet
-from tlcm_jax.scoring.frechet import Moments
-from tlcm_jax.scoring.judge import Judge
-from tlcm_jax.scoring.judge_network import JudgeNetwork, Outputs
+from tlcm_jax.evaluation.scorers import frechet
+from tlcm_jax.evaluation.scorers.frechet import Moments
 
 _BATCH = 64
 _FIRST_TUNED_BLOCK = 5

@@ -27,8 +27,8 @@ from PIL import Image
 from miniature.augment import blur
 from miniature.fit import cosine, fit
 from miniature.train_vae import perceptual_distance
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.interchange.latent_lpips_files import save_latent_lpips
+from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.io.latent_lpips_files import save_latent_lpips
 from tlcm_jax.models.latent_lpips import WIDTHS, LatentLPIPS
 
 # For latents of 8 x 8: VGG16's widths over four.

@@ -2,9 +2,10 @@
 
     python -m miniature.train_scorer --data emoji32.npz --output miniature/scorer
 
-Contrastive (`tlcm_jax/scoring/contrastive.py`): augmented real pictures of the training split
-against their captions. It shares no weight, no label and no network with the judge, which stays
-the one that nothing follows. Prints how often a held-out picture finds its caption among 100.
+Contrastive (`tlcm_jax/evaluation/scorers/contrastive.py`): augmented real pictures of the
+training split against their captions. It shares no weight, no label and no network with the
+judge, which stays the one that nothing
+follows. Prints how often a held-out picture finds its caption among 100.
 """
 
 import argparse
@@ -17,7 +18,11 @@ import numpy as np
 
 from miniature.augment import augment
 from miniature.fit import cosine, fit
-from tlcm_jax.scoring.contrastive import ContrastiveNetwork, ContrastiveReward, words
+from tlcm_jax.evaluation.scorers.contrastive import (
+    ContrastiveNetwork,
+    ContrastiveReward,
+    words,
+)
 
 
 def batches(images: np.ndarray, texts: np.ndarray, size: int) -> Iterator[dict]:

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from transformers import CLIPTokenizer
 
 from miniature.fit import cosine, fit
-from tlcm_jax.interchange import names
+from tlcm_jax.io import names
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 
 _TOWER = {

@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from miniature.fit import fit, trapezoid
-from tlcm_jax.diffusion.sampler import sample_teacher
-from tlcm_jax.interchange import names
-from tlcm_jax.interchange.diffusers_folder import abstract_params, load_pipeline
-from tlcm_jax.interchange.pipeline import Pipeline
+from tlcm_jax.diffusion.sampling import sample_teacher
+from tlcm_jax.families.load import abstract_params, load_pipeline
+from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.io import names
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.unet import UNet2DConditionModel
 from tlcm_jax.models.unet_config import UNetConfig

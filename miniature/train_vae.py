@@ -22,7 +22,7 @@ import optax
 from safetensors.numpy import save_file
 
 from miniature.fit import cosine, fit
-from tlcm_jax.interchange import names
+from tlcm_jax.io import names
 from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 
 CONFIG = {

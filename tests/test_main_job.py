@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.support.tiny_pipeline import write_tiny_pipeline
-from tlcm_jax.distil import distil
-from tlcm_jax.finish import Ending, finish
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.interchange.lora_files import read_lora
-from tlcm_jax.workdir import load_adapter
+from tlcm_jax.config.run import distil
+from tlcm_jax.evaluation.final_eval import Ending, finish
+from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.io.lora_files import read_lora
+from tlcm_jax.io.workdir import load_adapter
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from configs import emoji_dmd2, emoji_hyper_sd, emoji_lcm, emoji_mcm, emoji_pcm,
 from tests.support.cut import cut_after
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import paths
-from tlcm_jax.companions import Companions
+from tlcm_jax.config.build import blueprints
+from tlcm_jax.config.companions import Companions
+from tlcm_jax.config.run import PromptBatches, distil
+from tlcm_jax.config.schema import read
 from tlcm_jax.data.latents import read_latents
-from tlcm_jax.distil import PromptBatches, distil
-from tlcm_jax.interchange.diffusers_folder import abstract_pipeline, load_pipeline
-from tlcm_jax.recipe import blueprints
-from tlcm_jax.settings import read
+from tlcm_jax.families.load import abstract_pipeline, load_pipeline
+from tlcm_jax.io.workdir import load_adapter
 from tlcm_jax.training.mesh import make_mesh
-from tlcm_jax.workdir import load_adapter
 
 CAPTIONS = ("a red cat", "a cat icon", "an icon of a cat", "a red icon of a cat", "a cat")
 

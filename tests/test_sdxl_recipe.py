@@ -8,9 +8,9 @@ import pytest
 
 from tests.support.published import write_sdxl_configs
 from tlcm_jax import paths
-from tlcm_jax.interchange.diffusers_folder import abstract_pipeline
-from tlcm_jax.recipe import abstract_adapter, blueprints
-from tlcm_jax.settings import read
+from tlcm_jax.config.build import abstract_adapter, blueprints
+from tlcm_jax.config.schema import read
+from tlcm_jax.families.load import abstract_pipeline
 from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.training.state import create
 

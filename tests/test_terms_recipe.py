@@ -10,17 +10,21 @@ from absl import logging
 
 from tests.support.cut import cut_after
 from tests.support.tiny_pipeline import write_tiny_pipeline
-from tlcm_jax import companions
-from tlcm_jax.companions import load_companions
-from tlcm_jax.distil import distil
-from tlcm_jax.interchange.diffusers_folder import abstract_pipeline, load_pipeline
-from tlcm_jax.interchange.latent_lpips_files import save_latent_lpips
+from tlcm_jax.config import companions
+from tlcm_jax.config.build import abstract_adapter, blueprints
+from tlcm_jax.config.companions import load_companions
+from tlcm_jax.config.run import distil
+from tlcm_jax.config.schema import read
+from tlcm_jax.evaluation.scorers.contrastive import (
+    ContrastiveNetwork,
+    ContrastiveReward,
+    words,
+)
+from tlcm_jax.families.load import abstract_pipeline, load_pipeline
+from tlcm_jax.io.latent_lpips_files import save_latent_lpips
 from tlcm_jax.models import lora
 from tlcm_jax.models.adapters import is_adapter
 from tlcm_jax.models.latent_lpips import LatentLPIPS
-from tlcm_jax.recipe import abstract_adapter, blueprints
-from tlcm_jax.scoring.contrastive import ContrastiveNetwork, ContrastiveReward, words
-from tlcm_jax.settings import read
 from tlcm_jax.training.mesh import make_mesh
 
 

@@ -16,14 +16,16 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from tlcm_jax import compilation, evaluation_report, paths
+from tlcm_jax import paths
 from tlcm_jax.data.prompt_sets import read_prompt_set
-from tlcm_jax.evaluation import check_steps, evaluate
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.reporting.provenance import provenance
+from tlcm_jax.evaluation import report as evaluation_report
+from tlcm_jax.evaluation.evaluate import check_steps, evaluate
+from tlcm_jax.evaluation.reporting.provenance import provenance
+from tlcm_jax.evaluation.scorers.scorers import check_scorers, load_scorers
+from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.io.workdir import drawn_with, is_workdir, trained_resolution
 from tlcm_jax.sample import load_model
-from tlcm_jax.scoring.scorers import check_scorers, load_scorers
-from tlcm_jax.workdir import drawn_with, is_workdir, trained_resolution
+from tlcm_jax.training import compilation
 
 CACHE = "teacher"
 

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.interchange.files import DTYPES
-from tlcm_jax.interchange.model_card import Recipe
-from tlcm_jax.interchange.products import LORAS, TARGETS, check_targets, export_products
-from tlcm_jax.interchange.verify import require_consumer, verify_products
+from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.io.files import DTYPES
+from tlcm_jax.io.model_card import Recipe
+from tlcm_jax.io.products import LORAS, TARGETS, check_targets, export_products
+from tlcm_jax.io.verify import require_consumer, verify_products
+from tlcm_jax.io.workdir import load_adapter
 from tlcm_jax.models.adapters import extracted, is_adapter
-from tlcm_jax.workdir import load_adapter
 
 
 def define_flags(values: flags.FlagValues) -> None:

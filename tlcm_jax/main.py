@@ -10,7 +10,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tlcm_jax import compilation
+from tlcm_jax.training import compilation
 
 # Keys that a recipe leaves at their defaults can be set too; `settings.read` refuses unknown ones.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
     import jax
 
     compilation.use_cache(_CACHE.value)
-    from tlcm_jax.distil import distil
-    from tlcm_jax.finish import Ending, brought_home, finish
+    from tlcm_jax.config.run import distil
+    from tlcm_jax.evaluation.final_eval import Ending, brought_home, finish
 
     workdir = str(_WORKDIR.value)
     try:

@@ -17,14 +17,14 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from tlcm_jax import compilation
 from tlcm_jax.data.prompts import warn_truncated
-from tlcm_jax.diffusion.sampler import timesteps_for
-from tlcm_jax.drawing import Rendering, draw_student, draw_teacher
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.interchange.lora_stack import put_on
-from tlcm_jax.interchange.pipeline import Pipeline
-from tlcm_jax.workdir import drawn_with, is_workdir, load_adapter, trained_resolution
+from tlcm_jax.diffusion.sampling import timesteps_for
+from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher
+from tlcm_jax.io.lora_stack import put_on
+from tlcm_jax.io.workdir import drawn_with, is_workdir, load_adapter, trained_resolution
+from tlcm_jax.training import compilation
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -25,7 +25,7 @@ from benchmarks.results.page import collect, commentary_beside, compared, page
 from benchmarks.results.queue import perform
 from benchmarks.results.runs import Plan, Run, plan
 from benchmarks.results.sheets import write_sheets
-from tlcm_jax.interchange.files import whole
+from tlcm_jax.io.files import whole
 
 TABLES = (
     recipes.RECIPES,

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from tlcm_jax.diffusion.schedule import NoiseSchedule
-from tlcm_jax.distillation import stages
+from tlcm_jax.config.schema import Settings, StageSettings, read
+from tlcm_jax.diffusion.process import NoiseSchedule
+from tlcm_jax.distillation import registry as stages
 from tlcm_jax.distillation.networks import Networks, Role, Scorer
-from tlcm_jax.settings import Settings, StageSettings, read
 
 # UNet forwards of a budget of 1: the default recipe's, `configs/emoji.py`, to half a percent.
 # Fixed, so that a mended default does not make all other runs anew.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlcm_jax.settings import Settings, read
+from tlcm_jax.config.schema import Settings, read
 
 # The embedded default, whose teacher, prompts and judge are those of all experiments.
 DEFAULT = "emoji"

@@ -18,12 +18,12 @@ from absl import logging
 from benchmarks.results import budget
 from benchmarks.results.measure import Measured, measure
 from benchmarks.results.runs import JOB, PICTURES, SCORES, STOPPED, TEACHER, Asked
-from tlcm_jax import compilation
-from tlcm_jax.distil import distil
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.interchange.files import whole
-from tlcm_jax.reporting.provenance import provenance
-from tlcm_jax.settings import Settings, read
+from tlcm_jax.config.run import distil
+from tlcm_jax.config.schema import Settings, read
+from tlcm_jax.evaluation.reporting.provenance import provenance
+from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.io.files import whole
+from tlcm_jax.training import compilation
 
 REFERENCE = "reference.npz"
 

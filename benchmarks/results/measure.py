@@ -15,12 +15,12 @@ import numpy as np
 
 from benchmarks.results.runs import Asked
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
-from tlcm_jax.evaluation import REFERENCE_STEPS, SetResult, evaluate
-from tlcm_jax.evaluation_report import chosen
-from tlcm_jax.interchange.pipeline import Pipeline
-from tlcm_jax.reporting.contents import Kind
-from tlcm_jax.scoring import pairwise
-from tlcm_jax.scoring.scorers import load_scorers
+from tlcm_jax.evaluation.evaluate import REFERENCE_STEPS, SetResult, evaluate
+from tlcm_jax.evaluation.report import chosen
+from tlcm_jax.evaluation.reporting.contents import Kind
+from tlcm_jax.evaluation.scorers import pairwise
+from tlcm_jax.evaluation.scorers.scorers import load_scorers
+from tlcm_jax.families.stable_diffusion import Pipeline
 
 LPIPS_TO_TEACHER, DIVERSITY = "lpips_to_teacher", "diversity"
 

@@ -11,8 +11,8 @@ from benchmarks.results.experiment import Table
 from benchmarks.results.measure import DIVERSITY, LPIPS_TO_TEACHER
 from benchmarks.results.numbers import NOTHING, minutes, number, table, thousands
 from benchmarks.results.runs import Plan, Run
-from tlcm_jax.reporting.provenance import duration
-from tlcm_jax.scoring.scorers import Measure
+from tlcm_jax.evaluation.reporting.provenance import duration
+from tlcm_jax.evaluation.scorers.scorers import Measure
 
 COMMENTARY = "commentary.md"
 MEASURES = (

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.results.runs import FAILURE, JOB, LOG, SCORES, STOPPED, Run
-from tlcm_jax.interchange.files import whole
-from tlcm_jax.reporting.provenance import duration
+from tlcm_jax.evaluation.reporting.provenance import duration
+from tlcm_jax.io.files import whole
 
 # Shown of a finished run, with the step count that the tables share.
 HEADLINE = "4"

@@ -11,7 +11,7 @@ from benchmarks.results import budget
 from benchmarks.results.experiment import DEFAULT, Experiment, NotHere, Table, missing_files
 from benchmarks.results.experiment import recipe as load_recipe
 from tlcm_jax import paths
-from tlcm_jax.settings import MAY_CHANGE, read
+from tlcm_jax.config.schema import MAY_CHANGE, read
 
 # What a run's folder holds beside the workdir of its training.
 JOB, SCORES, FAILURE = "job.json", "scores.json", "failure.json"

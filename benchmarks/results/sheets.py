@@ -8,9 +8,9 @@ from PIL import Image
 
 from benchmarks.results.experiment import Table
 from benchmarks.results.runs import PICTURES, Plan, Run
-from tlcm_jax.interchange.files import whole
-from tlcm_jax.reporting.contents import Kind, PictureGrid, PictureRow
-from tlcm_jax.reporting.pictures import contact_sheet
+from tlcm_jax.evaluation.reporting.contents import Kind, PictureGrid, PictureRow
+from tlcm_jax.evaluation.reporting.pictures import contact_sheet
+from tlcm_jax.io.files import whole
 
 LARGEST = 300_000
 # Twelve letters then fit over a column of 32-pixel pictures.

@@ -12,12 +12,12 @@ from benchmarks.results import budget, measure, numbers, queue, runs
 from benchmarks.results.experiment import Experiment, NotHere, Table, missing_files
 from benchmarks.results.job import accounts
 from tests.support.tiny_pipeline import write_tiny_pipeline
-from tlcm_jax.diffusion.schedule import NoiseSchedule
-from tlcm_jax.distillation import stages
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
-from tlcm_jax.recipe import networks
-from tlcm_jax.scoring.scorers import Measure
-from tlcm_jax.settings import read
+from tlcm_jax.config.build import networks
+from tlcm_jax.config.schema import read
+from tlcm_jax.diffusion.process import NoiseSchedule
+from tlcm_jax.distillation import registry as stages
+from tlcm_jax.evaluation.scorers.scorers import Measure
+from tlcm_jax.families.load import load_pipeline
 
 EXPERIMENTS = {e.name: e for table in command.TABLES for e in table.experiments}
 

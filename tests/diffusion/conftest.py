@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import pytest
 
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion.process import NoiseSchedule
 
 
 @pytest.fixture(scope="session")

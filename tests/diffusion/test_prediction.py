@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tlcm_jax.diffusion import prediction
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion.process import NoiseSchedule
 
 
 def test_the_table_closes(schedule, latents):

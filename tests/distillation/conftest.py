@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlcm_jax.diffusion import gaussian, paths
+from tlcm_jax.diffusion import gaussian
+from tlcm_jax.diffusion import trajectories as paths
 from tlcm_jax.diffusion.gaussian import Gaussian
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion.process import NoiseSchedule
 from tlcm_jax.distillation.networks import Networks
 
 SHAPE = (2, 2, 1)

@@ -11,12 +11,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tlcm_jax.diffusion import ddim
 from tlcm_jax.diffusion.prediction import predict_x0
-from tlcm_jax.distillation import stages
-from tlcm_jax.distillation.consistency import SegmentConsistencySettings
-from tlcm_jax.distillation.endpoints import EndpointConsistencySettings
+from tlcm_jax.distillation import registry as stages
+from tlcm_jax.distillation.lcd import EndpointConsistencySettings
+from tlcm_jax.distillation.mlcd import SegmentConsistencySettings
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.objective import batch_size
-from tlcm_jax.distillation.trajectories import TrajectoryRegressionSettings
+from tlcm_jax.distillation.trajectory_kd import TrajectoryRegressionSettings
 
 CASES = {
     "node_reuse": SegmentConsistencySettings(),

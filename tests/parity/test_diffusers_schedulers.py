@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlcm_jax.diffusion import gaussian, sampler
+from tlcm_jax.diffusion import gaussian
+from tlcm_jax.diffusion import sampling as sampler
 from tlcm_jax.diffusion.gaussian import Gaussian
 from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.schedule import SCHEDULERS, NoiseSchedule
+from tlcm_jax.diffusion.process import SCHEDULERS, NoiseSchedule
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch: torch is not installed")
 diffusers = pytest.importorskip("diffusers", reason="parity: diffusers is not installed")

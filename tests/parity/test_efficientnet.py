@@ -9,7 +9,7 @@ reference = pytest.importorskip(
     "efficientnet_lite_pytorch", reason="needs efficientnet-lite-pytorch: the extra `verify`"
 )
 
-from tlcm_jax.scoring import efficientnet  # noqa: E402
+from miniature import efficientnet  # noqa: E402
 
 
 def _reference(seed):

@@ -12,11 +12,11 @@ diffusers = pytest.importorskip("diffusers", reason=reason)
 pytest.importorskip("peft", reason=reason)
 
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline  # noqa: E402
-from tlcm_jax.interchange.diffusers_folder import load_pipeline  # noqa: E402
-from tlcm_jax.interchange.model_card import Recipe  # noqa: E402
-from tlcm_jax.interchange.pipeline_folder import lcm_scheduler, write_json  # noqa: E402
-from tlcm_jax.interchange.products import TARGETS, export_products  # noqa: E402
-from tlcm_jax.interchange.verify import (  # noqa: E402
+from tlcm_jax.families.load import load_pipeline  # noqa: E402
+from tlcm_jax.io.model_card import Recipe  # noqa: E402
+from tlcm_jax.io.pipeline_folder import lcm_scheduler, write_json  # noqa: E402
+from tlcm_jax.io.products import TARGETS, export_products  # noqa: E402
+from tlcm_jax.io.verify import (  # noqa: E402
     VerificationError,
     draw_consumer,
     verify_products,

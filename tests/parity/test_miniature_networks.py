@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch and
 diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
 
 from tlcm_jax.data.tokens import tokenize  # noqa: E402
-from tlcm_jax.interchange.diffusers_folder import load_pipeline  # noqa: E402
+from tlcm_jax.families.load import load_pipeline  # noqa: E402
 from tlcm_jax.paths import EMOJI_XL  # noqa: E402
 
 PROMPTS = ["a 3D render of a red apple", "", "a flat icon of a fire engine, " * 20]

@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch", reason=reason)
 diffusers = pytest.importorskip("diffusers", reason=reason)
 
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
-from tlcm_jax.diffusion.sampler import sample, timesteps_for  # noqa: E402
-from tlcm_jax.interchange.diffusers_folder import load_pipeline  # noqa: E402
-from tlcm_jax.interchange.pipeline_folder import lcm_scheduler  # noqa: E402
+from tlcm_jax.diffusion.sampling import sample, timesteps_for  # noqa: E402
+from tlcm_jax.families.load import load_pipeline  # noqa: E402
+from tlcm_jax.io.pipeline_folder import lcm_scheduler  # noqa: E402
 
 PROMPTS, OTHERS = ["a red cat", "an icon"], ["ice", "a cat of red"]
 

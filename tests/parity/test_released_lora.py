@@ -18,9 +18,9 @@ diffusers = pytest.importorskip("diffusers", reason=reason)
 peft = pytest.importorskip("peft", reason=reason)
 
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
-from tlcm_jax.diffusion.sampler import sample, timesteps_for  # noqa: E402
-from tlcm_jax.interchange.diffusers_folder import load_pipeline  # noqa: E402
-from tlcm_jax.interchange.lora_files import read_lora  # noqa: E402
+from tlcm_jax.diffusion.sampling import sample, timesteps_for  # noqa: E402
+from tlcm_jax.families.load import load_pipeline  # noqa: E402
+from tlcm_jax.io.lora_files import read_lora  # noqa: E402
 from tlcm_jax.models.conditioning import Conditioning  # noqa: E402
 from tlcm_jax.models.lora import scaled  # noqa: E402
 

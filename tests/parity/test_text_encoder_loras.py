@@ -12,8 +12,8 @@ from safetensors.numpy import save_file  # noqa: E402
 
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
 from tests.support.torch_networks import array, relative  # noqa: E402
-from tlcm_jax.interchange.diffusers_folder import load_pipeline  # noqa: E402
-from tlcm_jax.interchange.lora_stack import put_on  # noqa: E402
+from tlcm_jax.families.load import load_pipeline  # noqa: E402
+from tlcm_jax.io.lora_stack import put_on  # noqa: E402
 
 RANK, ALPHA = 3, 6.0
 LAYERS = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")

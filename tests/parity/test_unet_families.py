@@ -17,7 +17,7 @@ from tests.support.blockwise import blockwise  # noqa: E402
 from tests.support.families import UNETS, shrink  # noqa: E402
 from tests.support.tiny_pipeline import random_adapter  # noqa: E402
 from tests.support.torch_networks import array, relative, tensor, twins  # noqa: E402
-from tlcm_jax.interchange import names  # noqa: E402
+from tlcm_jax.io import names  # noqa: E402
 from tlcm_jax.models import lora  # noqa: E402
 from tlcm_jax.models.embeddings import guidance_embedding  # noqa: E402
 from tlcm_jax.models.unet import UNet2DConditionModel  # noqa: E402

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from tlcm_jax.diffusion import gaussian
 from tlcm_jax.diffusion.gaussian import Gaussian
 from tlcm_jax.distillation.networks import Networks, Role, Scorer
-from tlcm_jax.distillation.preference import PreferenceSettings
-from tlcm_jax.distillation.terms import Made
+from tlcm_jax.distillation.terms.compose import Made
+from tlcm_jax.distillation.terms.preference import PreferenceSettings
 
 WISH = PreferenceSettings(scorer="toy", weights="", judge="other")
 

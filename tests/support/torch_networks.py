@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from tests.support.tiny_pipeline import random_params
-from tlcm_jax.interchange import names
-from tlcm_jax.interchange.diffusers_folder import abstract_params
+from tlcm_jax.families.load import abstract_params
+from tlcm_jax.io import names
 
 
 def twins(network: nn.Module, module: torch.nn.Module, seed: int = 0, prefix: str = "") -> Any:

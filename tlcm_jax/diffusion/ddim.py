@@ -17,7 +17,7 @@ exactly: a path that has arrived stays where it is to the last bit, without a ma
 
 from jaxtyping import Array, Float, Int
 
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion.process import NoiseSchedule
 
 
 def coefficients(

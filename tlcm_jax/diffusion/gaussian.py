@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tlcm_jax.diffusion.prediction import Denoiser
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion.process import NoiseSchedule
 
 
 class Gaussian(NamedTuple):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion.process import NoiseSchedule
 
 # (z, t, conditioning) -> eps. Conditioning is an opaque pytree of arrays whose leading axis is
 # the batch.

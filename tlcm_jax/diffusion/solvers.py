@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from tlcm_jax.diffusion import ddim
 from tlcm_jax.diffusion.prediction import eps_from_x0
-from tlcm_jax.diffusion.schedule import NoiseSchedule, broadcast
+from tlcm_jax.diffusion.process import NoiseSchedule, broadcast
 
 
 def adjusted_step(

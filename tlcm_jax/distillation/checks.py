@@ -1,7 +1,7 @@
 """What settings may be: each check raises a ValueError that names the setting and its bounds."""
 
-from tlcm_jax.diffusion import paths
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion import trajectories as paths
+from tlcm_jax.diffusion.process import NoiseSchedule
 
 
 def check_at_least(name: str, value: int | float, low: int | float) -> None:

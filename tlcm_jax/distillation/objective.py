@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion.prediction import Denoiser
-from tlcm_jax.diffusion.schedule import NoiseSchedule
+from tlcm_jax.diffusion.process import NoiseSchedule
 from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.training.update import AVERAGE
 

@@ -1,0 +1,321 @@
+"""The judge of the miniature world: which pictures show what was asked for, and how real they look.
+
+A picture's Frechet features are P (h - mean h), h the network's 1 280 features (`judge_network`):
+64 principal components of the real training pictures, few enough for the covariance of some
+hundred generated ones (`frechet`).
+
+No loss uses the judge: the autoencoder's perceptual loss is on VGG16, and distillation sees no
+picture at all. A score means something only beside the same judge's score on real pictures, which
+`judge.json` holds (`Judge.real`) and `Judge.report` returns with its own.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from miniature.judge_network import JudgeNetwork
+from tlcm_jax.data.batches import whole_batches
+from tlcm_jax.evaluation.scorers import frechet
+from tlcm_jax.evaluation.scorers.frechet import Moments
+
+WEIGHTS, DESCRIPTION = "judge.safetensors", "judge.json"
+_FORMAT = 1
+_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Judge:
+    """A trained judge.
+
+    Attributes:
+      network: the module.
+      params: its parameters, float32.
+      labels: English object labels, in the order of the object logits.
+      styles: style names, in the order of the style logits.
+      resolution: pixels of the pictures it was trained on; others are resized to it first.
+      centre: `[1280]` mean features of the real training pictures.
+      projection: `[1280, d]` their principal components.
+      moments: split name -> moments of the real pictures' projected features.
+      floors: split name -> (n, floor) pairs: `frechet.floor` of n real pictures.
+      real: real pictures' own scores, by split: `object_top1`, `object_top5`, `style`, `count`.
+    """
+
+    network: JudgeNetwork
+    params: Mapping[str, Any]
+    labels: tuple[str, ...]
+    styles: tuple[str, ...]
+    resolution: int
+    centre: np.ndarray
+    projection: np.ndarray
+    moments: Mapping[str, Moments]
+    floors: Mapping[str, tuple[tuple[int, float], ...]]
+    real: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Judge":
+        """Reads what `save` wrote.
+
+        Raises:
+          FileNotFoundError: the folder lacks one of its two files.
+          ValueError: a file is damaged, of another version, or the two do not belong together.
+        """
+        return _load(pathlib.Path(folder))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the weights (matrices and kernels in fp16, the rest in fp32) and the tables."""
+        _save(self, pathlib.Path(folder))
+
+    def judge(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the network says of pictures, in batches of one compiled shape.
+
+        Args:
+          images: `[n, h, w, 3]` floats, 0 to 1.
+
+        Returns:
+          Frechet features `[n, d]` float64, object logits `[n, classes]` and style logits
+          `[n, styles]` float32.
+
+        Raises:
+          ValueError: pictures of another shape or range.
+        """
+        images = _checked(images)
+        apply = _compiled(self.network, self.resolution)
+        outputs: list[tuple[np.ndarray, ...]] = []
+        for rows in whole_batches(len(images), _BATCH):
+            result = apply(self.params, images[rows])
+            parts = (result.features, result.objects, result.styles)
+            outputs.append(tuple(np.asarray(part) for part in parts))
+        features, objects, styles = (
+            np.concatenate(parts)[: len(images)] for parts in zip(*outputs, strict=True)
+        )
+        return (features.astype(np.float64) - self.centre) @ self.projection, objects, styles
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """Frechet features `[n, d]` of pictures `[n, h, w, 3]`, 0 to 1."""
+        return self.judge(images)[0]
+
+    def score(
+        self, images: np.ndarray, labels: Sequence[str], styles: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Whether each picture shows what was asked for.
+
+        Args:
+          images: `[n, h, w, 3]` floats, 0 to 1.
+          labels: n object labels, as in `self.labels`.
+          styles: n style names, as in `self.styles`.
+
+        Returns:
+          `object_top1`, `object_top5`, `style`: `[n]` bool; `object_rank`: `[n]` int, 0 if the
+          right object scores highest.
+
+        Raises:
+          ValueError: an unknown label or style, or not one of each per picture.
+        """
+        _, objects, style_logits = self.judge(images)
+        return self._compare(objects, style_logits, labels, styles)
+
+    def report(
+        self,
+        images: np.ndarray,
+        labels: Sequence[str],
+        styles: Sequence[str],
+        split: str = "train",
+    ) -> dict[str, Any]:
+        """Scores of a set of pictures beside those of real ones, in one pass.
+
+        Args:
+          images: `[n, h, w, 3]` floats, 0 to 1.
+          labels: n object labels.
+          styles: n style names.
+          split: the real pictures to compare with, a key of `self.moments`.
+
+        Returns:
+          `count`; `object_top1`, `object_top5`, `style` as shares; `frechet` to the split's real
+          pictures; `frechet_floor`, what as many real ones score; `real`, the split's own shares.
+
+        Raises:
+          ValueError: as `score`; an unknown split; fewer than two pictures.
+        """
+        if split not in self.moments:
+            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(self.moments)}")
+        features, objects, style_logits = self.judge(images)
+        verdicts = self._compare(objects, style_logits, labels, styles)
+        shares = {k: float(verdicts[k].mean()) for k in ("object_top1", "object_top5", "style")}
+        return {
+            "count": len(images),
+            **shares,
+            "frechet": frechet.distance(Moments.of(features), self.moments[split]),
+            "frechet_floor": self.floor(len(images), split),
+            "real": dict(self.real[split]),
+        }
+
+    def floor(self, count: int, split: str = "train") -> float:
+        """Frechet distance that `count` real pictures of a split have to its other ones.
+
+        Interpolated linearly in 1/n, as which the bias falls. Beyond the largest measured n
+        (half of the split) the largest one's value is returned.
+        """
+        sizes, values = zip(*sorted(self.floors[split]), strict=True)
+        inverse = [1 / n for n in reversed(sizes)]
+        return float(np.interp(1 / max(count, 1), inverse, list(reversed(values))))
+
+    def _compare(
+        self,
+        objects: np.ndarray,
+        style_logits: np.ndarray,
+        labels: Sequence[str],
+        styles: Sequence[str],
+    ) -> dict[str, np.ndarray]:
+        wanted = _indices(labels, self.labels, "object label", len(objects))
+        wanted_style = _indices(styles, self.styles, "style", len(objects))
+        right = objects[np.arange(len(objects)), wanted][:, None]
+        rank = (objects > right).sum(1)
+        return {
+            "object_top1": rank < 1,
+            "object_top5": rank < 5,
+            "object_rank": rank,
+            "style": style_logits.argmax(1) == wanted_style,
+        }
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(network: JudgeNetwork, resolution: int) -> Any:
+    """The jitted network, one per architecture, so that judges share compilations."""
+
+    def apply(params: Mapping[str, Any], images: Array) -> Any:
+        if images.shape[1:3] != (resolution, resolution):
+            images = jax.image.resize(
+                images, (len(images), resolution, resolution, 3), "bilinear", antialias=True
+            )
+        return network.apply({"params": params}, images)
+
+    return jax.jit(apply)
+
+
+def _checked(images: np.ndarray) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ValueError(f"pictures must be [n, h, w, 3] with n at least 1, not {images.shape}")
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"pictures must be floats from 0 to 1, not {images.dtype}: divide by 255")
+    images = images.astype(np.float32)
+    if not (images.min() >= -1e-3 and images.max() <= 1 + 1e-3):  # NaN fails this, too
+        raise ValueError(
+            f"pictures must lie in 0 to 1, not {images.min():.3g} to {images.max():.3g}: "
+            "clip or rescale them"
+        )
+    return images
+
+
+def _indices(wanted: Sequence[str], known: Sequence[str], kind: str, count: int) -> np.ndarray:
+    if len(wanted) != count:
+        raise ValueError(f"{count} pictures need {count} {kind}s, not {len(wanted)}")
+    row = {name: i for i, name in enumerate(known)}
+    for name in wanted:
+        if name not in row:
+            raise ValueError(f"the judge knows no {kind} {name!r}: see {DESCRIPTION}")
+    return np.array([row[name] for name in wanted])
+
+
+def _save(judge: Judge, folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        "/".join(("network", *path)): np.asarray(x, np.float16 if np.ndim(x) > 1 else np.float32)
+        for path, x in flax.traverse_util.flatten_dict(dict(judge.params)).items()
+    }
+    arrays["frechet/centre"] = judge.centre.astype(np.float32)
+    arrays["frechet/projection"] = judge.projection.astype(np.float32)
+    for split, moments in judge.moments.items():
+        arrays[f"frechet/{split}/mean"] = moments.mean.astype(np.float32)
+        arrays[f"frechet/{split}/covariance"] = moments.covariance.astype(np.float32)
+    save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, folder / WEIGHTS)
+    description = {
+        "format": _FORMAT,
+        "side": judge.network.side,
+        "width": judge.network.width,
+        "sharpness": judge.network.sharpness,
+        "resolution": judge.resolution,
+        "counts": {split: moments.count for split, moments in judge.moments.items()},
+        "floors": {split: [list(pair) for pair in pairs] for split, pairs in judge.floors.items()},
+        "real": {split: dict(scores) for split, scores in judge.real.items()},
+        "styles": list(judge.styles),
+        "labels": list(judge.labels),
+    }
+    text = json.dumps(description, indent=1, ensure_ascii=False)
+    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+
+def _load(folder: pathlib.Path) -> Judge:
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no judge: {name} is missing; "
+                "train one with `python -m miniature.train_judge`"
+            )
+    try:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        arrays = load_file(folder / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: a file of the judge is damaged ({error})") from error
+    if not isinstance(described, dict) or described.get("format") != _FORMAT:
+        raise ValueError(f"{folder / DESCRIPTION} is not a judge of format {_FORMAT}")
+    network = JudgeNetwork(
+        classes=len(described["labels"]),
+        styles=len(described["styles"]),
+        side=described["side"],
+        width=described["width"],
+        sharpness=described["sharpness"],
+    )
+    try:
+        params = _params(network, arrays)
+        moments = {
+            split: Moments(
+                count,
+                arrays[f"frechet/{split}/mean"].astype(np.float64),
+                arrays[f"frechet/{split}/covariance"].astype(np.float64) * (count - 1),
+            )
+            for split, count in described["counts"].items()
+        }
+        centre, projection = arrays["frechet/centre"], arrays["frechet/projection"]
+    except KeyError as error:
+        raise ValueError(f"{folder / WEIGHTS} lacks {error}: it is not this judge's") from error
+    return Judge(
+        network=network,
+        params=params,
+        labels=tuple(described["labels"]),
+        styles=tuple(described["styles"]),
+        resolution=described["resolution"],
+        centre=centre.astype(np.float64),
+        projection=projection.astype(np.float64),
+        moments=moments,
+        floors={k: tuple((int(n), float(v)) for n, v in p) for k, p in described["floors"].items()},
+        real=described["real"],
+    )
+
+
+def _params(network: JudgeNetwork, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The network's float32 parameters; KeyError names a missing array, ValueError a wrong one."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)["params"]
+    flat = {}
+    for path, expected in flax.traverse_util.flatten_dict(shapes).items():
+        name = "/".join(("network", *path))
+        if arrays[name].shape != expected.shape:
+            raise ValueError(
+                f"the judge's {name} has shape {arrays[name].shape}, not {expected.shape}: "
+                f"{WEIGHTS} and {DESCRIPTION} do not belong together"
+            )
+        flat[path] = arrays[name].astype(np.float32)
+    return flax.traverse_util.unflatten_dict(flat)

@@ -1,0 +1,255 @@
+"""Evaluation: what is compared with what, what is written, and what is kept from run to run."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
+from tlcm_jax import evaluate as command
+from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
+from tlcm_jax.evaluation import evaluate as evaluation
+from tlcm_jax.evaluation import report as evaluation_report
+from tlcm_jax.evaluation.evaluate import evaluate
+from tlcm_jax.evaluation.scorers.scorers import Measure, load_scorers
+from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher
+from tlcm_jax.io.lora_files import write_lora
+from tlcm_jax.io.workdir import trained_resolution
+from tlcm_jax.models import lora
+
+PROMPTS = ("a red cat", "an icon", "a cat of ice", "red")
+STYLES = ("flat", "round", "flat", "flat")
+
+
+class Brightness:
+    """A scorer whose scores are known: mean grey, and its distance to black."""
+
+    name = "brightness"
+    measures = (
+        Measure(key="grey", title="grey"),
+        Measure(key="contrast", title="contrast", percent=False, higher_is_better=False),
+    )
+
+    def check(self, prompts, annotations):
+        if "style" not in annotations:
+            raise ValueError("brightness needs a style")
+
+    def score(self, pictures, prompts, annotations):
+        assert len(pictures) == len(prompts) == len(annotations["style"])
+        return {"grey": float(pictures.mean() / 255), "contrast": float(pictures.std())}
+
+    def ceiling(self, split, count):
+        return {"grey": 0.75} if split == "heldout" else {}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return load_pipeline(write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def adapter(pipeline):
+    fresh = lora.init(pipeline.params["unet"], ("to_q", "conv1"), 2, jax.random.key(0))
+    return random_adapter(fresh, np.random.default_rng(0), 0.3)
+
+
+@pytest.fixture(scope="module")
+def heldout():
+    return PromptSet(name="heldout", prompts=PROMPTS, annotations={"style": STYLES})
+
+
+@pytest.fixture(scope="module")
+def result(pipeline, adapter, heldout, tmp_path_factory):
+    """Student with adapter at 1 and 4 steps, and the teacher, scored, on two sets."""
+    other = PromptSet(name="other", prompts=("cat",) * 4, annotations={"style": ("flat",) * 4})
+    return evaluate(
+        pipeline,
+        [heldout, other],
+        lora=adapter,
+        teacher=pipeline,
+        steps=(4, 1),
+        further_steps=(4,),
+        guidance_scale=2.0,
+        gamma=0.5,
+        seed=5,
+        scorers=[Brightness()],
+        cache=tmp_path_factory.mktemp("cache"),
+    )
+
+
+def test_pictures_are_those_of_the_samplers(pipeline, adapter, result):
+    first = result.sets[0]
+    order = [("student", 1), ("student", 4), ("teacher", 25), ("teacher", 4)]
+    assert [(drawn.kind, drawn.steps) for drawn in first.drawn] == order
+    assert [(drawn.kind, drawn.steps) for drawn in result.sets[1].drawn] == order[1:3]
+    np.testing.assert_array_equal(
+        first.find("student", 4).pictures,
+        draw_student(pipeline, PROMPTS, 4, 5, adapter, 0.5, Rendering(batch_size=25)),
+    )
+    np.testing.assert_array_equal(
+        first.find("teacher", 4).pictures,
+        draw_teacher(pipeline, PROMPTS, 4, 2.0, 5, Rendering(batch_size=25)),
+    )
+
+
+def test_metrics_hold_every_score_and_its_ratio_to_the_teacher(result):
+    metrics = json.loads(json.dumps(result.metrics()))
+    assert set(metrics) == {"model", "seed", "guidance_scale", "gamma", "seconds", "sets"}
+    assert set(metrics["seconds"]) == {"drawing", "scoring"}
+    assert metrics["sets"]["other"]["real"] == {}
+    heldout = metrics["sets"]["heldout"]
+    assert heldout["prompts"] == 4 and heldout["real"] == {"grey": 0.75}
+    assert set(heldout["student"]) == {"1", "4"} and set(heldout["teacher"]) == {"25", "4"}
+    reference = heldout["teacher"]["25"]
+    assert set(reference) == {"grey", "contrast"}
+    for entry in (*heldout["student"].values(), heldout["teacher"]["4"]):
+        for key in ("grey", "contrast"):
+            assert entry["relative"][key] == pytest.approx(entry[key] / reference[key], rel=1e-12)
+
+
+def test_report_and_files_show_all_samplers(result, tmp_path):
+    report = evaluation_report.build_report(result, title="Tiny", pictures=3, summary="Small.")
+    assert report.reference == "teacher, 25 steps"
+    assert [row.kind for row in report.scores] == ["student"] * 2 + ["teacher"] * 2 + ["real"]
+    assert report.scores[1].scores["other/grey"] == result.sets[1].drawn[0].scores["grey"]
+    assert report.scores[0].score("other/grey") is None
+    assert {column.key for column in report.columns if not column.higher_is_better} == {
+        "heldout/contrast",
+        "other/contrast",
+    }
+    assert len(report.highlights) == 2
+    # One of each style before a second of any.
+    assert list(report.grids[0].prompts) == ["a red cat", "an icon", "a cat of ice"]
+    np.testing.assert_array_equal(
+        report.grids[0].rows[2].pictures, result.sets[0].drawn[2].pictures[:3]
+    )
+    evaluation_report.save(tmp_path / "out", result, report)
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == result.metrics()
+    assert "Tiny" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    with Image.open(tmp_path / "out/samples/other.png") as sheet:
+        assert sheet.width > 2 * 128
+
+
+def test_the_teacher_is_drawn_once_for_the_same_weights(
+    pipeline, adapter, heldout, tmp_path, monkeypatch
+):
+    drawn = []
+
+    def counting(teacher, prompts, steps, *args, **options):
+        drawn.append(steps)
+        return draw_teacher(teacher, prompts, steps, *args, **options)
+
+    monkeypatch.setattr(evaluation, "draw_teacher", counting)
+    monkeypatch.setattr(evaluation, "TEACHER_STEPS", (2,))
+
+    def run(teacher=pipeline, **options):
+        prompts = dataclasses.replace(heldout, annotations={})
+        result = evaluate(
+            pipeline, [prompts], teacher=teacher, steps=[1], cache=tmp_path, **options
+        )
+        return result.sets[0].find("teacher", 2).pictures
+
+    first = run()
+    np.testing.assert_array_equal(run(lora=adapter), first)
+    assert drawn == [2]
+    run(seed=1)
+    run(guidance_scale=3.0)
+    bias = pipeline.params["unet"]["conv_out"]["bias"]
+    changed = {**pipeline.params["unet"], "conv_out": {**pipeline.params["unet"]["conv_out"]}}
+    changed["conv_out"]["bias"] = bias.at[0].add(1e-3)
+    run(dataclasses.replace(pipeline, params={**pipeline.params, "unet": changed}))
+    assert drawn == [2] * 4
+    for file in tmp_path.glob("*.npz"):
+        file.write_bytes(file.read_bytes()[:100])
+    np.testing.assert_array_equal(run(), first)
+    assert drawn == [2] * 5
+
+
+def test_without_scorer_or_teacher_there_are_pictures(pipeline, heldout, tmp_path):
+    result = evaluate(pipeline, [heldout], steps=[1])
+    metrics = result.metrics()
+    assert metrics["guidance_scale"] is None
+    assert metrics["sets"]["heldout"]["student"] == {"1": {}}
+    report = evaluation_report.build_report(result, title="Pictures")
+    assert not report.scores and not report.highlights and report.reference is None
+    evaluation_report.save(tmp_path, result, report)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_what_cannot_be_evaluated_is_refused_before_drawing(pipeline, heldout, monkeypatch):
+    monkeypatch.setattr(evaluation, "draw_student", None)
+    plain = dataclasses.replace(heldout, annotations={})
+    with pytest.raises(ValueError, match="needs a style"):
+        evaluate(pipeline, [plain], scorers=[Brightness()])
+    with pytest.raises(ValueError, match="steps = 9"):
+        evaluate(pipeline, [heldout], steps=[1, 9])
+    with pytest.raises(ValueError, match="steps is empty"):
+        evaluate(pipeline, [heldout], steps=[])
+    with pytest.raises(ValueError, match="its own name"):
+        evaluate(pipeline, [heldout, heldout])
+    with pytest.raises(ValueError, match="unknown score 'clap'; known: judge"):
+        load_scorers({"clap": "folder"})
+
+
+def test_annotations_are_read_from_beside_the_prompts(tmp_path):
+    file = tmp_path / "few.txt"
+    file.write_text("a red cat\nan icon\n")
+    assert read_prompt_set(file) == PromptSet(name="few", prompts=("a red cat", "an icon"))
+    rows = [{"prompt": "a red cat", "label": "cat"}, {"prompt": "an icon", "label": "icon"}]
+    beside = tmp_path / "few.json"
+    beside.write_text(json.dumps(rows))
+    few = read_prompt_set(file, "heldout")
+    assert few.name == "heldout" and few.annotations == {"label": ["cat", "icon"]}
+    assert few.first(1).annotations == {"label": ["cat"]} and few.first(0) is few
+    for content, message in (
+        ("{", "not valid JSON"),
+        ("{}", "a list of objects"),
+        (json.dumps(rows[::-1]), "from prompt 1 on"),
+        (json.dumps(rows[:1]), "from prompt 2 on .1 and 2 prompts."),
+        (json.dumps([rows[0], {"prompt": "an icon"}]), "entry 2 lacks 'label'"),
+    ):
+        beside.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_prompt_set(file)
+
+
+def run_command(*arguments):
+    values = flags.FlagValues()
+    command.define_flags(values)
+    values(["evaluate", *map(str, arguments)])
+    command.run(values)
+
+
+def test_the_command_compares_a_lora_with_its_base(pipeline, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "TEACHER_STEPS", (2,))
+    prompts, output, file = (tmp_path / name for name in ("few.txt", "out", "lora.safetensors"))
+    prompts.write_text("a red cat\nan icon\nred\ncat\nice\n")
+    write_lora(file, adapter)
+    given = (f"--model={pipeline.source}", f"--prompts={prompts}", f"--output={output}")
+    run_command(*given, f"--lora={file}", "--steps=2,1", "--limit=4")
+    metrics = json.loads((output / "metrics.json").read_text())
+    few = metrics["sets"]["few"]
+    assert few["prompts"] == 4 and metrics["guidance_scale"] == 8.0
+    assert (list(few["student"]), list(few["teacher"])) == (["1", "2"], ["2"])
+    assert len(list((output / "teacher").glob("*.npz"))) == 1
+    for wrong, message in (
+        ("--scores=judge,clap", "unknown score 'clap'; known: judge"),
+        ("--steps=4,ten", "'ten' is not a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_command(*given, wrong)
+    with pytest.raises(FileNotFoundError, match="holds no judge"):
+        run_command(*given, "--scores=judge", f"--judge={tmp_path}")
+
+
+def test_a_run_s_own_resolution_is_what_is_drawn(pipeline, heldout, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"resolution": 64}}))
+    assert trained_resolution(tmp_path) == 64 and trained_resolution(tmp_path / "other") is None
+    found = evaluate(pipeline, [heldout], steps=(1,), resolution=64)
+    assert found.sets[0].drawn[0].pictures.shape == (4, 64, 64, 3)

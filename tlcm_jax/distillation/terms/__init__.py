@@ -1,0 +1,1 @@
+"""Terms beside the consistency loss, one file each."""

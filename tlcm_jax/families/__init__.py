@@ -1,0 +1,1 @@
+"""What a model family is: its networks, weights and files behind one protocol."""

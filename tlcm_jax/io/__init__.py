@@ -1,0 +1,1 @@
+"""Weights in and out: diffusers folders, single files, LoRA dialects. Reads and writes."""

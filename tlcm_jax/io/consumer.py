@@ -1,0 +1,118 @@
+"""Products in the hands of their consumer: loaded by diffusers, with its loaders kept quiet."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.io.hub import NETWORKS
+from tlcm_jax.io.pipeline_folder import is_component
+from tlcm_jax.io.products import product_kind
+from tlcm_jax.io.sources import CONFIG_FOLDER
+from tlcm_jax.io.tensors import weights_name
+
+
+def load(path: Path, teacher: Pipeline) -> Any:
+    """The diffusers pipeline with a product in it, loaded as the model card says, in fp32.
+
+    Args:
+      path: the product, where `export_products` said it lies.
+      teacher: what LoRAs and UNets are put onto.
+    """
+    import diffusers
+    import torch
+
+    kind = product_kind(path)
+    with _only_errors():
+        if kind == "pipeline":
+            pipe = _from_pretrained(path)
+        elif kind == "single-file":
+            pipe = _from_single_file(path, path.parent / CONFIG_FOLDER, teacher)
+        else:
+            single = Path(teacher.source).is_file()
+            folder = Path(teacher.folder)
+            pipe = (
+                _from_single_file(Path(teacher.source), folder, teacher)
+                if single
+                else _from_pretrained(folder)
+            )
+            pipe.scheduler = diffusers.LCMScheduler.from_config(
+                pipe.scheduler.config, original_inference_steps=8
+            )
+        pipe.set_progress_bar_config(disable=True)
+        if kind == "unet":
+            pipe.unet = diffusers.UNet2DConditionModel.from_pretrained(
+                str(path), dtype=torch.float32
+            )
+        if kind == "lora":
+            pipe.load_lora_weights(str(path))
+            # Factors stored in fp16 stay so beside fp32 weights; this compares in fp32 throughout.
+            pipe.unet.to(torch.float32)
+    return pipe
+
+
+def adapted_layers(pipe: Any) -> set[str]:
+    """The UNet's layers that PEFT put LoRA factors beside."""
+    return {
+        name.removesuffix(".lora_A")
+        for name, _ in pipe.unet.named_modules()
+        if name.endswith(".lora_A")
+    }
+
+
+def _from_pretrained(folder: Path) -> Any:
+    import diffusers
+    import torch
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    # What is fetched of a hub id leaves out what generation does without.
+    absent = {k: None for k, v in index.items() if is_component(v) and not (folder / k).is_dir()}
+    # It takes what `load_pipeline` takes, but has to be told where there is only fp16.
+    name = weights_name([file.name for file in folder.glob("unet/*")], NETWORKS["unet"])
+    variant = "fp16" if name is not None and ".fp16" in name else None
+    return diffusers.DiffusionPipeline.from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True, variant=variant, **absent
+    )
+
+
+def _from_single_file(file: Path, config: Path, teacher: Pipeline) -> Any:
+    import diffusers
+    import torch
+    import transformers
+
+    kind = getattr(diffusers, teacher.configs["model_index"]["_class_name"])
+    widths = [tower.config.hidden_size for tower in teacher.text_encoders]
+    towers = {}
+    if len(widths) > len(set(widths)):
+        # diffusers tells the two towers of a file apart by width; SDXL's differ, a miniature's
+        # may not.
+        logging.warning("%s: diffusers is given the teacher's second text encoder", file)
+        towers["text_encoder_2"] = transformers.CLIPTextModelWithProjection.from_pretrained(
+            str(Path(teacher.folder) / "text_encoder_2"), dtype=torch.float32, local_files_only=True
+        )
+    return kind.from_single_file(
+        str(file), config=str(config), dtype=torch.float32, local_files_only=True, **towers
+    )
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Silences bars and hints of the consumer's loaders, which do not concern an export."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = (diffusers_logging, transformers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.set_verbosity(level)
+            logger.enable_progress_bar()

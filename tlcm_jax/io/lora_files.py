@@ -1,0 +1,332 @@
+"""LoRA files in and out: diffusers/PEFT, kohya, and PEFT adapter folders.
+
+A file stores factors A and B and, per layer, alpha; the update is (alpha / r) B A. In memory an
+adapter is already scaled: alpha / r is folded into `lora_B` (`models.lora.scaled`). What is written
+has it folded in too, so alpha = r and every reader's own scale is 1.
+
+| dialect | names |
+|---|---|
+| diffusers | `unet.<path>.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]`; alpha in header |
+| kohya | `lora_unet_<path, dots as underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha` |
+| PEFT folder | `base_model.model.<path>.lora_A.weight`, alpha in `adapter_config.json` |
+
+The text encoders' layers begin with `text_encoder.` and `text_encoder_2.`, and in kohya's files
+with `lora_te_` where there is one and `lora_te1_`, `lora_te2_` where there are two.
+
+Convolutions are `[r, in, kh, kw]` and `[out, r, 1, 1]`. In kohya's names an underscore may be a
+dot or an underscore; they are resolved through the UNet's own module paths. For SDXL kohya's own
+trainer names layers as single-file checkpoints do (`lora_unet_input_blocks_4_1_...`), and so may a
+file here. Diffusers' former `.lora.down.weight` and PEFT's `.lora_A.default.weight` are read too.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from tlcm_jax.io import names
+from tlcm_jax.io.files import cast, save_tensors, whole
+from tlcm_jax.io.ldm_names import unet_layers
+from tlcm_jax.io.names import Path_
+from tlcm_jax.io.tensors import TensorFile, refuse_pickle
+
+DIALECTS = ("diffusers", "kohya")
+# The names that diffusers' and PEFT's loaders look for in a folder.
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+_PARTS = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_A.default.weight": "lora_A",
+    ".lora_B.default.weight": "lora_B",
+    ".lora.down.weight": "lora_A",
+    ".lora.up.weight": "lora_B",
+    ".lora_down.weight": "lora_A",
+    ".lora_up.weight": "lora_B",
+    ".alpha": "alpha",
+}
+# How kohya's names of a network's layers begin.
+_KOHYA_STEMS = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+# How the names of layers begin in kohya's files for SDXL, and in no UNet's own names.
+_LDM_STEMS = tuple(
+    f"lora_unet_{stem}_"
+    for stem in ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out")
+)
+
+
+def write_lora(
+    path: str | Path,
+    adapter: Mapping[str, Any],
+    *,
+    dialect: str = "diffusers",
+    dtype: str = "fp32",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes an adapter as one safetensors file, over one that may be there.
+
+    Args:
+      path: the file.
+      adapter: LoRA tree, already scaled.
+      dialect: `diffusers` or `kohya`; both load with `pipe.load_lora_weights`.
+      dtype: one of `files.DTYPES`.
+      metadata: text shown by tools that list a file's header.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: another dialect, a value that does not fit in the dtype, or (kohya) two layers
+        whose names become one.
+      OSError: the file cannot be written; nothing half written is left.
+    """
+    if dialect not in DIALECTS:
+        raise ValueError(f"LoRA dialect {dialect!r} is not one of {', '.join(DIALECTS)}")
+    tensors: dict[str, np.ndarray] = {}
+    for layer, (down, up) in sorted(_layers(adapter).items()):
+        name = ".".join(layer)
+        down, up = (names.to_torch_layout(("kernel",), np.asarray(x)) for x in (down, up))
+        if dialect == "diffusers":
+            stored = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+        else:
+            flat = kohya_name(layer)
+            alpha = np.asarray(down.shape[0], np.float32)
+            stored = {
+                f"{flat}.lora_down.weight": down,
+                f"{flat}.lora_up.weight": up,
+                f"{flat}.alpha": alpha,
+            }
+        if any(key in tensors for key in stored):
+            raise ValueError(f"two layers are called {kohya_name(layer)} in kohya's names")
+        tensors.update({key: cast(key, value, dtype) for key, value in stored.items()})
+    path = Path(path)
+    with whole(path) as part:
+        save_tensors(part, tensors, metadata)
+    return path
+
+
+def read_lora(path: str | Path, unet: Mapping[str, Any]) -> dict:
+    """Reads a LoRA of a UNet alone.
+
+    Args:
+      path: as of `read_networks`.
+      unet: the UNet's parameter tree (arrays or shapes), which says what layers there are.
+
+    Returns:
+      The adapter, float32 numpy arrays, scaled: fit for `Pipeline.denoiser(lora=...)`.
+
+    Raises:
+      FileNotFoundError, ValueError: as of `read_networks`; layers of text encoders match nothing.
+    """
+    return read_networks(path, {"unet": unet})["unet"]
+
+
+def read_networks(path: str | Path, networks: Mapping[str, Any]) -> dict[str, dict]:
+    """Reads a LoRA of any dialect.
+
+    Args:
+      path: a safetensors file, a PEFT adapter folder, or a folder as diffusers'
+        `save_lora_weights` writes it.
+      networks: parameter trees (arrays or shapes), which say what layers there are, by name:
+        `unet`, `text_encoder`, `text_encoder_2`.
+
+    Returns:
+      The adapters of those networks that the file adapts, by their names: float32 numpy arrays,
+      scaled, fit for `models.lora.merge`.
+
+    Raises:
+      FileNotFoundError: there is no such file, or the folder holds no LoRA.
+      ValueError: a pickle, a broken file, a key that matches no layer (the first ten are named),
+        half a layer, factors that do not fit the layer, or an unsupported variant.
+    """
+    file, config = _locate(Path(path))
+    tensors = TensorFile([file])
+    scales = {name: _scales(file, tensors.metadata, config, name) for name in networks}
+    kernels = {
+        (name, *layer[:-1]): tuple(leaf.shape)
+        for name, tree in networks.items()
+        for layer, leaf in flax.traverse_util.flatten_dict(tree).items()
+        if layer[-1] == "kernel"
+    }
+    parts = _resolve(tensors, kernels, file)
+    adapter: dict[Path_, np.ndarray] = {}
+    problems = []
+    for layer, keys in parts.items():
+        network, name = layer[0], ".".join(layer[1:])
+        if "lora_A" not in keys or "lora_B" not in keys:
+            problems.append(f"{name} has only {', '.join(sorted(keys))}")
+            continue
+        down, up = (
+            names.to_flax_layout(("kernel",), np.array(tensors[keys[which]], np.float32))
+            for which in ("lora_A", "lora_B")
+        )
+        if not _fits(down.shape, up.shape, kernels[layer]):
+            problems.append(
+                f"{name} has factors {tensors[keys['lora_A']].shape} and "
+                f"{tensors[keys['lora_B']].shape} for a kernel {kernels[layer]}"
+            )
+            continue
+        rank = down.shape[-1]
+        if "alpha" in keys:
+            scale = float(np.asarray(tensors[keys["alpha"]], np.float32)) / rank
+        else:
+            scale = scales[network](name, rank)
+        adapter[(*layer, "lora_A")] = np.ascontiguousarray(down)
+        adapter[(*layer, "lora_B")] = np.ascontiguousarray(up * np.float32(scale))
+    names.raise_if(problems, f"{file} does not fit this {_whole(networks)}")
+    return flax.traverse_util.unflatten_dict(adapter)
+
+
+def kohya_name(layer: Path_, stem: str = "lora_unet_") -> str:
+    """A layer's name in kohya's dialect: `lora_unet_down_blocks_0_resnets_0_conv1`."""
+    return stem + "_".join(layer).replace(".", "_")
+
+
+def _whole(networks: Iterable[str]) -> str:
+    """What networks of these names make up."""
+    return "UNet" if set(networks) == {"unet"} else "model"
+
+
+def _layers(adapter: Mapping[str, Any]) -> dict[Path_, tuple[Any, Any]]:
+    flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, adapter))
+    return {
+        path[:-1]: (leaf, flat[(*path[:-1], "lora_B")])
+        for path, leaf in flat.items()
+        if path[-1] == "lora_A"
+    }
+
+
+def _locate(path: Path) -> tuple[Path, dict | None]:
+    """The safetensors file, and the PEFT config if it is an adapter folder."""
+    if path.is_file():
+        refuse_pickle(path)
+        return path, None
+    if not path.is_dir():
+        raise FileNotFoundError(f"LoRA {str(path)!r} does not exist; give a safetensors file")
+    if (path / PEFT_CONFIG).is_file():
+        if not (path / PEFT_FILE).is_file():
+            for other in sorted(path.iterdir()):
+                refuse_pickle(other)
+            raise FileNotFoundError(f"{path} holds no {PEFT_FILE}; the adapter folder is not whole")
+        return path / PEFT_FILE, _read_config(path / PEFT_CONFIG)
+    if (path / DIFFUSERS_FILE).is_file():
+        return path / DIFFUSERS_FILE, None
+    for other in sorted(path.iterdir()):
+        refuse_pickle(other)
+    inside = sorted(str(found.parent) for found in path.glob(f"**/{PEFT_CONFIG}"))
+    raise FileNotFoundError(
+        f"{path} holds neither {PEFT_CONFIG} nor {DIFFUSERS_FILE}; give "
+        + (f"a folder that does: {', '.join(inside[:10])}" if inside else "the safetensors file")
+    )
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict) or str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise ValueError(f"{path} does not describe a LoRA (peft_type)")
+    return config
+
+
+def _scales(
+    file: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, network: str
+) -> Callable[[str, int], float]:
+    """The scale of a network's layer without an alpha tensor: `(name, rank) -> alpha / rank`."""
+    if config is None:
+        stored = metadata.get("lora_adapter_metadata")
+        if stored is None:
+            return lambda name, rank: 1.0
+        try:
+            config = json.loads(stored)
+            config = {k.removeprefix(f"{network}."): v for k, v in config.items()}
+        except (ValueError, AttributeError):
+            raise ValueError(f"{file}: its lora_adapter_metadata is not a JSON object") from None
+    for variant in ("use_dora", "fan_in_fan_out"):
+        if config.get(variant):
+            raise ValueError(f"{file}: adapters with {variant} are not supported")
+    try:
+        default = float(config.get("lora_alpha", 8))  # PEFT's own default
+        alphas = {k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()}
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(f"{file}: lora_alpha and alpha_pattern must hold numbers") from None
+    patterns = {_literal(key, file): alpha for key, alpha in alphas.items()}
+    root = math.sqrt if config.get("use_rslora") else float
+
+    def scale(name: str, rank: int) -> float:
+        for pattern, alpha in patterns.items():
+            if name == pattern or name.endswith("." + pattern):
+                return alpha / root(rank)
+        return default / root(rank)
+
+    return scale
+
+
+def _literal(pattern: str, file: Path) -> str:
+    """A PEFT pattern that is a plain name; regular expressions of a file are not run."""
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not name.replace(".", "").replace("_", "").isalnum():
+        raise ValueError(f"{file}: alpha_pattern {pattern!r} is not a plain layer name")
+    return name
+
+
+def _resolve(
+    tensors: Mapping[str, np.ndarray], kernels: Mapping[Path_, tuple], file: Path
+) -> dict[Path_, dict[str, str]]:
+    """For each layer, the file's key of `lora_A`, `lora_B` and, where there is one, `alpha`.
+
+    Layers are paths that begin with their network's name.
+    """
+    dotted = {".".join(layer): layer for layer in kernels}
+    flat: dict[str, list[Path_]] = {}
+    for layer in kernels:
+        for stem in _KOHYA_STEMS[layer[0]]:
+            flat.setdefault(kohya_name(layer[1:], stem), []).append(layer)
+    if any(key.startswith(_LDM_STEMS) for key in tensors):
+        own = {".".join(layer[1:]): layer for layer in kernels if layer[0] == "unet"}
+        for name, ldm_name in unet_layers(own).items():
+            flat.setdefault(kohya_name((ldm_name,)), []).append(own[name])
+    parts: dict[Path_, dict[str, str]] = {}
+    problems = []
+    for key in tensors:
+        suffix = next((s for s in _PARTS if key.endswith(s)), "")
+        stem = key.removesuffix(suffix)
+        if stem.startswith(("lora_unet_", "lora_te")):
+            found = flat.get(stem, [])
+        else:
+            # PEFT's prefix alone is a UNet's; diffusers may have put a network's before it.
+            network, prefix, rest = stem.partition("base_model.model.")
+            name = (network or "unet.") + rest if prefix else stem
+            found = [dotted[name]] if name in dotted else []
+        if not suffix or not found:
+            problems.append(key)
+        elif len(found) > 1:
+            named = " and ".join(".".join(layer[1:]) for layer in found)
+            raise ValueError(f"{file}: {stem} may be {named}; convert the file to diffusers' names")
+        elif _PARTS[suffix] in parts.setdefault(found[0], {}):
+            raise ValueError(f"{file} holds {'.'.join(found[0][1:])} twice, in two dialects")
+        else:
+            parts[found[0]][_PARTS[suffix]] = key
+    model = _whole(layer[0] for layer in kernels)
+    names.raise_if(problems, f"{file}: keys that match no layer of the {model}")
+    if not parts:
+        raise ValueError(f"{file} holds no LoRA")
+    return parts
+
+
+def _fits(down: tuple, up: tuple, kernel: tuple) -> bool:
+    """Whether factors in Flax layout are a low-rank update of the kernel."""
+    ones = (1,) * (len(kernel) - 2)
+    rank = down[-1]
+    return down[:-1] == kernel[:-1] and up == (*ones, rank, kernel[-1]) and rank > 0

@@ -1,0 +1,67 @@
+"""Several LoRAs at once, each with its weight: what `--lora` means."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.io.lora_files import read_networks
+from tlcm_jax.models import lora
+from tlcm_jax.models.adapters import combined
+
+
+def put_on(pipeline: Pipeline, specs: Sequence[str]) -> tuple[Pipeline, Mapping[str, Any] | None]:
+    """Reads LoRAs for a pipeline.
+
+    Args:
+      pipeline: what they belong to.
+      specs: as of `read_loras`.
+
+    Returns:
+      The pipeline, its text encoders' weights changed as the LoRAs say; and the UNet's adapter,
+      None where they adapt text encoders alone.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_networks`.
+    """
+    networks = {name: tree for name, tree in pipeline.params.items() if name != "vae"}
+    adapters = read_loras(specs, networks)
+    merged = {
+        name: lora.merge(networks[name], adapter)
+        for name, adapter in adapters.items()
+        if name != "unet"
+    }
+    changed = dataclasses.replace(pipeline, params={**pipeline.params, **merged})
+    return changed, adapters.get("unet")
+
+
+def read_loras(specs: Sequence[str], networks: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Reads several LoRAs, each with its weight, as one adapter a network.
+
+    Args:
+      specs: `PATH` or `PATH:WEIGHT`, such as `style.safetensors:0.8`.
+      networks: as in `read_networks`.
+
+    Returns:
+      By network, as far as one of the LoRAs adapts it.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_networks`.
+    """
+    found: dict[str, list] = {}
+    for path, weight in map(_split_weight, specs):
+        for network, adapter in read_networks(path, networks).items():
+            found.setdefault(network, []).append((adapter, weight))
+    return {network: combined(*zip(*pairs, strict=True)) for network, pairs in found.items()}
+
+
+def _split_weight(spec: str) -> tuple[str, float]:
+    """`PATH` and its weight; a path that exists as it stands has weight 1."""
+    path, colon, weight = spec.rpartition(":")
+    if not colon or Path(spec).exists():
+        return spec, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return spec, 1.0

@@ -1,0 +1,114 @@
+"""Names and layouts: one rule between Flax trees and PyTorch checkpoints.
+
+Flax keys are the checkpoint's own path pieces, so a PyTorch key is the path joined with dots and
+the leaf renamed to `weight` or `bias`. Linear kernels are transposed, convolutions go between
+HWIO and OIHW; embeddings and norms keep their layout.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import flax.traverse_util
+import numpy as np
+
+from tlcm_jax.io.tensors import Tensors
+
+Path_ = tuple[str, ...]
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# What diffusers called the autoencoder's attention layers when SD 1.x was published.
+_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def torch_key(path: Path_) -> str:
+    """The checkpoint's name of a Flax leaf, e.g. `down_blocks.0.resnets.0.conv1.weight`."""
+    return ".".join((*path[:-1], _LEAVES[path[-1]]))
+
+
+def to_torch_layout(path: Path_, value: np.ndarray) -> np.ndarray:
+    """A Flax leaf in the checkpoint's layout."""
+    if path[-1] != "kernel":
+        return value
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+
+def to_flax_layout(path: Path_, value: np.ndarray) -> np.ndarray:
+    """A checkpoint tensor in the Flax leaf's layout; the inverse of `to_torch_layout`."""
+    if path[-1] != "kernel":
+        return value
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def to_torch(params: Mapping) -> dict[str, np.ndarray]:
+    """A whole tree as checkpoint names and contiguous arrays."""
+    return {
+        torch_key(path): np.ascontiguousarray(to_torch_layout(path, np.asarray(leaf)))
+        for path, leaf in flax.traverse_util.flatten_dict(params).items()
+    }
+
+
+def to_torch_names(shapes: Mapping) -> list[str]:
+    """The checkpoint's names of all leaves of a tree."""
+    return [torch_key(path) for path in flax.traverse_util.flatten_dict(shapes)]
+
+
+def matched(tensors: Tensors, shapes: Mapping, source: str) -> dict[Path_, np.ndarray]:
+    """Finds the tensor of every leaf of a tree; reads none of them.
+
+    Names of older and newer libraries are known too: the autoencoder's former attention names, a
+    text tower saved without its `text_model.` (transformers 5.6 and later), and a 1x1 convolution
+    where a linear layer is expected, or the other way round, which is the same map.
+
+    Args:
+      tensors: by checkpoint name, as on disk.
+      shapes: tree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`) to fill.
+      source: what the tensors came from, for errors.
+
+    Returns:
+      A view for each leaf's path, of the leaf's shape and the file's dtype, in the file's order.
+
+    Raises:
+      ValueError: a tensor is missing, left over or misshaped; the first ten are named.
+    """
+    wanted = flax.traverse_util.flatten_dict(shapes)
+    paths = {torch_key(path): path for path in wanted}
+    views: dict[Path_, np.ndarray] = {}
+    extra, misshaped = [], []
+    for key in tensors:
+        path = paths.get(_current(key, paths))
+        if path is None or path in views:
+            # Except buffers that older libraries stored; they hold no weights.
+            if not key.endswith("position_ids"):
+                extra.append(f"unexpected {tensors.label(key)}")
+            continue
+        stored = tensors[key]
+        view = to_flax_layout(path, _as_linear_or_conv(stored, len(wanted[path].shape)))
+        if view.shape != wanted[path].shape:
+            expected = to_torch_layout(path, np.broadcast_to(0, wanted[path].shape)).shape
+            misshaped.append(f"{tensors.label(key)} has shape {stored.shape}, expected {expected}")
+        views[path] = view
+    missing = [f"missing {tensors.label(key)}" for key, path in paths.items() if path not in views]
+    raise_if([*missing, *extra, *misshaped], f"{source} does not fit its config")
+    return views
+
+
+def raise_if(problems: Sequence[str], what: str) -> None:
+    """Raises a ValueError that names the first ten problems and counts the rest."""
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{what}: {'; '.join(problems[:10])}{more}")
+
+
+def _current(key: str, known: Mapping[str, Path_]) -> str:
+    """Today's name of a tensor that may have been stored under another."""
+    *parents, module, leaf = ("", *key.split("."))
+    renamed = ".".join((*parents[1:], _FORMER.get(module, module), leaf))
+    return next((name for name in (key, renamed, f"text_model.{key}") if name in known), key)
+
+
+def _as_linear_or_conv(value: np.ndarray, ndim: int) -> np.ndarray:
+    """A linear layer's weight as a 1x1 convolution's, or the reverse, where `ndim` says so."""
+    if value.ndim == 4 and ndim == 2 and value.shape[2:] == (1, 1):
+        return value[:, :, 0, 0]
+    if value.ndim == 2 and ndim == 4:
+        return value[:, :, None, None]
+    return value

@@ -1,0 +1,173 @@
+"""Single-file checkpoints: all networks of a pipeline in one safetensors file, without configs."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from tlcm_jax.io import names
+from tlcm_jax.io.files import cast, save_tensors
+from tlcm_jax.io.ldm_names import PREFIXES, Place, places
+from tlcm_jax.io.tensors import TensorFile, Tensors, refuse_pickle
+
+# Tensors of such files that are no weights of the networks: the noise schedule's tables, a copy of
+# the UNet's moving average, CLIP's training temperature.
+_NO_WEIGHTS = re.compile(
+    r"model_ema\..*|denoiser\..*|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
+    r"|betas|logvar|lvlb_weights|posterior_\w+|.*\.logit_scale|.*\.position_ids"
+)
+
+
+class SingleFile:
+    """An open single-file checkpoint.
+
+    Attributes:
+      family: `sdxl` or `sd`, a key of `ldm_names.PREFIXES`.
+    """
+
+    def __init__(self, path: Path):
+        """Opens the file.
+
+        Raises:
+          ValueError: a pickle, a broken file, or a file that is no checkpoint of these families.
+        """
+        refuse_pickle(path)
+        self._path = path
+        self._tensors = TensorFile([path])
+        self._used: set[str] = set()
+        self.family = _family(self._tensors, path)
+
+    def component(self, name: str, shapes: Mapping) -> Tensors:
+        """A component's tensors under the names that a diffusers folder gives them.
+
+        Args:
+          name: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
+          shapes: the component's tree of `jax.ShapeDtypeStruct`.
+        """
+        found = places(name, names.to_torch_names(shapes), self.family)
+        component = _Component(self._tensors, found)
+        self._used.update(component.keys_used)
+        return component
+
+    def check_all_used(self) -> None:
+        """Raises a ValueError that names tensors which no component took, if there are any."""
+        left = [key for key in self._tensors if key not in self._used]
+        unknown = [f"unexpected {key}" for key in left if not _NO_WEIGHTS.fullmatch(key)]
+        names.raise_if(unknown, f"{self._path} does not fit its config")
+        if left:
+            logging.info("%s: left out %d tensors that are no weights", self._path, len(left))
+
+
+class _Component(Tensors):
+    """The part of a single file that is one component."""
+
+    def __init__(self, tensors: TensorFile, found: Mapping[str, Place]):
+        self._tensors = tensors
+        self._places = found
+        # Some SD 1.x files leave out the tower's `text_model.`.
+        self._keys = {
+            name: key
+            for name, place in found.items()
+            for key in (place.key, place.key.replace(".text_model.", "."))
+            if key in tensors
+        }
+        self.keys_used = set(self._keys.values())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        value, place = self._tensors[self._keys[name]], self._places[name]
+        if place.part is not None:
+            third = len(value) // 3
+            value = value[place.part * third : (place.part + 1) * third]
+        return value.T if place.transposed else value
+
+    def __iter__(self) -> Iterator[str]:
+        order = {key: i for i, key in enumerate(self._tensors)}
+        return iter(sorted(self._keys, key=lambda name: order[self._keys[name]]))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def label(self, name: str) -> str:
+        return self._places[name].key if name in self._places else name
+
+    def release(self) -> None:
+        self._tensors.release()
+
+
+def family_of(configs: Mapping[str, Any]) -> str:
+    """The layout, a key of `ldm_names.PREFIXES`, that a pipeline is written in.
+
+    Args:
+      configs: `Pipeline.configs`.
+
+    Raises:
+      ValueError: there is none for it.
+    """
+    if "text_encoder_2" in configs:
+        return "sdxl"
+    if configs["text_encoder"].get("hidden_act", "quick_gelu") != "quick_gelu":
+        # OpenCLIP's tower without its last layer, which the file's readers expect.
+        raise ValueError("SD 2.x cannot be written as a single file; export it as a pipeline")
+    return "sd"
+
+
+def write_single_file(
+    path: Path,
+    params: Mapping[str, Any],
+    family: str,
+    dtype: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes all networks into one file.
+
+    Args:
+      path: the file.
+      params: a Flax tree for each component.
+      family: a key of `ldm_names.PREFIXES`.
+      dtype: one of `files.DTYPES`.
+      metadata: text for the header.
+
+    Raises:
+      ValueError: a tensor that the layout has no place for, or that does not fit in the dtype.
+      OSError: the file cannot be written.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for component, tree in params.items():
+        stored = names.to_torch(jax.tree.map(np.asarray, tree))
+        parts: dict[str, dict[int, np.ndarray]] = {}
+        for name, place in places(component, stored, family).items():
+            value = cast(f"{component} {name}", stored[name], dtype)
+            if place.convolution:
+                value = value[:, :, None, None]
+            if place.part is not None:
+                parts.setdefault(place.key, {})[place.part] = value
+                continue
+            tensors[place.key] = np.ascontiguousarray(value.T if place.transposed else value)
+        for key, thirds in parts.items():
+            tensors[key] = np.concatenate([thirds[i] for i in range(3)])
+    save_tensors(path, tensors, metadata)
+
+
+def _family(tensors: Mapping[str, np.ndarray], path: Path) -> str:
+    """Which family's layout a file has, told by its text encoders."""
+
+    def has(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in tensors)
+
+    if not has(PREFIXES["sdxl"]["unet"]):
+        lora = any("lora" in key for key in tensors)
+        raise ValueError(
+            f"{path} is no single-file checkpoint: it has no model.diffusion_model.* tensors"
+            + ("; it looks like a LoRA, which goes onto a model with --lora" if lora else "")
+        )
+    for family, prefixes in PREFIXES.items():
+        if all(has(prefix) for prefix in prefixes.values()):
+            return family
+    raise ValueError(
+        f"{path} holds a UNet but not the autoencoder and text encoders of SDXL or SD 1.x; other "
+        "families, SD 2.x among them, are read from their diffusers folder"
+    )

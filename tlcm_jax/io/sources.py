@@ -1,0 +1,111 @@
+"""What a model's PATH names: where its configs and tokenizers lie, and each network's tensors."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from tlcm_jax.io.hub import NETWORKS, HubId, fetch
+from tlcm_jax.io.single_file import SingleFile
+from tlcm_jax.io.tensors import Tensors, open_component
+
+# The repositories whose configs and tokenizers a single file of each family goes with.
+_PUBLISHED = {
+    "sdxl": HubId("stabilityai/stable-diffusion-xl-base-1.0"),
+    "sd": HubId("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+}
+# Beside a single file: its own configs. `export --to single-file` writes them there.
+CONFIG_FOLDER = "config"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model's files.
+
+    Attributes:
+      name: the path or id as it was given.
+      folder: a local folder with all configs and tokenizers, in diffusers' layout.
+      file: the single-file checkpoint that holds the weights; None where they lie in the folder.
+      variant: of the folder's weights.
+    """
+
+    name: str
+    folder: Path
+    file: SingleFile | None = None
+    variant: str | None = None
+
+    @classmethod
+    def find(
+        cls,
+        path: str | Path,
+        *,
+        variant: str | None = None,
+        config: str | Path | None = None,
+        weights: bool = True,
+    ) -> "Source":
+        """Finds a model, fetching what is needed of a hub id.
+
+        Args:
+          path: a folder, a single file or a hub id.
+          variant: of the weights; not for single files.
+          config: where a single file's configs are; not for others.
+          weights: False fetches none from the hub.
+
+        Raises:
+          FileNotFoundError: there is no such thing.
+          ValueError: a file that is no checkpoint, or an option that does not go with the path.
+        """
+        local = Path(path)
+        if local.is_file():
+            if variant is not None:
+                raise ValueError(f"{path} is a single file, which has no variant {variant!r}")
+            file = SingleFile(local)
+            return cls(str(path), _config_folder(local, file.family, config), file)
+        if config is not None:
+            raise ValueError(f"{path} is not a single file: it has configs of its own")
+        if local.is_dir():
+            return cls(str(path), local, variant=variant)
+        if (hub_id := HubId.parse(path)) is None:
+            raise FileNotFoundError(
+                f"model {str(path)!r} is not a folder; give a diffusers pipeline folder (one that "
+                "holds model_index.json), a single-file checkpoint or a hub id"
+            )
+        return cls(str(path), fetch(hub_id, weights=weights, variant=variant), variant=variant)
+
+    def component(self, name: str, shapes: Mapping) -> Tensors:
+        """A network's tensors, by the names of a diffusers folder.
+
+        Args:
+          name: a key of `hub.NETWORKS`.
+          shapes: its tree of `jax.ShapeDtypeStruct`.
+        """
+        if self.file is not None:
+            return self.file.component(name, shapes)
+        return open_component(self.folder / name, NETWORKS[name], self.variant)
+
+    def check_all_used(self) -> None:
+        """Raises a ValueError if a single file holds tensors that belong to no component."""
+        if self.file is not None:
+            self.file.check_all_used()
+
+    def label(self, name: str) -> str:
+        """A network, for messages."""
+        return self.name if self.file is not None else str(self.folder / name)
+
+
+def _config_folder(file: Path, family: str, config: str | Path | None) -> Path:
+    """Where the configs of a single file lie."""
+    if config is None and (file.parent / CONFIG_FOLDER / "model_index.json").is_file():
+        config = file.parent / CONFIG_FOLDER
+    if config is not None and Path(config).is_dir():
+        return Path(config)
+    hub_id = _PUBLISHED[family] if config is None else HubId.parse(config)
+    if hub_id is None:
+        raise FileNotFoundError(f"config {str(config)!r} is neither a folder nor a hub id")
+    try:
+        return fetch(hub_id, weights=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"a single file has no configs and tokenizers, and those of {hub_id.repository} are "
+            f"not to be had ({error}); put a pipeline folder with them, without its weights, "
+            f"beside {file} as {CONFIG_FOLDER!r}"
+        ) from None

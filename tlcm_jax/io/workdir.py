@@ -1,0 +1,82 @@
+"""Reads what a run left in its workdir: the config it was run with and the adapter it trained."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tlcm_jax.config.schema import read
+from tlcm_jax.models import lora
+from tlcm_jax.training.checkpoints import Checkpoints
+from tlcm_jax.training.workdir import CONFIG_FILE
+
+CHECKPOINTS = "checkpoints"
+
+
+def is_workdir(path: str | Path) -> bool:
+    """Whether a folder is a run's, as against a pipeline folder."""
+    return (Path(path) / CONFIG_FILE).is_file() and (Path(path) / CHECKPOINTS).is_dir()
+
+
+def drawn_with(path: str | Path, setting: str, default: float, given: float | None = None) -> float:
+    """A number to draw with: the one given, or that of a run's own evaluation, or `default`.
+
+    Args:
+      path: a workdir, or anything else.
+      setting: "guidance_scale", the teacher's, or "gamma", the student's.
+      default: of what is not a workdir, and where the run does not say either.
+      given: by the user; None leaves it to the others.
+    """
+    if given is not None:
+        return given
+    return (_config(path).get("evaluation") or {}).get(setting, default)
+
+
+def trained_resolution(path: str | Path) -> int | None:
+    """Side in pixels of the pictures that a run was trained for; None for the model's own."""
+    return _config(path).get("model", {}).get("resolution") or None
+
+
+def _config(path: str | Path) -> dict[str, Any]:
+    """A run's config; empty for what is not a workdir."""
+    if not is_workdir(path):
+        return {}
+    return json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+
+
+def load_adapter(
+    workdir: str | Path, step: int | None = None
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The config of a run and what it trained.
+
+    Args:
+      workdir: the run's folder.
+      step: the checkpoint's number, in steps over all stages; the newest by default.
+
+    Returns:
+      The config as plain nested values, and the adapter as host arrays, scaled: fit for
+      `Pipeline.denoiser(lora=...)` and for export. A tree of whole weights is returned as it is
+      (`models.adapters.is_adapter` tells).
+
+    Raises:
+      FileNotFoundError: it is not a workdir, or has no (such) checkpoint.
+      ValueError: its config is not readable.
+      RuntimeError: the checkpoint is damaged.
+    """
+    folder = Path(workdir)
+    if not is_workdir(folder):
+        raise FileNotFoundError(
+            f"{str(workdir)!r} is not a workdir (no {CONFIG_FILE} and {CHECKPOINTS}/); give the "
+            "--workdir of a run of tlcm_jax.main"
+        )
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from None
+    settings = read(config)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, keep=None)
+    try:
+        trained = checkpoints.trained(step)
+    finally:
+        checkpoints.close()
+    return config, lora.scaled(trained, settings.adapter.scale)
