@@ -96,7 +96,7 @@ def get_config(variant: str = "") -> ConfigDict:
             checkpoint_every=20,
             evaluation=dict(
                 prompts=(str(prompts / "heldout.txt"), str(prompts / "composition.txt")),
-                judge=str(paths.JUDGE),
+                scorers=("miniature.judge",),
                 guidance_scale=guidance_scale,
                 limit=16 if smoke else 0,
             ),

@@ -80,7 +80,7 @@ def _paper_stages(config: ConfigDict) -> dict[str, Any]:
 
 
 def _scorer() -> dict[str, Any]:
-    return dict(scorer="contrastive", weights=str(paths.MINIATURE / "scorer"))
+    return dict(scorer="miniature.contrastive", weights=str(paths.MINIATURE / "scorer"))
 
 
 def _games(config: ConfigDict) -> dict[str, Any]:

@@ -6,7 +6,8 @@ hundred generated ones (`frechet`).
 
 No loss uses the judge: the autoencoder's perceptual loss is on VGG16, and distillation sees no
 picture at all. A score means something only beside the same judge's score on real pictures, which
-`judge.json` holds (`Judge.real`) and `Judge.report` returns with its own.
+`judge.json` holds (`Judge.real`) and `Judge.report` returns with its own. As a scorer's name:
+`miniature.judge`.
 """
 
 import dataclasses
@@ -28,8 +29,10 @@ from safetensors.numpy import load_file, save_file
 from miniature.judge_network import JudgeNetwork
 from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.evaluation.scorers import frechet
+from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer
 from tlcm_jax.evaluation.scorers.frechet import Moments
 
+FOLDER = pathlib.Path(__file__).with_name("judge")
 WEIGHTS, DESCRIPTION = "judge.safetensors", "judge.json"
 _FORMAT = 1
 _BATCH = 64
@@ -124,7 +127,7 @@ class Judge:
           ValueError: an unknown label or style, or not one of each per picture.
         """
         _, objects, style_logits = self.judge(images)
-        return self._compare(objects, style_logits, labels, styles)
+        return self.compare(objects, style_logits, labels, styles)
 
     def report(
         self,
@@ -151,7 +154,7 @@ class Judge:
         if split not in self.moments:
             raise ValueError(f"unknown split {split!r}: choose one of {', '.join(self.moments)}")
         features, objects, style_logits = self.judge(images)
-        verdicts = self._compare(objects, style_logits, labels, styles)
+        verdicts = self.compare(objects, style_logits, labels, styles)
         shares = {k: float(verdicts[k].mean()) for k in ("object_top1", "object_top5", "style")}
         return {
             "count": len(images),
@@ -171,13 +174,14 @@ class Judge:
         inverse = [1 / n for n in reversed(sizes)]
         return float(np.interp(1 / max(count, 1), inverse, list(reversed(values))))
 
-    def _compare(
+    def compare(
         self,
         objects: np.ndarray,
         style_logits: np.ndarray,
         labels: Sequence[str],
         styles: Sequence[str],
     ) -> dict[str, np.ndarray]:
+        """Verdicts, as of `score`, from the logits that `judge` gives."""
         wanted = _indices(labels, self.labels, "object label", len(objects))
         wanted_style = _indices(styles, self.styles, "style", len(objects))
         right = objects[np.arange(len(objects)), wanted][:, None]
@@ -188,6 +192,81 @@ class Judge:
             "object_rank": rank,
             "style": style_logits.argmax(1) == wanted_style,
         }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JudgeScorer(Scorer):
+    """The judge as evaluations ask it: objects and styles by the prompts' `label` and `style`.
+
+    The Frechet distance is to all real pictures that the teacher was trained on, whatever the
+    prompts: the larger sample is the less noisy one.
+
+    Attributes:
+      judge: the network with the statistics of real pictures.
+    """
+
+    judge: Judge
+
+    name = "judge"
+    differentiable = False
+    threshold = None
+    params = None
+    measures = (
+        Measure(key="object_top1", title="object top-1", percent=True),
+        Measure(key="object_top5", title="object top-5", percent=True),
+        Measure(key="style_accuracy", title="style", percent=True),
+        Measure(key="frechet_distance", title="Fréchet", higher_is_better=False),
+    )
+
+    def check(self, prompts: Sequence[str], annotations: Annotations) -> None:
+        """See `Scorer`."""
+        for key, known in (("label", self.judge.labels), ("style", self.judge.styles)):
+            if key not in annotations:
+                raise ValueError(
+                    f"the judge needs each prompt's {key!r}: put a JSON file of the same name "
+                    "beside the prompt file, or leave out the scorer miniature.judge"
+                )
+            for value in annotations[key]:
+                if value not in known:
+                    raise ValueError(f"the judge knows no {key} {value!r}: leave that prompt out")
+        if len(prompts) < 2:
+            raise ValueError("the judge's Frechet distance needs at least 2 prompts")
+
+    def values(
+        self, images: np.ndarray, prompts: Sequence[str], annotations: Annotations
+    ) -> dict[str, np.ndarray]:
+        """See `Scorer`: verdicts `[n]`, and Frechet features `[n, d]`."""
+        features, objects, styles = self.judge.judge(images.astype(np.float32) / 255)
+        verdicts = self.judge.compare(objects, styles, annotations["label"], annotations["style"])
+        return {
+            "object_top1": verdicts["object_top1"],
+            "object_top5": verdicts["object_top5"],
+            "style_accuracy": verdicts["style"],
+            "features": features,
+        }
+
+    def summarise(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """See `Scorer`."""
+        shares = {key: values[key] for key in ("object_top1", "object_top5", "style_accuracy")}
+        distance = frechet.distance(Moments.of(values["features"]), self.judge.moments["train"])
+        return {**super().summarise(shares), "frechet_distance": distance}
+
+    def real_data_score(self, prompt_set: str, count: int) -> dict[str, float]:
+        """See `Scorer`; the distance is what as many real pictures have to the others."""
+        real = self.judge.real.get(prompt_set)
+        if real is None:
+            return {}
+        return {
+            "object_top1": real["object_top1"],
+            "object_top5": real["object_top5"],
+            "style_accuracy": real["style"],
+            "frechet_distance": self.judge.floor(count),
+        }
+
+
+def load(path: str = "") -> JudgeScorer:
+    """The judge of a folder as a scorer; without one the miniature's own."""
+    return JudgeScorer(Judge.load(path or FOLDER))
 
 
 @functools.lru_cache(maxsize=4)

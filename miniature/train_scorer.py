@@ -2,10 +2,9 @@
 
     python -m miniature.train_scorer --data emoji32.npz --output miniature/scorer
 
-Contrastive (`tlcm_jax/evaluation/scorers/contrastive.py`): augmented real pictures of the
-training split against their captions. It shares no weight, no label and no network with the
-judge, which stays the one that nothing
-follows. Prints how often a held-out picture finds its caption among 100.
+Contrastive (`miniature/contrastive.py`): augmented real pictures of the training split against
+their captions. It shares no weight, no label and no network with the judge, which stays the one
+that nothing follows. Prints how often a held-out picture finds its caption among 100.
 """
 
 import argparse
@@ -17,12 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from miniature.augment import augment
+from miniature.contrastive import ContrastiveNetwork, ContrastiveScorer, words
 from miniature.fit import cosine, fit
-from tlcm_jax.evaluation.scorers.contrastive import (
-    ContrastiveNetwork,
-    ContrastiveReward,
-    words,
-)
 
 
 def batches(images: np.ndarray, texts: np.ndarray, size: int) -> Iterator[dict]:
@@ -83,7 +78,7 @@ def main() -> None:
     # Good enough is what real pictures score with their own captions.
     threshold = round(100 * float(np.diagonal(cosines).mean()), 2)
     print(f"held-out: caption found among 100: {hits:.3f}, own caption scores {threshold}")
-    ContrastiveReward(network, trained, threshold).save(args.output)
+    ContrastiveScorer(network, trained, threshold).save(args.output)
 
 
 if __name__ == "__main__":

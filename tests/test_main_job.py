@@ -131,7 +131,7 @@ def test_bad_input_is_found_before_anything_is_written(config, tmp_path, change,
     [
         (dict(export=["onnx"]), "cannot export 'onnx'"),
         (dict(evaluation__steps=[9]), "steps = 9"),
-        (dict(evaluation__judge="nowhere"), "nowhere"),
+        (dict(evaluation__scorers=["miniature.judge=nowhere"]), "nowhere holds no judge"),
     ],
 )
 def test_what_the_end_needs_is_checked_at_the_start(config, change, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from absl import logging
 
+from miniature.contrastive import ContrastiveNetwork, ContrastiveScorer, words
 from tests.support.cut import cut_after
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.config import companions
@@ -15,11 +16,6 @@ from tlcm_jax.config.build import abstract_adapter, blueprints
 from tlcm_jax.config.companions import load_companions
 from tlcm_jax.config.run import distil
 from tlcm_jax.config.schema import read
-from tlcm_jax.evaluation.scorers.contrastive import (
-    ContrastiveNetwork,
-    ContrastiveReward,
-    words,
-)
 from tlcm_jax.families.load import abstract_pipeline, load_pipeline
 from tlcm_jax.io.latent_lpips_files import save_latent_lpips
 from tlcm_jax.models import lora
@@ -39,7 +35,7 @@ def world(tmp_path_factory):
         blank = jnp.zeros((1, 8, 8, 3))
         params = jax.jit(network.init)(jax.random.key(i), blank, words(["a"]))["params"]
         params["words"]["embedding"] = params["words"]["embedding"] * 10
-        ContrastiveReward(network, params, 16.0).save(folder / name)
+        ContrastiveScorer(network, params, 16.0).save(folder / name)
     distance, blank = LatentLPIPS((4,) * 5), jnp.zeros((1, 4, 4, 4))
     params = jax.jit(distance.init)(jax.random.key(2), blank, blank)["params"]
     save_latent_lpips(folder / "lpips", distance, params, 4, {})
@@ -50,9 +46,9 @@ def config(world, **changes):
     terms = dict(
         latent_lpips=dict(weights=str(world / "lpips")),
         preference=dict(
-            scorer="contrastive",
+            scorer="miniature.contrastive",
             weights=str(world / "scorer"),
-            judge="contrastive",
+            judge="miniature.contrastive",
             judge_weights=str(world / "judge"),
         ),
         distribution_matching=dict(guidance_scale=2.0, critic_updates=2),
@@ -135,11 +131,13 @@ def test_what_is_missing_is_said_before_compiling(world):
     raw = with_terms(config(world), adversarial=dict(layers=["up_blocks.0"]))
     with pytest.raises(ValueError, match=r"stages.last: layers = .*this UNet has down_blocks.0"):
         prepared(world, raw)
-    raw = with_terms(config(world), preference=dict(scorer="contrastive", weights="nowhere"))
+    raw = with_terms(
+        config(world), preference=dict(scorer="miniature.contrastive", weights="nowhere")
+    )
     with pytest.raises(FileNotFoundError, match="nowhere holds no scorer"):
         prepared(world, raw)
     raw = with_terms(config(world), preference=dict(scorer="mps", weights=""))
-    with pytest.raises(ValueError, match="unknown scorer 'mps'; known: contrastive"):
+    with pytest.raises(ValueError, match="unknown scorer 'mps'; known: "):
         prepared(world, raw)
 
 

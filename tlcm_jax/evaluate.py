@@ -1,7 +1,7 @@
 """Draws and scores a distilled model at several step counts, beside its teacher.
 
     python -m tlcm_jax.evaluate --model runs/emoji --prompts miniature/prompts/heldout.txt \
-        --steps 1,2,3,4,8 --scores judge --output evaluations/emoji
+        --steps 1,2,3,4,8 --scores miniature.judge --output evaluations/emoji
 
 PATH of --model is a diffusers pipeline folder, a single-file checkpoint, a hub id or the workdir of
 a run. Writes `metrics.json`, `report.html` and `samples/`. The teacher is the model without its
@@ -16,12 +16,11 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from tlcm_jax import paths
 from tlcm_jax.data.prompt_sets import read_prompt_set
 from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import check_steps, evaluate
 from tlcm_jax.evaluation.reporting.provenance import provenance
-from tlcm_jax.evaluation.scorers.scorers import check_scorers, load_scorers
+from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.load import load_pipeline
 from tlcm_jax.io.workdir import drawn_with, is_workdir, trained_resolution
 from tlcm_jax.sample import load_model
@@ -40,9 +39,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("prompts", None, "Prompt file; may be given again.", **must)
     flags.DEFINE_integer("limit", 0, "Prompts used of a file; 0: all.", lower_bound=0, **here)
     flags.DEFINE_list("steps", "1,2,3,4,8", "The student's step counts.", **here)
-    flags.DEFINE_list("scores", "", "Of: judge, contrastive; commas between.", **here)
-    flags.DEFINE_string("judge", str(paths.JUDGE), "Folder of the judge.", **here)
-    flags.DEFINE_string("contrastive", str(paths.SCORER), "Folder of that scorer.", **here)
+    flags.DEFINE_list("scores", "", "Scorers, as NAME or NAME=PATH; commas between.", **here)
     flags.DEFINE_float("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
     flags.DEFINE_float("gamma", None, "Share of fresh noise; the run's own, or 1.", **here)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
@@ -66,9 +63,8 @@ def run(values: flags.FlagValues) -> None:
     """Does what the flags say."""
     start = time.monotonic()
     steps = check_steps(values.steps)  # what is quickly checked, before anything is loaded
-    check_scorers(values.scores)
     prompt_sets = [read_prompt_set(path).first(values.limit) for path in values.prompts]
-    scorers = load_scorers({name: getattr(values, name) for name in values.scores})
+    scorers = load_scorers(values.scores)
     pipeline, adapter, bare = load_model(values.model, values.lora)
     teacher = None if adapter is None and bare is pipeline else bare
     if values.teacher is not None:

@@ -5,5 +5,4 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MINIATURE = ROOT / "miniature"
 EMOJI_XL = MINIATURE / "emoji-xl"
-JUDGE = MINIATURE / "judge"
 SCORER = MINIATURE / "scorer"

@@ -44,7 +44,7 @@ def work(folder: Path, teacher: Path) -> None:
     """Does what the folder's `job.json` says."""
     start = time.monotonic()
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    asked = Asked(**{**job["asked"], "steps": tuple(job["asked"]["steps"])})
+    asked = Asked(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["asked"].items()})
     settings = read(job["config"])
     spent: dict[str, Any] = {}
     if job["name"] == TEACHER:

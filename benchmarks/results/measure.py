@@ -19,7 +19,7 @@ from tlcm_jax.evaluation.evaluate import REFERENCE_STEPS, SetResult, evaluate
 from tlcm_jax.evaluation.report import chosen
 from tlcm_jax.evaluation.reporting.contents import Kind
 from tlcm_jax.evaluation.scorers import pairwise
-from tlcm_jax.evaluation.scorers.scorers import load_scorers
+from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.stable_diffusion import Pipeline
 
 LPIPS_TO_TEACHER, DIVERSITY = "lpips_to_teacher", "diversity"
@@ -71,8 +71,7 @@ def measure(
 
     distance = perceptual_distance()
     prompts = read_prompt_set(asked.prompts).first(asked.limit)
-    folders = {"judge": asked.judge, "contrastive": asked.scorer}
-    scorers = load_scorers({name: folder for name, folder in folders.items() if folder})
+    scorers = load_scorers(asked.scorers)
     of_teacher = reference is None
 
     def draw(chosen: PromptSet, noise: int, scorers: Any = ()) -> tuple[SetResult, dict]:

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from tlcm_jax.evaluation.scorers.scorers import Measure
+from tlcm_jax.evaluation.scorers.base import Measure
 
 NOTHING = "–"
 

@@ -12,16 +12,16 @@ from benchmarks.results.measure import DIVERSITY, LPIPS_TO_TEACHER
 from benchmarks.results.numbers import NOTHING, minutes, number, table, thousands
 from benchmarks.results.runs import Plan, Run
 from tlcm_jax.evaluation.reporting.provenance import duration
-from tlcm_jax.evaluation.scorers.scorers import Measure
+from tlcm_jax.evaluation.scorers.base import Measure
 
 COMMENTARY = "commentary.md"
 MEASURES = (
-    Measure(key="object_top1", title="object top-1, %"),
-    Measure(key="style_accuracy", title="style, %"),
-    Measure(key="frechet_distance", title="Fréchet", percent=False, higher_is_better=False),
-    Measure(key="contrastive", title="scorer", percent=False),
-    Measure(key=LPIPS_TO_TEACHER, title="LPIPS to teacher", percent=False, higher_is_better=False),
-    Measure(key=DIVERSITY, title="diversity", percent=False),
+    Measure(key="object_top1", title="object top-1, %", percent=True),
+    Measure(key="style_accuracy", title="style, %", percent=True),
+    Measure(key="frechet_distance", title="Fréchet", higher_is_better=False),
+    Measure(key="contrastive", title="scorer"),
+    Measure(key=LPIPS_TO_TEACHER, title="LPIPS to teacher", higher_is_better=False),
+    Measure(key=DIVERSITY, title="diversity"),
 )
 _TEACHER_STEPS = 25
 

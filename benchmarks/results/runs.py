@@ -28,8 +28,7 @@ class Asked:
 
     Attributes:
       prompts: file of held-out prompts.
-      judge: folder of the judge; empty asks none.
-      scorer: folder of the scorer that preference follows; empty where there is none.
+      scorers: each as NAME or NAME=PATH.
       guidance_scale: of the teacher.
       gamma: share of fresh noise between the student's steps.
       steps: the student's step counts.
@@ -41,8 +40,7 @@ class Asked:
     """
 
     prompts: str
-    judge: str
-    scorer: str
+    scorers: tuple[str, ...]
     guidance_scale: float
     gamma: float
     steps: tuple[int, ...]
@@ -54,17 +52,18 @@ class Asked:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], steps: Sequence[int], limit: int, seed: int) -> "Asked":
-        """What a recipe's own `evaluation` names, at these step counts.
+        """What a recipe's own `evaluation` names, and the scorer that its preference may follow.
 
         Each training seed draws from noise of its own, so that the spread of a row's seeds is that
         of its scores, not of its training alone.
         """
         chosen = config["evaluation"]
-        scorer = paths.SCORER if chosen.get("judge") and paths.SCORER.is_dir() else ""
+        scorers = tuple(chosen.get("scorers", ()))
+        if scorers and paths.SCORER.is_dir():
+            scorers += ("miniature.contrastive",)
         return cls(
             prompts=str(chosen["prompts"][0]),
-            judge=str(chosen.get("judge", "")),
-            scorer=str(scorer),
+            scorers=scorers,
             guidance_scale=float(chosen["guidance_scale"]),
             gamma=float(chosen.get("gamma", 1.0)),
             steps=tuple(sorted(set(steps))),

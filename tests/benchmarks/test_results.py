@@ -16,7 +16,7 @@ from tlcm_jax.config.build import networks
 from tlcm_jax.config.schema import read
 from tlcm_jax.diffusion.process import NoiseSchedule
 from tlcm_jax.distillation import registry as stages
-from tlcm_jax.evaluation.scorers.scorers import Measure
+from tlcm_jax.evaluation.scorers.base import Measure
 from tlcm_jax.families.load import load_pipeline
 
 EXPERIMENTS = {e.name: e for table in command.TABLES for e in table.experiments}
@@ -127,7 +127,7 @@ def test_weights_that_are_missing_are_named(tmp_path):
     assert missing_files(read(config)) == ""
 
 
-PERCENT, PLAIN = Measure(key="a", title="a"), Measure(key="b", title="b", percent=False)
+PERCENT, PLAIN = Measure(key="a", title="a", percent=True), Measure(key="b", title="b")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,7 @@ def fake(folder, name="default", seed=0, top1=0.4, steps=(4,)):
     """A finished run with made-up scores."""
     asked = runs.Asked(
         prompts="few.txt",
-        judge="",
-        scorer="",
+        scorers=(),
         guidance_scale=2.0,
         gamma=1.0,
         steps=steps,
@@ -311,8 +310,7 @@ def test_a_run_in_a_process_of_its_own(world, monkeypatch):
     )
     asked = runs.Asked(
         prompts=str(world / "prompts.txt"),
-        judge="",
-        scorer="",
+        scorers=(),
         guidance_scale=2.0,
         gamma=1.0,
         steps=(1,),

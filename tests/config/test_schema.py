@@ -60,7 +60,7 @@ def test_terms_are_settings_of_a_stage():
 
 
 def test_a_term_of_weight_0_is_as_one_that_is_not_there():
-    preference = {"scorer": "contrastive", "weights": "nowhere", "weight": 0}
+    preference = {"scorer": "miniature.contrastive", "weights": "nowhere", "weight": 0}
     assert read(changed(stages__first__terms={"preference": preference})) == read(MINIMAL)
 
 

