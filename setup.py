@@ -15,6 +15,7 @@ setup(
         "clu>=0.0.12",
         "etils[epath]",
         "flax>=0.12.8",
+        "ftfy",  # mends texts as open_clip does
         "huggingface_hub",
         "jax>=0.10.2",
         "jaxtyping",

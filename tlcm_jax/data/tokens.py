@@ -7,8 +7,10 @@ pipelines do; the cut falls where it falls, also inside a word. Chunks that a sh
 the batch does not reach are the empty prompt.
 """
 
+import html
 from collections.abc import Sequence
 
+import ftfy
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -81,3 +83,30 @@ def _chunked(
             place[1 : 1 + len(part)] = part
             place[1 + len(part)] = tokenizer.eos_token_id
     return ids[:, 0] if chunks == 1 else ids
+
+
+def open_clip_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int
+) -> np.ndarray:
+    """Token ids as open_clip's tokenizer gives them, int32 `[n, length]`.
+
+    Texts are mended first (broken encodings, HTML entities, white space); one that is too long is
+    cut, and ends like the others with the end of text; 0 pads.
+    """
+    mended = [" ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()) for text in texts]
+    ids = np.zeros((len(texts), length), np.int32)
+    for row, words in zip(ids, _words(tokenizer, mended), strict=True):
+        words = [tokenizer.bos_token_id, *words[: length - 2], tokenizer.eos_token_id]
+        row[: len(words)] = words
+    return ids
+
+
+def clip_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> np.ndarray:
+    """Token ids as transformers' processors give them, int32 `[n, length]`.
+
+    The tokenizer pads as its own files say.
+    """
+    found = tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=length, verbose=False
+    )
+    return np.asarray(found["input_ids"], np.int32)

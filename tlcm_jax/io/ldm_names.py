@@ -17,6 +17,8 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
+from tlcm_jax.io.places import Place
+
 PREFIXES: Mapping[str, Mapping[str, str]] = {
     "sdxl": {
         "unet": "model.diffusion_model.",
@@ -67,23 +69,6 @@ _OPENCLIP_LAYER = {
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a single-file checkpoint keeps a tensor.
-
-    Attributes:
-      key: the tensor's name there.
-      part: which third of its leading axis, of a fused q, k and v; None for the whole.
-      transposed: stored the other way round.
-      convolution: a linear layer, stored as a 1x1 convolution.
-    """
-
-    key: str
-    part: int | None = None
-    transposed: bool = False
-    convolution: bool = False
-
-
 def places(component: str, names: Iterable[str], family: str) -> dict[str, Place]:
     """The place of every tensor of a component.
 
@@ -109,7 +94,7 @@ def places(component: str, names: Iterable[str], family: str) -> dict[str, Place
     elif component == "text_encoder":
         found = {name: Place(name) for name in names}
     else:
-        found = {name: _openclip(name) for name in names}
+        found = {name: openclip_text(name) for name in names}
     return {
         name: dataclasses.replace(place, key=prefix + place.key) for name, place in found.items()
     }
@@ -189,15 +174,24 @@ def _vae(name: str, levels: int) -> Place:
     return Place(key.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out"))
 
 
-def _openclip(name: str) -> Place:
+def openclip_text(name: str) -> Place:
+    """The place of a tensor of OpenCLIP's text tower, named as in transformers."""
     if name == "text_projection.weight":
         return Place("text_projection", transposed=True)
     inner = name.removeprefix("text_model.")
     if inner in _OPENCLIP:
         return Place(_OPENCLIP[inner])
-    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", inner)
-    if match is None:
+    place = openclip_layer(inner)
+    if place is None:
         raise ValueError(f"the single-file layout has no place for the text encoder's {name}")
+    return place
+
+
+def openclip_layer(name: str) -> Place | None:
+    """The place of a tensor `encoder.layers.N.*` of either of OpenCLIP's towers, or None."""
+    match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None:
+        return None
     stem, layer, leaf = f"transformer.resblocks.{match[1]}", match[2], match[3]
     projection = layer.removeprefix("self_attn.")
     if projection in _FUSED:

@@ -20,8 +20,11 @@ _FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 
 
 def torch_key(path: Path_) -> str:
-    """The checkpoint's name of a Flax leaf, e.g. `down_blocks.0.resnets.0.conv1.weight`."""
-    return ".".join((*path[:-1], _LEAVES[path[-1]]))
+    """The checkpoint's name of a Flax leaf, e.g. `down_blocks.0.resnets.0.conv1.weight`.
+
+    A leaf that is no layer's (`logit_scale`, `class_embedding`) keeps its own name.
+    """
+    return ".".join((*path[:-1], _LEAVES.get(path[-1], path[-1])))
 
 
 def to_torch_layout(path: Path_, value: np.ndarray) -> np.ndarray:
@@ -41,7 +44,7 @@ def to_flax_layout(path: Path_, value: np.ndarray) -> np.ndarray:
 def to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """A whole tree as checkpoint names and contiguous arrays."""
     return {
-        torch_key(path): np.ascontiguousarray(to_torch_layout(path, np.asarray(leaf)))
+        torch_key(path): np.asarray(to_torch_layout(path, np.asarray(leaf)), order="C")
         for path, leaf in flax.traverse_util.flatten_dict(params).items()
     }
 

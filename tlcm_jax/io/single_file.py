@@ -1,7 +1,7 @@
 """Single-file checkpoints: all networks of a pipeline in one safetensors file, without configs."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from absl import logging
 
 from tlcm_jax.io import names
 from tlcm_jax.io.files import cast, save_tensors
-from tlcm_jax.io.ldm_names import PREFIXES, Place, places
+from tlcm_jax.io.ldm_names import PREFIXES, places
+from tlcm_jax.io.places import PlacedTensors
 from tlcm_jax.io.tensors import TensorFile, Tensors, refuse_pickle
 
 # Tensors of such files that are no weights of the networks: the noise schedule's tables, a copy of
@@ -49,7 +50,10 @@ class SingleFile:
           shapes: the component's tree of `jax.ShapeDtypeStruct`.
         """
         found = places(name, names.to_torch_names(shapes), self.family)
-        component = _Component(self._tensors, found)
+        # Some SD 1.x files leave out the tower's `text_model.`.
+        component = PlacedTensors(
+            self._tensors, found, former=lambda key: key.replace(".text_model.", ".")
+        )
         self._used.update(component.keys_used)
         return component
 
@@ -60,42 +64,6 @@ class SingleFile:
         names.raise_if(unknown, f"{self._path} does not fit its config")
         if left:
             logging.info("%s: left out %d tensors that are no weights", self._path, len(left))
-
-
-class _Component(Tensors):
-    """The part of a single file that is one component."""
-
-    def __init__(self, tensors: TensorFile, found: Mapping[str, Place]):
-        self._tensors = tensors
-        self._places = found
-        # Some SD 1.x files leave out the tower's `text_model.`.
-        self._keys = {
-            name: key
-            for name, place in found.items()
-            for key in (place.key, place.key.replace(".text_model.", "."))
-            if key in tensors
-        }
-        self.keys_used = set(self._keys.values())
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        value, place = self._tensors[self._keys[name]], self._places[name]
-        if place.part is not None:
-            third = len(value) // 3
-            value = value[place.part * third : (place.part + 1) * third]
-        return value.T if place.transposed else value
-
-    def __iter__(self) -> Iterator[str]:
-        order = {key: i for i, key in enumerate(self._tensors)}
-        return iter(sorted(self._keys, key=lambda name: order[self._keys[name]]))
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def label(self, name: str) -> str:
-        return self._places[name].key if name in self._places else name
-
-    def release(self) -> None:
-        self._tensors.release()
 
 
 def family_of(configs: Mapping[str, Any]) -> str:

@@ -5,17 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tlcm_jax.models.attention import attention
+from tlcm_jax.models.clip_encoder import ACTIVATIONS, CLIPEncoder
 from tlcm_jax.models.layers import Dense, Dtype, layer_norm
-
-_ACTIVATIONS = {
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +39,10 @@ class CLIPTextConfig:
           ValueError: the activation is not one this port implements.
         """
         activation = raw.get("hidden_act", "quick_gelu")
-        if activation not in _ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             raise ValueError(
                 f"text encoder config: hidden_act={activation!r} is not one of "
-                f"{sorted(_ACTIVATIONS)}"
+                f"{sorted(ACTIVATIONS)}"
             )
         projected = "CLIPTextModelWithProjection" in raw.get("architectures", ())
         return cls(
@@ -63,46 +57,6 @@ class CLIPTextConfig:
             eos_token_id=raw.get("eos_token_id", 49407),
             projection_dim=raw.get("projection_dim", 512) if projected else None,
         )
-
-
-class _SelfAttention(nn.Module):
-    heads: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        width = x.shape[-1]
-
-        def project(name: str) -> Array:
-            y = Dense(width, dtype=self.dtype, name=name)(x)
-            return y.reshape(*x.shape[:-1], self.heads, width // self.heads)
-
-        out = attention(project("q_proj"), project("k_proj"), project("v_proj"), mask)
-        return Dense(width, dtype=self.dtype, name="out_proj")(out.reshape(x.shape))
-
-
-class _MLP(nn.Module):
-    config: CLIPTextConfig
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        h = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        h = _ACTIVATIONS[self.config.hidden_act](h)
-        return Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(h)
-
-
-class _Layer(nn.Module):
-    config: CLIPTextConfig
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        epsilon = self.config.layer_norm_eps
-        attend = _SelfAttention(self.config.num_attention_heads, self.dtype, name="self_attn")
-        x = x + attend(layer_norm(epsilon, self.dtype, "layer_norm1")(x), mask)
-        mlp = _MLP(self.config, self.dtype, name="mlp")
-        return x + mlp(layer_norm(epsilon, self.dtype, "layer_norm2")(x))
 
 
 class _Embeddings(nn.Module):
@@ -124,29 +78,17 @@ class _Embeddings(nn.Module):
         return tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))
 
 
-class _Encoder(nn.Module):
-    config: CLIPTextConfig
-    dtype: Dtype
+class CLIPTextTransformer(nn.Module):
+    """A text tower without projection: `[b, n]` ids to every state and the last after the norm."""
 
-    @nn.compact
-    def __call__(self, x: Array) -> list[Array]:
-        length = x.shape[1]
-        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        states = [x]
-        for i in range(self.config.num_hidden_layers):
-            x = _Layer(self.config, self.dtype, name=f"layers.{i}")(x, causal)
-            states.append(x)
-        return states
-
-
-class _TextTransformer(nn.Module):
     config: CLIPTextConfig
     dtype: Dtype
 
     @nn.compact
     def __call__(self, input_ids: Array) -> tuple[list[Array], Array]:
         x = _Embeddings(self.config, self.dtype, name="embeddings")(input_ids)
-        states = _Encoder(self.config, self.dtype, name="encoder")(x)
+        causal = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
+        states = CLIPEncoder(self.config, self.dtype, name="encoder")(x, causal)
         last = layer_norm(self.config.layer_norm_eps, self.dtype, "final_layer_norm")(states[-1])
         return states, last
 
@@ -194,7 +136,7 @@ class CLIPTextModel(nn.Module):
                 f" {config.max_position_embeddings} positions; cut longer prompts into chunks"
             )
         rows = input_ids.reshape(-1, length)
-        states, last = _TextTransformer(config, self.dtype, name="text_model")(rows)
+        states, last = CLIPTextTransformer(config, self.dtype, name="text_model")(rows)
         if config.eos_token_id == 2:
             # Files written before the field was right: the end-of-text token has the largest id.
             end = jnp.argmax(rows, axis=-1)

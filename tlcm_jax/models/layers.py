@@ -62,6 +62,7 @@ class Conv(nn.Module):
     kernel_size: int = 3
     strides: int = 1
     padding: int | Sequence[tuple[int, int]] = 1
+    use_bias: bool = True
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -73,14 +74,15 @@ class Conv(nn.Module):
             (size, size, x.shape[-1], self.features),
             jnp.float32,
         )
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
         x = x.astype(self.dtype)
         y = self._convolve(x, kernel).astype(jnp.float32)
         if self.has_variable("lora", "lora_A"):
             down = self._convolve(x, self.get_variable("lora", "lora_A"))
             up = self.get_variable("lora", "lora_B")
             y = y + down @ up[0, 0].astype(self.dtype)
-        return (y + bias).astype(self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+        return y.astype(self.dtype)
 
     def _convolve(self, x: Array, kernel: Array) -> Array:
         padding = self.padding

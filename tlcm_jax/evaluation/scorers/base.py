@@ -79,6 +79,7 @@ class Scorer(Protocol):
 
     def check(self, prompts: Sequence[str], annotations: Annotations) -> None:
         """Raises a ValueError if images of n prompts cannot be scored, before any is made."""
+        del prompts, annotations
 
     def values(
         self, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], annotations: Annotations

@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tlcm_jax.evaluation.scorers import clip
 from tlcm_jax.evaluation.scorers.base import Scorer
 
 # Name -> loader, given the file or folder of the weights; "" where none was given.
-SCORERS: Mapping[str, Callable[[str], Scorer]] = {}
+SCORERS: Mapping[str, Callable[[str], Scorer]] = {
+    **clip.LOADERS,
+}
 
 
 def load_scorer(name: str, path: str = "", *, differentiable: bool = False) -> Scorer:

@@ -1,0 +1,45 @@
+"""The whole command with small random-weight scorers, from their files to the report."""
+
+import json
+
+import pytest
+from absl import flags
+
+from tests.support.scorer_files import write_clip
+from tests.support.tiny_pipeline import write_tiny_pipeline
+from tlcm_jax import evaluate as command
+
+
+def run_command(*arguments):
+    values = flags.FlagValues()
+    command.define_flags(values)
+    values(["evaluate", *map(str, arguments)])
+    command.run(values)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "few.txt").write_text("a red cat\nan icon\nred\n")
+    model = write_tiny_pipeline(folder / "tiny")
+    return folder, (f"--model={model}", f"--prompts={folder / 'few.txt'}", "--steps=1,2")
+
+
+def test_every_score_is_told(given, tmp_path):
+    folder, arguments = given
+    write_clip(folder / "clip")
+    scores = {"clip": folder / "clip"}
+    told = ",".join(f"{name}={path}" for name, path in scores.items())
+    run_command(*arguments, f"--scores={told}", f"--output={tmp_path}")
+    student = json.loads((tmp_path / "metrics.json").read_text())["sets"]["few"]["student"]
+    assert list(student) == ["1", "2"]
+    assert student["1"].keys() >= scores.keys()
+    assert abs(student["1"]["clip"]) <= 100 and student["1"]["clip"] != student["2"]["clip"]
+    assert "clip score" in (tmp_path / "report.html").read_text()
+
+
+def test_missing_weights_are_told_before_the_model_is_loaded(given, tmp_path, monkeypatch):
+    folder, arguments = given
+    monkeypatch.setattr(command, "load_model", None)
+    with pytest.raises(FileNotFoundError, match=r"'clip' are missing \(none in .*nowhere"):
+        run_command(*arguments, f"--scores=clip={folder / 'nowhere'}", f"--output={tmp_path}")

@@ -1,0 +1,152 @@
+"""CLIP's towers and its scores against open_clip and transformers on the same random weights."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+reason = "parity with PyTorch needs torch, transformers and open_clip (with torchvision)"
+torch = pytest.importorskip("torch", reason=reason)
+transformers = pytest.importorskip("transformers", reason=reason)
+pytest.importorskip("torchvision", reason=reason)
+open_clip = pytest.importorskip("open_clip", reason=reason)
+
+import jax  # noqa: E402
+from open_clip.model import CLIP  # noqa: E402
+from open_clip.transform import image_transform  # noqa: E402
+
+from tests.support.scorer_files import open_clip_tensors, transformers_config  # noqa: E402
+from tests.support.tiny_pipeline import random_params  # noqa: E402
+from tests.support.torch_networks import array, relative, tensor  # noqa: E402
+from tlcm_jax.data.tokens import open_clip_ids  # noqa: E402
+from tlcm_jax.evaluation.scorers.clip import CLIPScorer  # noqa: E402
+from tlcm_jax.evaluation.scorers.preprocess import Preprocess  # noqa: E402
+from tlcm_jax.io import names  # noqa: E402
+from tlcm_jax.io.clip_files import clip_shapes  # noqa: E402
+from tlcm_jax.models.clip import ARCHITECTURES, CLIPConfig, CLIPModel  # noqa: E402
+
+# ViT-g's head and MLP ratio, for both are odd there.
+SMALL = {
+    "embed_dim": 24,
+    "vision_cfg": {
+        "image_size": 56, "layers": 2, "width": 44, "head_width": 11, "mlp_ratio": 4.3637,
+        "patch_size": 14,
+    },
+    "text_cfg": {
+        "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2,
+    },
+}  # fmt: skip
+SIZES = ((61, 97), (57, 56), (133, 71), (56, 56), (97, 61), (301, 199), (64, 120), (75, 57))
+TEXTS = (
+    "cat",
+    "a photo of a cat &amp; a dog",
+    "“Curly quotes”, Straße, naïve café № 5",
+    "schÃ¶n",  # a broken encoding
+    "  two   spaces\tand a tab\n",
+    "日本語の看板 in 3 colours!!",
+    "it's the dog's 2nd ball, isn't it?",
+    " ".join(["red", "green", "blue", "wooden"] * 25),  # 100 tokens
+)
+
+
+@pytest.fixture(scope="module")
+def images():
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Transformers' tokenizer with CLIP's real vocabulary, which open_clip's wheel holds."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    theirs = open_clip.tokenizer.SimpleTokenizer()
+    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {named.get(token, token): i for token, i in theirs.encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def test_token_ids_are_open_clips(tokenizer):
+    ours = open_clip_ids(tokenizer, TEXTS, 77)
+    theirs = open_clip.tokenizer.SimpleTokenizer()(list(TEXTS))
+    np.testing.assert_array_equal(ours, array(theirs))
+    assert ours[-1, -1] == 49407 and ours[0, 3:].max() == 0  # cut, and padded
+
+
+@pytest.mark.parametrize("quick", [False, True], ids=["gelu", "quickgelu"])
+def test_the_score_is_open_clips(quick, images, tokenizer):
+    raw = {**SMALL, "quick_gelu": quick}
+    config = CLIPConfig.from_open_clip(raw)
+    params = random_params(clip_shapes(config), np.random.default_rng(0))
+    theirs = CLIP(**raw).eval()
+    tensors = {key: torch.from_numpy(v.copy()) for key, v in open_clip_tensors(params).items()}
+    theirs.load_state_dict(tensors, strict=True)
+    transform = image_transform(56, is_train=False)
+    pixels = torch.stack([transform(Image.fromarray(image)) for image in images])
+    with torch.no_grad():
+        u, v, scale = theirs(pixels, open_clip.tokenizer.SimpleTokenizer()(list(TEXTS)))
+    ours = CLIPScorer(
+        name="clip",
+        network=CLIPModel(config),
+        params=params,
+        tokenizer=tokenizer,
+        preprocess=Preprocess(size=56),
+    )
+    host = np.concatenate([ours.preprocess.on_host(image[None]) for image in images])
+    outputs = ours.network.apply(
+        {"params": params}, ours.preprocess.pixels(host / np.float32(255)), ours.texts(TEXTS)
+    )
+    for ours_, theirs_ in zip(outputs, (u, v, scale), strict=True):
+        assert relative(ours_, array(theirs_)) < 1e-5
+    scores = [
+        ours.values(image[None], [text], {})["clip"][0]
+        for image, text in zip(images, TEXTS, strict=True)
+    ]
+    assert relative(np.array(scores), 100 * array((u * v).sum(-1))) < 1e-5
+
+
+def test_the_towers_are_transformers(images):
+    config = CLIPConfig.from_open_clip({**SMALL, "quick_gelu": True})
+    params = random_params(clip_shapes(config), np.random.default_rng(1))
+    raw = transformers_config(config)
+    assert CLIPConfig.from_transformers(raw) == config
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(**raw)).eval()
+    tensors = {key: torch.from_numpy(v) for key, v in names.to_torch(params).items()}
+    theirs.load_state_dict(tensors, strict=True)
+    pixels = np.random.default_rng(2).normal(size=(3, 56, 56, 3)).astype(np.float32)
+    ids = np.random.default_rng(3).integers(1, 400, (3, 77))
+    ids[:, 30] = 49407
+    network = CLIPModel(config)
+    with torch.no_grad():
+        vision = theirs.vision_model(tensor(pixels, images=True))
+        text = theirs.text_model(tensor(ids))
+        expected = {
+            "encode_image": theirs.visual_projection(vision.pooler_output),
+            "image_tokens": theirs.visual_projection(vision.last_hidden_state),
+            "encode_text": theirs.text_projection(text.pooler_output),
+        }
+        tokens = theirs.text_projection(text.last_hidden_state)
+    for method, output in expected.items():
+        given = ids if method == "encode_text" else pixels
+        ours = network.apply({"params": params}, given, method=method)
+        assert relative(ours, array(output)) < 1e-5, method
+    ours = network.apply({"params": params}, ids, method="text_tokens")
+    assert relative(ours[0], array(tokens)) < 1e-5
+    assert relative(ours[1], array(expected["encode_text"])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_published_sizes(name):
+    folder = Path(open_clip.__file__).parent / "model_configs"
+    raw = json.loads((folder / f"{name}.json").read_text())
+    assert CLIPConfig.from_open_clip(raw) == ARCHITECTURES[name]
+    with torch.device("meta"):
+        theirs = CLIP(**raw)
+    ours = sum(leaf.size for leaf in jax.tree.leaves(clip_shapes(ARCHITECTURES[name])))
+    assert ours == sum(p.numel() for p in theirs.parameters())

@@ -1,0 +1,73 @@
+"""Small random scorers in the folders that the published ones come in."""
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.tiny_pipeline import random_params, write_tokenizers
+from tlcm_jax.io import names
+from tlcm_jax.io.clip_files import clip_shapes
+from tlcm_jax.io.clip_names import open_clip_places
+from tlcm_jax.io.files import save_tensors
+from tlcm_jax.io.pipeline_folder import write_json
+from tlcm_jax.models.clip import CLIPConfig
+
+# The vocabulary of the tiny pipeline; real CLIPs have 49408.
+WORDS = 522
+OPEN_CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {
+        "image_size": 28, "layers": 2, "width": 32, "head_width": 8, "mlp_ratio": 2.3,
+        "patch_size": 7,
+    },
+    "text_cfg": {"context_length": 77, "vocab_size": WORDS, "width": 16, "heads": 2, "layers": 2},
+}  # fmt: skip
+
+
+def open_clip_tensors(params: dict) -> dict[str, np.ndarray]:
+    """A tree of `models.clip` under OpenCLIP's names."""
+    ours = names.to_torch(params)
+    parts: dict[str, list] = {}
+    for name, place in open_clip_places(ours).items():
+        value = ours[name].T if place.transposed else ours[name]
+        parts.setdefault(place.key, []).append((place.part or 0, np.array(value, order="C")))
+    return {
+        key: found[0][1]
+        if len(found) == 1
+        else np.concatenate([v for _, v in sorted(found, key=lambda part: part[0])])
+        for key, found in parts.items()
+    }
+
+
+def write_clip(folder: Path, *, dialect: str = "open_clip", raw: dict = OPEN_CLIP, seed: int = 0):
+    """Writes a CLIP, its config and its tokenizer.
+
+    Args:
+      folder: made if it is missing.
+      dialect: `open_clip` or `transformers`: whose names and config.
+      raw: the architecture as open_clip's configs have it.
+      seed: of the weights.
+
+    Returns:
+      Its config and its parameters.
+    """
+    config = CLIPConfig.from_open_clip(raw)
+    params = random_params(clip_shapes(config), np.random.default_rng(seed))
+    write_tokenizers(folder, ("tokenizer",))
+    if dialect == "open_clip":
+        write_json(folder / "open_clip_config.json", {"model_cfg": raw, "preprocess_cfg": {}})
+        save_tensors(folder / "open_clip_model.safetensors", open_clip_tensors(params))
+    else:
+        write_json(folder / "config.json", transformers_config(config))
+        save_tensors(folder / "model.safetensors", names.to_torch(params))
+    return config, params
+
+
+def transformers_config(config: CLIPConfig) -> dict:
+    """A `config.json` of transformers' `CLIPModel`."""
+    return {
+        "model_type": "clip",
+        "projection_dim": config.projection_dim,
+        "vision_config": vars(config.vision),
+        "text_config": {**vars(config.text), "projection_dim": config.projection_dim},
+    }
