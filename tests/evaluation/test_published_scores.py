@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from absl import flags
 
-from tests.support.scorer_files import write_clip
+from tests.support.scorer_files import write_scorers
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import evaluate as command
 
@@ -27,14 +28,15 @@ def given(tmp_path_factory):
 
 def test_every_score_is_told(given, tmp_path):
     folder, arguments = given
-    write_clip(folder / "clip")
-    scores = {"clip": folder / "clip"}
+    scores = write_scorers(folder / "scorers")
     told = ",".join(f"{name}={path}" for name, path in scores.items())
     run_command(*arguments, f"--scores={told}", f"--output={tmp_path}")
     student = json.loads((tmp_path / "metrics.json").read_text())["sets"]["few"]["student"]
     assert list(student) == ["1", "2"]
     assert student["1"].keys() >= scores.keys()
-    assert abs(student["1"]["clip"]) <= 100 and student["1"]["clip"] != student["2"]["clip"]
+    assert abs(student["1"]["clip"]) <= 100
+    assert all(np.isfinite(value) for value in student["1"].values())
+    assert all(student["1"][name] != student["2"][name] for name in scores)
     assert "clip score" in (tmp_path / "report.html").read_text()
 
 

@@ -1,6 +1,5 @@
 """CLIP's towers and its scores against open_clip and transformers on the same random weights."""
 
-import gzip
 import json
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import jax  # noqa: E402
 from open_clip.model import CLIP  # noqa: E402
 from open_clip.transform import image_transform  # noqa: E402
 
+from tests.support.odd_inputs import TEXTS, odd_images, write_clip_vocabulary  # noqa: E402
 from tests.support.scorer_files import open_clip_tensors, transformers_config  # noqa: E402
 from tests.support.tiny_pipeline import random_params  # noqa: E402
 from tests.support.torch_networks import array, relative, tensor  # noqa: E402
@@ -39,36 +39,16 @@ SMALL = {
         "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2,
     },
 }  # fmt: skip
-SIZES = ((61, 97), (57, 56), (133, 71), (56, 56), (97, 61), (301, 199), (64, 120), (75, 57))
-TEXTS = (
-    "cat",
-    "a photo of a cat &amp; a dog",
-    "“Curly quotes”, Straße, naïve café № 5",
-    "schÃ¶n",  # a broken encoding
-    "  two   spaces\tand a tab\n",
-    "日本語の看板 in 3 colours!!",
-    "it's the dog's 2nd ball, isn't it?",
-    " ".join(["red", "green", "blue", "wooden"] * 25),  # 100 tokens
-)
 
 
 @pytest.fixture(scope="module")
 def images():
-    random = np.random.default_rng(0)
-    return [random.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
+    return odd_images()
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Transformers' tokenizer with CLIP's real vocabulary, which open_clip's wheel holds."""
-    folder = tmp_path_factory.mktemp("vocabulary")
-    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    theirs = open_clip.tokenizer.SimpleTokenizer()
-    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {named.get(token, token): i for token, i in theirs.encoder.items()}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges), encoding="utf-8")
+    folder = write_clip_vocabulary(tmp_path_factory.mktemp("vocabulary"))
     return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -1,7 +1,10 @@
 """Small random scorers in the folders that the published ones come in."""
 
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 
 from tests.support.tiny_pipeline import random_params, write_tokenizers
@@ -10,6 +13,7 @@ from tlcm_jax.io.clip_files import clip_shapes
 from tlcm_jax.io.clip_names import open_clip_places
 from tlcm_jax.io.files import save_tensors
 from tlcm_jax.io.pipeline_folder import write_json
+from tlcm_jax.models.aesthetic import LinearChain
 from tlcm_jax.models.clip import CLIPConfig
 
 # The vocabulary of the tiny pipeline; real CLIPs have 49408.
@@ -71,3 +75,27 @@ def transformers_config(config: CLIPConfig) -> dict:
         "vision_config": vars(config.vision),
         "text_config": {**vars(config.text), "projection_dim": config.projection_dim},
     }
+
+
+def write_scorers(folder: Path) -> dict[str, Path]:
+    """Writes one folder a score, small and random; the folders by the scores' names."""
+    for name in ("clip", "pickscore"):
+        write_clip(folder / name, dialect="open_clip" if name == "clip" else "transformers")
+    write_clip(folder / "hps_v21")
+    (folder / "hps_v21" / "open_clip_model.safetensors").rename(
+        folder / "hps_v21" / "HPS_v2.1_compressed.safetensors"
+    )
+    write_clip(folder / "aesthetic" / "clip", dialect="transformers")
+    vector = jax.ShapeDtypeStruct((1, OPEN_CLIP["embed_dim"]), np.float32)
+    write_network(
+        folder / "aesthetic" / "sac+logos+ava1-l14-linearMSE.safetensors", LinearChain(), vector
+    )
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def write_network(file: Path, network: nn.Module, *inputs: Any, seed: int = 0) -> dict:
+    """Writes random weights of a network that is called with such inputs; returns them."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    params = random_params(shapes, np.random.default_rng(seed))
+    save_tensors(file, names.to_torch(params))
+    return params

@@ -97,10 +97,8 @@ def refuse_pickle(path: Path) -> None:
     """Raises a ValueError, with the command that converts it, if `path` is a pickled checkpoint."""
     if path.suffix in _PICKLES:
         raise ValueError(
-            f"{path} is a pickle, which can run code when it is read. Convert it where you trust "
-            "it: python -c \"import torch, safetensors.torch as s; t = torch.load('"
-            f"{path.name}', weights_only=True); s.save_file(t.get('state_dict', t), "
-            f"'{path.stem}.safetensors')\""
+            f"{path} is a pickle, which can run code when it is read. Convert it: "
+            f"python -m tlcm_jax.io.convert_weights {path}"
         )
 
 

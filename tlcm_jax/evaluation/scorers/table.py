@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tlcm_jax.evaluation.scorers import clip
+from tlcm_jax.evaluation.scorers import aesthetic, clip, hps, pickscore
 from tlcm_jax.evaluation.scorers.base import Scorer
 
 # Name -> loader, given the file or folder of the weights; "" where none was given.
 SCORERS: Mapping[str, Callable[[str], Scorer]] = {
     **clip.LOADERS,
+    **aesthetic.LOADERS,
+    **hps.LOADERS,
+    "pickscore": pickscore.load,
 }
 
 
