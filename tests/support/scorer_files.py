@@ -15,6 +15,7 @@ from tlcm_jax.io.files import save_tensors
 from tlcm_jax.io.pipeline_folder import write_json
 from tlcm_jax.models.aesthetic import LinearChain
 from tlcm_jax.models.clip import CLIPConfig
+from tlcm_jax.models.mps import CrossConfig, MPSModel
 
 # The vocabulary of the tiny pipeline; real CLIPs have 49408.
 WORDS = 522
@@ -90,12 +91,19 @@ def write_scorers(folder: Path) -> dict[str, Path]:
     write_network(
         folder / "aesthetic" / "sac+logos+ava1-l14-linearMSE.safetensors", LinearChain(), vector
     )
+    config, _ = write_clip(folder / "mps", dialect="transformers")
+    pixels = jax.ShapeDtypeStruct((1, 28, 28, 3), np.float32)
+    ids = jax.ShapeDtypeStruct((1, 77), np.int32)
+    network = MPSModel(config, CrossConfig(layers=1, heads=2, head_width=8))
+    write_network(folder / "mps" / "model.safetensors", network, pixels, ids, ids, prefix="mps.")
     return {path.name: path for path in sorted(folder.iterdir())}
 
 
-def write_network(file: Path, network: nn.Module, *inputs: Any, seed: int = 0) -> dict:
+def write_network(
+    file: Path, network: nn.Module, *inputs: Any, seed: int = 0, prefix: str = ""
+) -> dict:
     """Writes random weights of a network that is called with such inputs; returns them."""
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
     params = random_params(shapes, np.random.default_rng(seed))
-    save_tensors(file, names.to_torch(params))
+    save_tensors(file, {prefix + key: value for key, value in names.to_torch(params).items()})
     return params

@@ -37,7 +37,7 @@ def load_clip(
       ValueError: the file holds another published architecture, or does not fit its config.
     """
     tensors, folder = open_weights(scorer, path, published)
-    config = _config(folder) or ARCHITECTURES[architecture]
+    config = read_clip_config(folder) or ARCHITECTURES[architecture]
     _check(scorer, str(path), config, architecture)
     network = CLIPModel(config)
     shapes = clip_shapes(config)
@@ -55,7 +55,7 @@ def clip_shapes(config: CLIPConfig) -> Any:
     return jax.eval_shape(CLIPModel(config).init, jax.random.key(0), pixels, ids)["params"]
 
 
-def _config(folder: Path) -> CLIPConfig | None:
+def read_clip_config(folder: Path) -> CLIPConfig | None:
     """What the weights' own config says, if they have one."""
     if (file := folder / "open_clip_config.json").is_file():
         return CLIPConfig.from_open_clip(read_json(file))
