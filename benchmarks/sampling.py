@@ -43,7 +43,7 @@ def theirs(model: str, steps: int, threads: int) -> Callable[[list[str]], object
     import diffusers
     import torch
 
-    from tlcm_jax.diffusion.sampling import timesteps_for
+    from tlcm_jax.diffusion.timesteps import student_timesteps
 
     torch.set_num_threads(threads)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(
@@ -51,7 +51,7 @@ def theirs(model: str, steps: int, threads: int) -> Callable[[list[str]], object
     )
     pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    timesteps = list(timesteps_for(steps))
+    timesteps = list(student_timesteps(steps))
 
     def draw(prompts: list[str]) -> object:
         return pipeline(

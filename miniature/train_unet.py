@@ -7,6 +7,7 @@ network, and the null conditioning (zeros, as SDXL has it) in a tenth of the sam
 """
 
 import argparse
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -171,7 +172,7 @@ def main() -> None:
     data = np.load(args.data)
     encoded = encode_dataset(pipeline, data, np.flatnonzero(~data["composition"]))
     print(f"latents: deviation {encoded['latents'].std():.3f}", flush=True)
-    schedule = pipeline.schedule
+    process = pipeline.process
     time_ids = jnp.array([[32.0, 32, 0, 0, 32, 32]])
 
     def loss_fn(params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -187,10 +188,10 @@ def main() -> None:
             pooled=batch["pooled"] * keep[:, None],
             time_ids=jnp.broadcast_to(time_ids, (size, 6)),
         )
-        denoiser = pipeline.denoiser(params)
-        eps = denoiser(schedule.diffuse(batch["latents"], noise, t), t, conditioning)
+        z = process.add_noise(batch["latents"], noise, t)
+        eps = pipeline.predict(params, z, t, conditioning)
         error = jnp.mean((eps - noise) ** 2, axis=(1, 2, 3))
-        snr = (schedule.alpha(t) / schedule.sigma(t))[:, 0, 0, 0] ** 2
+        snr = process.snr(t)
         return jnp.mean(error * jnp.minimum(snr, 5.0) / snr), dict(eps_mse=jnp.mean(error))
 
     report = sample_reporter(pipeline, args.workdir)
@@ -238,7 +239,12 @@ def sample_reporter(pipeline: Pipeline, folder: Path):
     @jax.jit
     def draw(params: dict) -> jax.Array:
         return sample_teacher(
-            pipeline.denoiser(params), pipeline.schedule, noise, conditioning, null, scale=4.0
+            pipeline.denoiser(params),
+            pipeline.process,
+            noise,
+            conditioning,
+            functools.partial(pipeline.null_of, null),
+            scale=4.0,
         )
 
     def report(step: int, params: dict) -> None:

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from PIL import Image
 
 from tlcm_jax.data.prompts import warn_truncated
-from tlcm_jax.diffusion.sampling import timesteps_for
+from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.families.load import load_pipeline
 from tlcm_jax.families.stable_diffusion import Pipeline
 from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher
@@ -68,7 +68,7 @@ def run(values: flags.FlagValues) -> None:
     if values.teacher and values.lora:
         raise ValueError("--teacher draws with the undistilled model; leave out --lora")
     if not values.teacher:
-        timesteps_for(steps)  # before anything is loaded
+        student_timesteps(steps)  # before anything is loaded
     targets = _targets(Path(values.output), len(values.prompt))
     rendering = Rendering(
         prompts_2=values.prompt_2,

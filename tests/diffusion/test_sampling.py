@@ -28,19 +28,19 @@ def endpoint_student(schedule):
 
 def test_the_table_of_timesteps():
     for steps in range(1, 9):
-        times = sampler.timesteps_for(steps)
+        times = student_timesteps(steps)
         assert len(times) == steps and times[0] == 999
         assert list(times) == sorted(times, reverse=True)
         assert set(times) <= set(paths.milestones(8)[:-1])
-    assert sampler.timesteps_for(3) == (999, 499, 124)
-    assert sampler.timesteps_for(4) == (999, 749, 499, 124)
-    assert sampler.timesteps_for(8) == paths.milestones(8)[:-1]
+    assert student_timesteps(3) == (999, 499, 124)
+    assert student_timesteps(4) == (999, 749, 499, 124)
+    assert student_timesteps(8) == paths.milestones(8)[:-1]
 
 
 @pytest.mark.parametrize("steps", [0, 9, -1])
 def test_other_numbers_of_steps_are_refused(steps):
     with pytest.raises(ValueError, match=f"steps = {steps}: .*1 to 8"):
-        sampler.timesteps_for(steps)
+        student_timesteps(steps)
 
 
 def test_each_step_renoises_its_x0_with_the_key_s_own_noise(schedule):
@@ -58,14 +58,14 @@ def test_each_step_renoises_its_x0_with_the_key_s_own_noise(schedule):
 def test_explicit_noises_are_those_of_the_key(schedule):
     oracle, key = gaussian.denoiser(schedule), jax.random.key(5)
     noises = jnp.stack([jax.random.normal(jax.random.fold_in(key, i), SHAPE) for i in range(3)])
-    times = sampler.timesteps_for(4)
+    times = student_timesteps(4)
     given = sampler.sample(oracle, schedule, NOISE, DATA, times, noises=noises)
     drawn = sampler.sample(oracle, schedule, NOISE, DATA, times, key)
     np.testing.assert_allclose(given, drawn, rtol=1e-6)
 
 
 def test_without_fresh_noise_it_is_ddim(schedule):
-    oracle, times = gaussian.denoiser(schedule), sampler.timesteps_for(5)
+    oracle, times = gaussian.denoiser(schedule), student_timesteps(5)
     found = sampler.sample(oracle, schedule, NOISE, DATA, times, gamma=0.0)
     z = NOISE
     for t, s in zip(times, [*times[1:], None], strict=True):
@@ -107,7 +107,7 @@ def test_the_perfect_student_samples_the_data_in_any_number_of_steps(schedule, s
     start = schedule.alphas[-1] * 0.7
     spread = np.sqrt(schedule.alphas[-1] ** 2 * 0.2 + schedule.sigmas[-1] ** 2)
     noise = start + spread * jax.random.normal(noise_key, shape)
-    times = sampler.timesteps_for(steps)
+    times = student_timesteps(steps)
     x0 = sampler.sample(endpoint_student(schedule), schedule, noise, data, times, key)
     np.testing.assert_allclose(x0.mean(), 0.7, atol=0.01)
     np.testing.assert_allclose(x0.var(), 0.2, rtol=0.03)

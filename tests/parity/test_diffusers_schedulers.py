@@ -79,7 +79,7 @@ def test_the_teacher_is_ddim(world, spacing, steps):
 @pytest.mark.parametrize("steps", range(1, 9))
 def test_the_student_s_sampler_is_lcm_with_our_timesteps(world, steps, monkeypatch):
     schedule, denoiser, data, noise = world
-    times = sampler.timesteps_for(steps)
+    times = student_timesteps(steps)
     noises = jax.random.normal(jax.random.key(7), (steps - 1, *SHAPE))
     scheduler = diffusers.LCMScheduler.from_config(CONFIG)
     scheduler.set_timesteps(timesteps=list(times))
@@ -92,7 +92,7 @@ def test_the_student_s_sampler_is_lcm_with_our_timesteps(world, steps, monkeypat
 
 def test_gamma_is_that_of_tcd(world, monkeypatch):
     schedule, denoiser, data, noise = world
-    times = sampler.timesteps_for(4)
+    times = student_timesteps(4)
     noises = jax.random.normal(jax.random.key(7), (3, *SHAPE))
     scheduler = diffusers.TCDScheduler.from_config(CONFIG)
     scheduler.set_timesteps(timesteps=list(times))

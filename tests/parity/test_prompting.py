@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch", reason=reason)
 diffusers = pytest.importorskip("diffusers", reason=reason)
 
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
-from tlcm_jax.diffusion.sampling import sample, timesteps_for  # noqa: E402
+from tlcm_jax.diffusion.sampling import sample  # noqa: E402
+from tlcm_jax.diffusion.timesteps import student_timesteps  # noqa: E402
 from tlcm_jax.families.load import load_pipeline  # noqa: E402
 from tlcm_jax.io.pipeline_folder import lcm_scheduler  # noqa: E402
 
@@ -40,7 +41,7 @@ def theirs(pipe, scale, noise, seed=0, **texts):
     fresh = torch.randn(first.shape, generator=again)[None].numpy()
     latents = pipe(
         PROMPTS,
-        timesteps=list(timesteps_for(2)),
+        timesteps=list(student_timesteps(2)),
         guidance_scale=scale,
         latents=first,
         generator=torch.Generator().manual_seed(seed),
@@ -53,7 +54,7 @@ def theirs(pipe, scale, noise, seed=0, **texts):
 def ours(pipeline, scale, noise, fresh, **texts):
     pipeline = dataclasses.replace(pipeline, embedded_guidance=scale)
     text = pipeline.encode(PROMPTS, **texts)
-    times = timesteps_for(2)
+    times = student_timesteps(2)
     start, fresh = jnp.asarray(noise), jnp.asarray(fresh)
     return sample(pipeline.denoiser(), pipeline.schedule, start, text, times, noises=fresh)
 

@@ -18,7 +18,8 @@ diffusers = pytest.importorskip("diffusers", reason=reason)
 peft = pytest.importorskip("peft", reason=reason)
 
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
-from tlcm_jax.diffusion.sampling import sample, timesteps_for  # noqa: E402
+from tlcm_jax.diffusion.sampling import sample  # noqa: E402
+from tlcm_jax.diffusion.timesteps import student_timesteps  # noqa: E402
 from tlcm_jax.families.load import load_pipeline  # noqa: E402
 from tlcm_jax.io.lora_files import read_lora  # noqa: E402
 from tlcm_jax.models.conditioning import Conditioning  # noqa: E402
@@ -56,7 +57,7 @@ def published_rule(unet, schedule, noise, fresh, text, steps):
     """Denoise to x0, re-noise with fresh noise to the next milestone, decode the last x0."""
     milestones = torch.linspace(999, 0, 9, dtype=torch.float64).int().tolist()
     times = [milestones[i] for i in GRID[steps]]
-    assert times == list(timesteps_for(steps))
+    assert times == list(student_timesteps(steps))
     z = noise
     with torch.no_grad():
         for i, t in enumerate(times):
@@ -101,7 +102,7 @@ def test_released_lora_samples_as_published(release):
         with jax.disable_jit():
             drawn = sample(
                 denoiser, pipeline.schedule, jnp.asarray(noise[0]), conditioning,
-                timesteps_for(steps), noises=jnp.asarray(noise[1:steps]),
+                student_timesteps(steps), noises=jnp.asarray(noise[1:steps]),
             )  # fmt: skip
         error = np.linalg.norm(drawn - expected) / np.linalg.norm(expected)
         assert error < 1e-4, (steps, error)

@@ -16,7 +16,8 @@ from tlcm_jax.config.companions import Companions, load_companions
 from tlcm_jax.config.schema import MAY_CHANGE, ModelSettings, Settings, StageSettings, read
 from tlcm_jax.data.latents import LatentSet, read_latents
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
-from tlcm_jax.diffusion.sampling import check_timesteps, timesteps_for
+from tlcm_jax.diffusion.sampling import check_timesteps
+from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.families.load import load_pipeline
 from tlcm_jax.families.stable_diffusion import Pipeline
 from tlcm_jax.io.workdir import CHECKPOINTS
@@ -74,7 +75,7 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
             " is a distilled model already; take the model that it was distilled from as teacher"
         )
     for steps in settings.evaluation.steps if settings.evaluation else ():
-        check_timesteps(pipeline.schedule, timesteps_for(steps), f"times of {steps} steps")
+        check_timesteps(pipeline.schedule, student_timesteps(steps), f"times of {steps} steps")
     companions = load_companions(settings)
     plans = blueprints(settings, pipeline, mesh, companions)
     shape = pipeline.latent_shape(model.resolution or None)

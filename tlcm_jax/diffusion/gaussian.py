@@ -23,58 +23,61 @@ These functions are the oracle of the tests, and a model to try an idea on in se
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Num
 
-from tlcm_jax.diffusion.prediction import Denoiser
-from tlcm_jax.diffusion.process import NoiseSchedule
+from tlcm_jax.diffusion.guidance import Denoiser
+from tlcm_jax.diffusion.process import Process, bcast_right
 
 
 class Gaussian(NamedTuple):
     """A diagonal Gaussian for each sample; serves as conditioning.
 
     Attributes:
-      mean: mu, `[b, h, w, c]`.
-      variance: S, `[b, h, w, c]`, not negative.
+      mean: mu, `[b, *latent]`.
+      variance: S, `[b, *latent]`, not negative.
     """
 
-    mean: Float[Array, "b h w c"]
-    variance: Float[Array, "b h w c"]
+    mean: Float[Array, " b *latent"]
+    variance: Float[Array, " b *latent"]
 
 
 def variance_at(
-    schedule: NoiseSchedule, data: Gaussian, t: Int[Array, " b"]
-) -> Float[Array, "b h w c"]:
+    process: Process, data: Gaussian, t: Num[Array, " b"]
+) -> Float[Array, " b *latent"]:
     """Equation (1)."""
-    return schedule.alpha(t) ** 2 * data.variance + schedule.sigma(t) ** 2
+    alpha = bcast_right(process.alpha(t), data.mean)
+    sigma = bcast_right(process.sigma(t), data.mean)
+    return alpha**2 * data.variance + sigma**2
 
 
 def x0(
-    schedule: NoiseSchedule, z: Float[Array, "b h w c"], t: Int[Array, " b"], data: Gaussian
-) -> Float[Array, "b h w c"]:
+    process: Process, z: Float[Array, " b *latent"], t: Num[Array, " b"], data: Gaussian
+) -> Float[Array, " b *latent"]:
     """Equation (2)."""
-    alpha = schedule.alpha(t)
-    gain = alpha * data.variance / variance_at(schedule, data, t)
+    alpha = bcast_right(process.alpha(t), z)
+    gain = alpha * data.variance / variance_at(process, data, t)
     return data.mean + gain * (z - alpha * data.mean)
 
 
 def eps(
-    schedule: NoiseSchedule, z: Float[Array, "b h w c"], t: Int[Array, " b"], data: Gaussian
-) -> Float[Array, "b h w c"]:
+    process: Process, z: Float[Array, " b *latent"], t: Num[Array, " b"], data: Gaussian
+) -> Float[Array, " b *latent"]:
     """Equation (3)."""
-    gain = schedule.sigma(t) / variance_at(schedule, data, t)
-    return gain * (z - schedule.alpha(t) * data.mean)
+    gain = bcast_right(process.sigma(t), z) / variance_at(process, data, t)
+    return gain * (z - bcast_right(process.alpha(t), z) * data.mean)
 
 
 def flow(
-    schedule: NoiseSchedule,
-    z: Float[Array, "b h w c"],
-    t: Int[Array, " b"],
-    s: Int[Array, " b"],
+    process: Process,
+    z: Float[Array, " b *latent"],
+    t: Num[Array, " b"],
+    s: Num[Array, " b"],
     data: Gaussian,
-) -> Float[Array, "b h w c"]:
+) -> Float[Array, " b *latent"]:
     """Equation (4): the exact flow of `z` from time `t` to time `s`."""
-    spread = jnp.sqrt(variance_at(schedule, data, s) / variance_at(schedule, data, t))
-    return schedule.alpha(s) * data.mean + spread * (z - schedule.alpha(t) * data.mean)
+    spread = jnp.sqrt(variance_at(process, data, s) / variance_at(process, data, t))
+    centred = z - bcast_right(process.alpha(t), z) * data.mean
+    return bcast_right(process.alpha(s), z) * data.mean + spread * centred
 
 
 def extrapolate(null: Gaussian, data: Gaussian, scale: float) -> Gaussian:
@@ -82,10 +85,10 @@ def extrapolate(null: Gaussian, data: Gaussian, scale: float) -> Gaussian:
     return Gaussian(null.mean + scale * (data.mean - null.mean), data.variance)
 
 
-def denoiser(schedule: NoiseSchedule) -> Denoiser:
-    """Equation (3) as a `Denoiser` whose conditioning is a `Gaussian`."""
+def denoiser(process: Process) -> Denoiser:
+    """Equation (2) as a `Denoiser` whose conditioning is a `Gaussian`."""
 
     def denoise(z, t, conditioning):
-        return eps(schedule, z, t, conditioning)
+        return x0(process, z, t, conditioning)
 
     return denoise

@@ -1,194 +1,267 @@
-"""The noise schedule: how much signal and how much noise a latent holds at time t.
+"""How data becomes noise: one interface for diffusion and for flows, on latents of any rank.
 
 A latent at time t, from data x0 and unit Gaussian noise e, is
 
-    z_t = alpha_t x0 + sigma_t e,                                               (1)
-    alpha_t = sqrt(abar_t),   sigma_t = sqrt(1 - abar_t),                        (2)
-    abar_t = prod_{i <= t} (1 - beta_i),   t = 0 .. T-1,                         (3)
+    z_t = alpha_t x0 + sigma_t e.                                                (1)
 
-with the betas of the model's own `scheduler_config.json` (Ho et al. 2020, arXiv 2006.11239; the
-"scaled_linear" variant is that of latent diffusion, arXiv 2112.10752). Time 0 is the cleanest
-level that the model knows, not clean data: sigma_0 is 0.029 for Stable Diffusion.
+The canonical prediction everywhere outside this file is x0, which is finite at both ends of time;
+a network's own prediction is converted once, by `to_x0`. One table, with z = alpha x0 + sigma e:
+
+    prediction      x0 =                           e = (z - alpha x0) / sigma    (2)
+    epsilon         (z - sigma eps) / alpha
+    v_prediction    alpha z - sigma v              (Salimans & Ho 2022, arXiv 2202.00512)
+    velocity        z - t v,  v = e - x0           (flows: alpha = 1 - t, sigma = t)
+
+The deterministic step holds the e of (2) fixed from t to s. It is DDIM (Song et al. 2020, arXiv
+2010.02502) on a diffusion and Euler's step on a straight flow:
+
+    step(z, x0, t -> s) = r z + k x0,   r = sigma_s / sigma_t,   k = alpha_s - r alpha_t,    (3)
+
+and, given both ends, is solved for the x0 that joins them (multistep consistency models, Heek et
+al. 2024, arXiv 2403.06807),
+
+    x0 = (z_s - r z_t) / k,   t != s.                                            (4)
+
+The form r z + k x0 gives r = 1 and k = 0 exactly at t = s: a path that has arrived stays where it
+is to the last bit, without a mask.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Num, Shaped
 
-BETA_SCHEDULES = ("linear", "scaled_linear")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
-# What each of diffusers' scheduler classes assumes where its config is silent: beta_start, beta_end
-# and beta_schedule. All of them compute abar by equation (3); classes that do not (flows, EDM,
-# CogVideoX's shifted abar, unCLIP's cosine) are not in the table.
-_LINEAR = (0.0001, 0.02, "linear")
-_LATENT = (0.00085, 0.012, "scaled_linear")
-_KARRAS = (0.00085, 0.012, "linear")
-SCHEDULERS = {
-    "DDIMInverseScheduler": _LINEAR,
-    "DDIMParallelScheduler": _LINEAR,
-    "DDIMScheduler": _LINEAR,
-    "DDPMParallelScheduler": _LINEAR,
-    "DDPMScheduler": _LINEAR,
-    "DEISMultistepScheduler": _LINEAR,
-    "DPMSolverMultistepInverseScheduler": _LINEAR,
-    "DPMSolverMultistepScheduler": _LINEAR,
-    "DPMSolverSDEScheduler": _KARRAS,
-    "DPMSolverSinglestepScheduler": _LINEAR,
-    "EulerAncestralDiscreteScheduler": _LINEAR,
-    "EulerDiscreteScheduler": _LINEAR,
-    "HeunDiscreteScheduler": _KARRAS,
-    "KDPM2AncestralDiscreteScheduler": _KARRAS,
-    "KDPM2DiscreteScheduler": _KARRAS,
-    "LCMScheduler": _LATENT,
-    "LMSDiscreteScheduler": _LINEAR,
-    "PNDMScheduler": _LINEAR,
-    "SASolverScheduler": _LINEAR,
-    "TCDScheduler": _LATENT,
-    "UniPCMultistepScheduler": _LINEAR,
-}
 
-# Settings that change equations (1)-(3), or the x0 that is read from them, in a way that the
-# distillation does not follow; with the reason that the error message gives.
-_REFUSED_IF_TRUE = {
-    "rescale_betas_zero_snr": "at alpha = 0 an eps prediction no longer determines x0",
-    "thresholding": "x0 is never clipped here",
-    "clip_sample": "x0 is never clipped here",
-    "use_flow_sigmas": "the model is a flow, not a diffusion with betas",
-}
+def bcast_right(values: Shaped[Array, " b"], like: Shaped[Array, " b *latent"]) -> Array:
+    """One number or truth value a sample, shaped to meet a batch of latents: `[b, 1, ...]`."""
+    return values.reshape(values.shape[0], *(1,) * (like.ndim - 1))
 
 
-def broadcast(values: Shaped[Array, " b"]) -> Shaped[Array, "b 1 1 1"]:
-    """Shapes one number or truth value a sample so that it meets a batch of latents."""
-    return values[:, None, None, None]
+class Process:
+    """Equations (1) to (4); a constant that jitted functions close over.
+
+    Subclasses give `alpha`, `sigma`, `to_x0`, `time`, and these constants.
+
+    Attributes:
+      num_train_timesteps: T. Settings count time in training steps, 0 .. T-1, whatever the type
+        of the process's own times.
+      discrete: whether times are int32 (indices of a table) or float32.
+    """
+
+    num_train_timesteps: int
+    discrete: ClassVar[bool]
+
+    def alpha(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+        """alpha_t of equation (1), float32."""
+        raise NotImplementedError
+
+    def sigma(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+        """sigma_t of equation (1), float32."""
+        raise NotImplementedError
+
+    def to_x0(
+        self, prediction: Float[Array, " b *latent"], z: Float[Array, " b *latent"],
+        t: Num[Array, " b"],
+    ) -> Float[Array, " b *latent"]:  # fmt: skip
+        """The x0 that a network's raw prediction stands for, float32: table (2)."""
+        raise NotImplementedError
+
+    def time(self, train_step: float) -> float:
+        """The time of a training step, 0 .. T-1: itself on a table, mapped to 0 .. 1 on a flow."""
+        raise NotImplementedError
+
+    @property
+    def start(self) -> float:
+        """The noisiest time, where sampling begins."""
+        return self.time(self.num_train_timesteps - 1)
+
+    @property
+    def end(self) -> float:
+        """The cleanest time that the model knows."""
+        return self.time(0)
+
+    def grid(self, steps: int, spacing: str = "trailing") -> tuple[float, ...]:
+        """The times of a sampler of many steps (Lin et al. 2023, arXiv 2305.08891, table 2).
+
+        Args:
+          steps: number of steps, 1 .. T-1.
+          spacing: "trailing", which begins at T - 1, where pure noise is; or "leading" with
+            `steps_offset` 1, Stable Diffusion's default, which ends at 1. Where `steps` does not
+            divide T, diffusers' `DDIMScheduler` steps to a time one off the one it calls next
+            with "trailing"; here every step ends where the next begins.
+
+        Raises:
+          ValueError: another spacing or number of steps.
+        """
+        total = self.num_train_timesteps
+        if not 1 <= steps < total:
+            raise ValueError(f"steps = {steps}: the teacher samples in 1 to {total - 1} steps")
+        if spacing == "trailing":
+            indices = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+        elif spacing == "leading":
+            indices = np.arange(steps)[::-1] * (total // steps) + 1
+        else:
+            raise ValueError(f"spacing = {spacing!r}: supported are 'trailing' and 'leading'")
+        return tuple(self.time(int(index)) for index in indices)
+
+    def add_noise(
+        self, x0: Float[Array, " b *latent"], noise: Float[Array, " b *latent"], t: Num[Array, " b"]
+    ) -> Float[Array, " b *latent"]:
+        """Equation (1): data `x0` brought to time `t` by unit Gaussian `noise`."""
+        return bcast_right(self.alpha(t), x0) * x0 + bcast_right(self.sigma(t), x0) * noise
+
+    def to_eps(
+        self, z: Float[Array, " b *latent"], x0: Float[Array, " b *latent"], t: Num[Array, " b"]
+    ) -> Float[Array, " b *latent"]:
+        """Equation (2): the noise in `z` if its data is `x0`; 0 where there is no noise."""
+        sigma = bcast_right(self.sigma(t), z)
+        noise = (z - bcast_right(self.alpha(t), z) * x0) / jnp.where(sigma > 0, sigma, 1.0)
+        return jnp.where(sigma > 0, noise, 0.0)
+
+    def coefficients(
+        self, t: Num[Array, " b"], s: Num[Array, " b"]
+    ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """The r and k of equation (3), float32."""
+        sigma = self.sigma(t)
+        r = jnp.where(t == s, 1.0, self.sigma(s) / jnp.where(sigma > 0, sigma, 1.0))
+        return r, self.alpha(s) - r * self.alpha(t)
+
+    def step(
+        self, z: Float[Array, " b *latent"], x0: Float[Array, " b *latent"],
+        t: Num[Array, " b"], s: Num[Array, " b"],
+    ) -> Float[Array, " b *latent"]:  # fmt: skip
+        """Equation (3): the latent at time `s`, from the latent `z` at time `t` and its `x0`."""
+        r, k = self.coefficients(t, s)
+        return bcast_right(r, z) * z + bcast_right(k, z) * x0
+
+    def inverse_step(
+        self, z: Float[Array, " b *latent"], z_s: Float[Array, " b *latent"],
+        t: Num[Array, " b"], s: Num[Array, " b"],
+    ) -> Float[Array, " b *latent"]:  # fmt: skip
+        """Equation (4): the x0 with which `step` takes `z` at time `t` to `z_s` at `s != t`."""
+        r, k = self.coefficients(t, s)
+        return (z_s - bcast_right(r, z) * z) / bcast_right(k, z)
+
+    def snr(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+        """(alpha_t / sigma_t)^2."""
+        return jnp.square(self.alpha(t) / self.sigma(t))
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """Equations (1)-(3) as tables; a constant that jitted functions close over.
+class DiscreteVP(Process):
+    """Variance-preserving diffusion on a table of T integer times (Ho et al. 2020, 2006.11239).
+
+    alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), t = 0 .. T-1. Time 0 is the cleanest level
+    that the model knows, not clean data: sigma_0 is 0.029 for Stable Diffusion.
 
     Attributes:
-      alphas_cumprod: abar_t of equation (3), float32, `[T]`, falling, inside (0, 1).
+      alphas_cumprod: abar_t, float32, `[T]`, falling, inside (0, 1); the last may be 0 (zero
+        terminal SNR, Lin et al. 2023, arXiv 2305.08891) if the network predicts v.
       prediction_type: what the raw network returns, "epsilon" or "v_prediction".
     """
 
     alphas_cumprod: Float[np.ndarray, " T"]
     prediction_type: str = "epsilon"
+    discrete: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                _unsupported("prediction_type", self.prediction_type, " or ".join(PREDICTION_TYPES))
+                f"prediction_type = {self.prediction_type!r} is not supported; supported: "
+                f"{' or '.join(PREDICTION_TYPES)}"
             )
-        if not (np.all(table > 0) and np.all(table < 1) and np.all(np.diff(table) < 0)):
+        if not (np.all(table >= 0) and np.all(table < 1) and np.all(np.diff(table) < 0)):
             raise ValueError("alphas_cumprod must fall strictly with time, inside (0, 1)")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
-        """Reads a diffusers `scheduler_config.json` of one of the classes in `SCHEDULERS`.
-
-        Keys that only choose a sampler (spacing, Karras sigmas, solver order) do not matter here
-        and are ignored; absent keys take the class's defaults, DDIM's where no class is named.
-        `clip_sample`, true by default in some classes, counts as false when absent: diffusers'
-        Stable Diffusion pipelines switch it off.
-
-        Args:
-          config: the parsed JSON.
-
-        Returns:
-          The schedule; abar is accumulated in float64 over float32 betas, as PyTorch does it.
-
-        Raises:
-          ValueError: the config asks for something that equations (1)-(3) do not cover. The
-            message names key and value and says what is supported.
-        """
-        for key, reason in _REFUSED_IF_TRUE.items():
-            if config.get(key):
-                raise ValueError(_unsupported(key, config[key], f"false ({reason})"))
-        steps = int(config.get("num_train_timesteps", 1000))
-        betas = _betas(config, steps)
-        alphas_cumprod = np.cumprod((1 - betas).astype(np.float64)).astype(np.float32)
-        return cls(alphas_cumprod, config.get("prediction_type") or "epsilon")
+        if table[-1] == 0 and self.prediction_type == "epsilon":
+            raise ValueError(
+                "alphas_cumprod ends at 0 (rescale_betas_zero_snr), where an eps prediction does "
+                "not determine x0: prediction_type must be 'v_prediction'"
+            )
 
     @property
-    def train_steps(self) -> int:
+    def num_train_timesteps(self) -> int:  # type: ignore[override]
         """T, the number of times the model was trained on; pure noise is at T - 1."""
         return len(self.alphas_cumprod)
 
     @cached_property
     def alphas(self) -> Float[np.ndarray, " T"]:
-        """alpha_t of equation (2), float32."""
+        """alpha_t, float32."""
         return np.sqrt(self.alphas_cumprod.astype(np.float64)).astype(np.float32)
 
     @cached_property
     def sigmas(self) -> Float[np.ndarray, " T"]:
-        """sigma_t of equation (2), float32."""
+        """sigma_t, float32."""
         return np.sqrt(1 - self.alphas_cumprod.astype(np.float64)).astype(np.float32)
 
-    def alpha(self, t: Int[Array, " b"]) -> Float[Array, "b 1 1 1"]:
-        """alpha_t of each sample's own time, float32."""
-        return broadcast(jnp.asarray(self.alphas)[t])
+    def alpha(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+        """See `Process`."""
+        return jnp.asarray(self.alphas)[t]
 
-    def sigma(self, t: Int[Array, " b"]) -> Float[Array, "b 1 1 1"]:
-        """sigma_t of each sample's own time, float32."""
-        return broadcast(jnp.asarray(self.sigmas)[t])
+    def sigma(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+        """See `Process`."""
+        return jnp.asarray(self.sigmas)[t]
 
-    def diffuse(
-        self, x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], t: Int[Array, " b"]
-    ) -> Float[Array, "b h w c"]:
-        """Equation (1): data `x0` brought to time `t` by unit Gaussian `noise`."""
-        return self.alpha(t) * x0 + self.sigma(t) * noise
+    def time(self, train_step: float) -> int:
+        """See `Process`: the index itself."""
+        return int(train_step)
 
-
-def _betas(config: Mapping[str, Any], steps: int) -> Float[np.ndarray, " T"]:
-    """The float32 betas that a scheduler config describes."""
-    kind = config.get("_class_name", "unknown")
-    silent = "beta_schedule" not in config and config.get("trained_betas") is None
-    if kind not in SCHEDULERS and ("_class_name" in config or silent):
-        lack = "has no beta_schedule and " if silent else ""
-        raise ValueError(
-            f"scheduler config of class {kind} {lack}is not supported; supported: discrete-time"
-            f" diffusion by one of {', '.join(SCHEDULERS)}"
-        )
-    if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], np.float32)
-        if betas.shape != (steps,) or not np.all((betas > 0) & (betas < 1)):
-            raise ValueError(
-                _unsupported(
-                    "trained_betas",
-                    f"array of shape {betas.shape}",
-                    f"{steps} numbers (num_train_timesteps) inside (0, 1)",
-                )
-            )
-        return betas
-    default_start, default_end, default_curve = SCHEDULERS.get(kind, _LINEAR)
-    start = float(config.get("beta_start", default_start))
-    end = float(config.get("beta_end", default_end))
-    curve = config.get("beta_schedule", default_curve)
-    if curve == "linear":
-        return _linspace(start, end, steps)
-    if curve == "scaled_linear":
-        return _linspace(start**0.5, end**0.5, steps) ** 2
-    raise ValueError(_unsupported("beta_schedule", curve, " or ".join(BETA_SCHEDULES)))
+    def to_x0(
+        self, prediction: Float[Array, " b *latent"], z: Float[Array, " b *latent"],
+        t: Num[Array, " b"],
+    ) -> Float[Array, " b *latent"]:  # fmt: skip
+        """See `Process`."""
+        prediction = prediction.astype(jnp.float32)
+        alpha, sigma = bcast_right(self.alpha(t), z), bcast_right(self.sigma(t), z)
+        if self.prediction_type == "v_prediction":
+            return alpha * z - sigma * prediction
+        return (z - sigma * prediction) / alpha
 
 
-def _linspace(start: float, end: float, steps: int) -> Float[np.ndarray, " T"]:
-    """`torch.linspace` to the last bit, with which diffusers makes the betas.
+@dataclass(frozen=True)
+class RectifiedFlow(Process):
+    """A straight flow between data and noise (Liu et al. 2022, arXiv 2209.03003), float times.
 
-    It takes a float32 step from both ends, each sum rounded once; numpy's rounds elsewhere.
+    alpha_t = 1 - t, sigma_t = t, t in [0, 1]; the network predicts the velocity e - x0. Training
+    steps map to times by the shift of Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206,
+    equation 23), with u = step / (T - 1):
+
+        t = shift u / (1 + (shift - 1) u).                                       (5)
+
+    Attributes:
+      shift: above 1 for resolutions that need more noise.
+      num_train_timesteps: T, in which settings count time.
     """
-    low, high = np.float32(start), np.float32(end)
-    step = np.float64((high - low) / np.float32(steps - 1))
-    index = np.arange(steps)
-    rising, falling = low + step * index, high - step * (steps - 1 - index)
-    return np.where(index < steps // 2, rising, falling).astype(np.float32)
 
+    shift: float = 1.0
+    num_train_timesteps: int = 1000
+    discrete: ClassVar[bool] = False
 
-def _unsupported(key: str, value: Any, supported: str) -> str:
-    return f"scheduler config {key} = {value!r} is not supported; supported: {supported}"
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise ValueError(f"shift = {self.shift}: must be greater than 0")
+
+    def alpha(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+        """See `Process`."""
+        return 1 - t.astype(jnp.float32)
+
+    def sigma(self, t: Num[Array, " b"]) -> Float[Array, " b"]:
+        """See `Process`."""
+        return t.astype(jnp.float32)
+
+    def time(self, train_step: float) -> float:
+        """See `Process`: equation (5)."""
+        u = float(train_step) / (self.num_train_timesteps - 1)
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def to_x0(
+        self, prediction: Float[Array, " b *latent"], z: Float[Array, " b *latent"],
+        t: Num[Array, " b"],
+    ) -> Float[Array, " b *latent"]:  # fmt: skip
+        """See `Process`."""
+        return z - bcast_right(self.sigma(t), z) * prediction.astype(jnp.float32)

@@ -1,10 +1,10 @@
-"""Two relatives of the DDIM step (ddim.py): one that keeps the noise's length, one that draws anew.
+"""Two relatives of the deterministic step: one that keeps the noise's length, one that draws anew.
 
-Both leave from z_t, a prediction x0 and the eps that belongs to it, for a time s <= t.
+Both leave from z_t and a prediction x0, with the eps that belongs to it, for a time s <= t.
 
 *Adjusted DDIM* (Heek et al. 2024, arXiv 2403.06807) is deterministic. The prediction is a mean
 over all data that z_t may come from; DDIM takes it for the data itself, and so loses the variance
-k^2 v that z_s has on account of this, with k of ddim.py, equation 2, and v the variance of an
+k^2 v that z_s has on account of this, with k of process.py, equation 3, and v the variance of an
 element of the data given z_t. It is given back by lengthening the noise, of d elements:
 
     z_s = alpha_s x0 + sqrt(sigma_s^2 + k^2 v d / |eps|^2) eps.                   (1)
@@ -17,41 +17,42 @@ the reverse diffusion, the way back of the noise as it was added:
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Num
 
-from tlcm_jax.diffusion import ddim
-from tlcm_jax.diffusion.prediction import eps_from_x0
-from tlcm_jax.diffusion.process import NoiseSchedule, broadcast
+from tlcm_jax.diffusion.process import Process, bcast_right
 
 
 def adjusted_step(
-    schedule: NoiseSchedule,
-    z: Float[Array, "b h w c"],
-    x0: Float[Array, "b h w c"],
+    process: Process,
+    z: Float[Array, " b *latent"],
+    x0: Float[Array, " b *latent"],
     variance: Float[Array, " b"],
-    t: Int[Array, " b"],
-    s: Int[Array, " b"],
-) -> Float[Array, "b h w c"]:
+    t: Num[Array, " b"],
+    s: Num[Array, " b"],
+) -> Float[Array, " b *latent"]:
     """Equation (1), with v = `variance`; DDIM itself where that is 0."""
-    _, k = ddim.coefficients(schedule, t, s)
-    eps = eps_from_x0(schedule, z, x0, t)
-    size = jnp.mean(jnp.square(eps), axis=(1, 2, 3), keepdims=True)
-    missing = jnp.square(k) * broadcast(variance) / jnp.maximum(size, 1e-12)
-    return schedule.alpha(s) * x0 + jnp.sqrt(jnp.square(schedule.sigma(s)) + missing) * eps
+    _, k = process.coefficients(t, s)
+    eps = process.to_eps(z, x0, t)
+    size = jnp.mean(jnp.square(eps).reshape(len(z), -1), axis=1)
+    missing = jnp.square(k) * variance / jnp.maximum(size, 1e-12)
+    length = jnp.sqrt(jnp.square(process.sigma(s)) + missing)
+    return bcast_right(process.alpha(s), z) * x0 + bcast_right(length, z) * eps
 
 
 def ancestral_step(
-    schedule: NoiseSchedule,
-    z: Float[Array, "b h w c"],
-    x0: Float[Array, "b h w c"],
-    noise: Float[Array, "b h w c"],
-    t: Int[Array, " b"],
-    s: Int[Array, " b"],
-) -> Float[Array, "b h w c"]:
+    process: Process,
+    z: Float[Array, " b *latent"],
+    x0: Float[Array, " b *latent"],
+    noise: Float[Array, " b *latent"],
+    t: Num[Array, " b"],
+    s: Num[Array, " b"],
+) -> Float[Array, " b *latent"]:
     """Equation (2), with xi = `noise`; at s = t nothing moves."""
-    ratio = schedule.alpha(t) / schedule.alpha(s)
-    share = (1 - jnp.square(ratio)) / jnp.square(schedule.sigma(t))  # of sigma_s^2 that is fresh
-    # As in ddim.py: r is 1 and k 0, exactly, where no time passes.
-    r = schedule.sigma(s) / schedule.sigma(t) * jnp.sqrt(1 - share)
-    k = schedule.alpha(s) - r * schedule.alpha(t)
-    return r * z + k * x0 + schedule.sigma(s) * jnp.sqrt(share) * noise
+    ratio = process.alpha(t) / process.alpha(s)
+    # Of sigma_s^2, the share that is fresh.
+    share = (1 - jnp.square(ratio)) / jnp.square(process.sigma(t))
+    # As in process.py: r is 1 and k 0, exactly, where no time passes.
+    r = process.sigma(s) / process.sigma(t) * jnp.sqrt(1 - share)
+    k = process.alpha(s) - r * process.alpha(t)
+    fresh = process.sigma(s) * jnp.sqrt(share)
+    return bcast_right(r, z) * z + bcast_right(k, z) * x0 + bcast_right(fresh, z) * noise

@@ -276,7 +276,7 @@ def check_steps(steps: Sequence[int | str]) -> list[int]:
     if not counts:
         raise ValueError("steps is empty: give at least one step count in 1 to 8")
     for count in counts:
-        sampler.timesteps_for(count)
+        student_timesteps(count)
     return sorted(counts)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import CLIPTokenizer
 
-from tlcm_jax.diffusion.process import NoiseSchedule
+from tlcm_jax.diffusion.scheduler_config import process_from_config
 from tlcm_jax.families.stable_diffusion import Pipeline
 from tlcm_jax.io import names
 from tlcm_jax.io.placement import Shardings, to_devices, to_host
@@ -110,7 +110,7 @@ def _abstract(source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> Pi
         vae=vae,
         text_encoders=tuple(towers.values()),
         tokenizers=(),
-        schedule=NoiseSchedule.from_config(configs["scheduler"]),
+        process=process_from_config(configs["scheduler"]),
         params={name: abstract_params(net, param_dtype) for name, net in components.items()},
         configs=configs,
         zero_null=two_towers and index.get("force_zeros_for_empty_prompt", True),

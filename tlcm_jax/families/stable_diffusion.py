@@ -1,4 +1,4 @@
-"""A text-to-image pipeline: networks, weights, tokenizers and schedule, as pure functions."""
+"""A text-to-image pipeline: networks, weights, tokenizers and process, as pure functions."""
 
 import dataclasses
 import functools
@@ -12,18 +12,18 @@ from jax import Array
 from transformers import PreTrainedTokenizerBase
 
 from tlcm_jax.data.tokens import tokenize
-from tlcm_jax.diffusion.prediction import Denoiser, epsilon_denoiser
-from tlcm_jax.diffusion.process import NoiseSchedule
+from tlcm_jax.diffusion.process import Process
+from tlcm_jax.families.base import LatentModel
 from tlcm_jax.models.clip_text import CLIPTextModel
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.embeddings import guidance_embedding
-from tlcm_jax.models.unet import UNet2DConditionModel
+from tlcm_jax.models.unet import UNet2DConditionModel, feature_widths
 from tlcm_jax.models.vae import AutoencoderKL
 from tlcm_jax.models.vae_tiling import decode_tiled
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
+class Pipeline(LatentModel):
     """Everything that a diffusers pipeline folder describes.
 
     Attributes:
@@ -41,13 +41,21 @@ class Pipeline:
     vae: AutoencoderKL
     text_encoders: tuple[CLIPTextModel, ...]
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
-    schedule: NoiseSchedule
+    process: Process
     params: Mapping[str, Any]
     configs: Mapping[str, Any]
     zero_null: bool
     source: str
     folder: str
     embedded_guidance: float = 8.0
+
+    backbone = "unet"
+    decoder = "vae"
+
+    @property
+    def text_params(self) -> dict[str, Any]:
+        """See `LatentModel`."""
+        return {name: tree for name, tree in self.params.items() if name.startswith("text_encoder")}
 
     @property
     def resolution(self) -> int:
@@ -157,56 +165,41 @@ class Pipeline:
             pooled=None if empty.pooled is None else jnp.zeros_like(empty.pooled),
         )
 
-    def denoiser(
-        self, params: Mapping[str, Any] | None = None, lora: Mapping[str, Any] | None = None
-    ) -> Denoiser:
-        """The UNet as `(z, t, conditioning) -> eps`, with other weights or an adapter if given.
+    def null_of(self, null: Conditioning, conditioning: Conditioning) -> Conditioning:
+        """See `LatentModel`: the texts of `null`, and all else of `conditioning`."""
+        return dataclasses.replace(
+            conditioning, prompt_embeds=null.prompt_embeds, pooled=null.pooled
+        )
 
-        Args:
-          params: the UNet's tree; the pipeline's own by default.
-          lora: an adapter already scaled (`models.lora.scaled`).
-        """
-        return epsilon_denoiser(self.schedule, self._network(params, lora))
-
-    def features(
-        self, params: Mapping[str, Any], lora: Mapping[str, Any] | None = None
-    ) -> Callable[[Array, Array, Conditioning], Mapping[str, Array]]:
-        """The UNet's states up to its middle, `(z, t, conditioning) -> {block: [b, h', w', c']}`.
-
-        Args:
-          params: the UNet's tree.
-          lora: an adapter already scaled.
-        """
-        return self._network(params, lora, features=True)
-
-    def _network(
+    def predict(
         self,
-        params: Mapping[str, Any] | None,
-        lora: Mapping[str, Any] | None,
+        params: Mapping[str, Any],
+        z: Array,
+        t: Array,
+        conditioning: Conditioning,
+        lora: Mapping[str, Any] | None = None,
         features: bool = False,
-    ) -> Callable[[Array, Array, Conditioning], Any]:
-        """The UNet with these weights, as a function of `(z, t, conditioning)`."""
-        variables = {"params": self.params["unet"] if params is None else params}
-        if lora is not None:
-            variables["lora"] = lora
-        width = self.unet.config.time_cond_proj_dim
+    ) -> Any:
+        """See `LatentModel`."""
+        variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+        width, condition = self.unet.config.time_cond_proj_dim, None
+        if width is not None and conditioning.guidance_scale is not None:
+            condition = guidance_embedding(conditioning.guidance_scale, width)
+        return self.unet.apply(
+            variables,
+            z,
+            t,
+            conditioning.prompt_embeds,
+            conditioning.pooled,
+            conditioning.time_ids,
+            condition,
+            features=features,
+        )
 
-        def network(z: Array, t: Array, given: Conditioning) -> Any:
-            condition = None
-            if width is not None and given.guidance_scale is not None:
-                condition = guidance_embedding(given.guidance_scale, width)
-            return self.unet.apply(
-                variables,
-                z,
-                t,
-                given.prompt_embeds,
-                given.pooled,
-                given.time_ids,
-                condition,
-                features=features,
-            )
-
-        return network
+    @property
+    def feature_widths(self) -> dict[str, int]:
+        """See `LatentModel`."""
+        return feature_widths(self.unet.config)
 
     def decode_latents(self, params: Mapping[str, Any], latents: Array, tile: int = 0) -> Array:
         """Pictures `[b, h, w, 3]` in 0..1 from scaled latents; traceable.

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.diffusion import sampling as sampler
 from tlcm_jax.diffusion.guidance import guided
+from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.diffusion.trajectories import teacher_path
 from tlcm_jax.families.stable_diffusion import Pipeline
 from tlcm_jax.models import lora as adapters
@@ -85,8 +86,8 @@ def draw_student(
     Raises:
       ValueError: no prompts, or steps, gamma or resolution out of range.
     """
-    timesteps = sampler.timesteps_for(steps)
-    levels = sampler.levels(pipeline.schedule, timesteps, gamma).astype(np.float32)
+    timesteps = student_timesteps(steps)
+    levels = sampler.levels(pipeline.process, timesteps, gamma).astype(np.float32)
     tokens = _tokens(pipeline, prompts, rendering)
     unet = pipeline.params["unet"]
     if lora is not None:
@@ -128,7 +129,7 @@ def draw_teacher(
     Raises:
       ValueError: no prompts, or steps or resolution out of range.
     """
-    timesteps = sampler.teacher_timesteps(steps, pipeline.schedule.train_steps)
+    timesteps = pipeline.process.grid(steps)
     tokens = _tokens(pipeline, prompts, rendering)
     scale = float(guidance_scale)
     if pipeline.guidance_is_embedded:
@@ -163,7 +164,7 @@ class _Model:
     """
 
     networks: tuple
-    schedule: tuple
+    process: tuple
     embedded_guidance: float
     resolution: int
     tile: int
@@ -171,11 +172,11 @@ class _Model:
 
     @classmethod
     def of(cls, pipeline: Pipeline, rendering: Rendering) -> "_Model":
-        table, resolution = pipeline.schedule, rendering.resolution or pipeline.resolution
+        table, resolution = pipeline.process, rendering.resolution or pipeline.resolution
         pipeline.latent_shape(resolution)  # a wrong resolution is found before anything is drawn
         return cls(
             networks=(pipeline.unet, pipeline.vae, *pipeline.text_encoders),
-            schedule=(table.prediction_type, table.alphas_cumprod.tobytes()),
+            process=(table.prediction_type, table.alphas_cumprod.tobytes()),
             embedded_guidance=pipeline.embedded_guidance,
             resolution=resolution,
             tile=rendering.tile,
@@ -203,8 +204,8 @@ def _student_step(
     conditioning: Conditioning,
 ) -> Array:
     denoiser, fresh = model.functions.denoiser(unet), _noise(model, keys, step)
-    schedule = model.functions.schedule
-    return sampler.student_step(denoiser, schedule, z, t, level, fresh, conditioning)
+    process = model.functions.process
+    return sampler.student_step(denoiser, process, z, t, level, fresh, conditioning)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "scale"))
@@ -217,9 +218,11 @@ def _teacher_step(
     null: Conditioning,
     scale: float,
 ) -> Array:
-    teacher = guided(model.functions.denoiser(unet), scale, null)
+    family = model.functions
+    null_of = functools.partial(family.null_of, null)
+    teacher = guided(family.denoiser(unet), scale, null_of)
     times = jnp.broadcast_to(stops, (len(z), 2))
-    return teacher_path(teacher, model.functions.schedule, z, times, conditioning)[1]
+    return teacher_path(teacher, family.process, z, times, conditioning)[1]
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlcm_jax.diffusion.sampling import timesteps_for
+from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.io.hub import HubId
 
 PROJECT = "tlcm_jax"
@@ -208,7 +208,7 @@ loaded beside it.
 
 
 def _times(steps: int, separator: str = ", ") -> str:
-    return separator.join(str(t) for t in timesteps_for(steps))
+    return separator.join(str(t) for t in student_timesteps(steps))
 
 
 def _stage_line(stage: Mapping[str, Any]) -> str:

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from tlcm_jax.diffusion.sampling import sample, timesteps_for
+from tlcm_jax.diffusion.sampling import sample
+from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.families.load import load_pipeline
 from tlcm_jax.io import consumer, names
 from tlcm_jax.io.hub import NETWORKS
@@ -124,7 +125,7 @@ class _Ours:
             views = names.matched(tensors, base["unet"], str(path))
             return {**base, "unet": to_devices(views, base["unet"], tensors.release)}, set()
         product = load_pipeline(path)
-        ours, theirs = self.teacher.schedule, product.schedule
+        ours, theirs = self.teacher.process, product.process
         if ours.prediction_type != theirs.prediction_type or not np.array_equal(
             ours.alphas_cumprod, theirs.alphas_cumprod
         ):
@@ -140,8 +141,8 @@ class _Ours:
         def latents(params: Any, ids: Any, noise: jax.Array, fresh: jax.Array) -> jax.Array:
             text = pipeline.encode_tokens(params, ids)
             denoiser = pipeline.denoiser(params["unet"])
-            times = timesteps_for(steps)
-            return sample(denoiser, pipeline.schedule, noise, text, times, noises=fresh)
+            times = student_timesteps(steps)
+            return sample(denoiser, pipeline.process, noise, text, times, noises=fresh)
 
         draw = self._draw.setdefault(steps, jax.jit(latents))
         with jax.default_matmul_precision("highest"):
@@ -192,7 +193,7 @@ def draw_consumer(
     first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(noise, -1, 1)))
     latents = pipe(
         list(prompts),
-        timesteps=list(timesteps_for(steps)),
+        timesteps=list(student_timesteps(steps)),
         guidance_scale=0.0,
         latents=first,
         generator=torch.Generator().manual_seed(seed),

@@ -1,0 +1,158 @@
+"""Reads a model's `scheduler_config.json` as a `Process`.
+
+A diffusion's abar is accumulated from the betas of its training (Ho et al. 2020, arXiv 2006.11239;
+"scaled_linear" is latent diffusion's, arXiv 2112.10752),
+
+    abar_t = prod_{i <= t} (1 - beta_i),   t = 0 .. T-1,                         (1)
+
+and with `rescale_betas_zero_snr` shifted and scaled so that its root ends at 0 (Lin et al. 2023,
+arXiv 2305.08891, algorithm 1),
+
+    sqrt(abar_t) <- (sqrt(abar_t) - sqrt(abar_T-1)) sqrt(abar_0) / (sqrt(abar_0) - sqrt(abar_T-1)).
+                                                                                 (2)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from tlcm_jax.diffusion.process import PREDICTION_TYPES, DiscreteVP, Process, RectifiedFlow
+
+BETA_SCHEDULES = ("linear", "scaled_linear")
+
+# What each of diffusers' scheduler classes assumes where its config is silent: beta_start, beta_end
+# and beta_schedule. All of them compute abar by equation (1); classes that do not (flows, EDM,
+# CogVideoX's shifted abar, unCLIP's cosine) are not in the table.
+_LINEAR = (0.0001, 0.02, "linear")
+_LATENT = (0.00085, 0.012, "scaled_linear")
+_KARRAS = (0.00085, 0.012, "linear")
+SCHEDULERS = {
+    "DDIMInverseScheduler": _LINEAR,
+    "DDIMParallelScheduler": _LINEAR,
+    "DDIMScheduler": _LINEAR,
+    "DDPMParallelScheduler": _LINEAR,
+    "DDPMScheduler": _LINEAR,
+    "DEISMultistepScheduler": _LINEAR,
+    "DPMSolverMultistepInverseScheduler": _LINEAR,
+    "DPMSolverMultistepScheduler": _LINEAR,
+    "DPMSolverSDEScheduler": _KARRAS,
+    "DPMSolverSinglestepScheduler": _LINEAR,
+    "EulerAncestralDiscreteScheduler": _LINEAR,
+    "EulerDiscreteScheduler": _LINEAR,
+    "HeunDiscreteScheduler": _KARRAS,
+    "KDPM2AncestralDiscreteScheduler": _KARRAS,
+    "KDPM2DiscreteScheduler": _KARRAS,
+    "LCMScheduler": _LATENT,
+    "LMSDiscreteScheduler": _LINEAR,
+    "PNDMScheduler": _LINEAR,
+    "SASolverScheduler": _LINEAR,
+    "TCDScheduler": _LATENT,
+    "UniPCMultistepScheduler": _LINEAR,
+}
+
+# A straight flow; its betas do not exist.
+FLOWS = ("FlowMatchEulerDiscreteScheduler",)
+
+# Settings that change abar, or the x0 that is read from a prediction, in a way that the
+# distillation does not follow; with the reason that the error message gives.
+_REFUSED_IF_TRUE = {
+    "thresholding": "x0 is never clipped here",
+    "clip_sample": "x0 is never clipped here",
+    "use_flow_sigmas": "the model is a flow, not a diffusion with betas",
+    "use_dynamic_shifting": "the shift must not depend on the resolution",
+}
+
+
+def process_from_config(config: Mapping[str, Any]) -> Process:
+    """Reads a diffusers `scheduler_config.json` of one of the classes in `SCHEDULERS` or `FLOWS`.
+
+    Keys that only choose a sampler (spacing, Karras sigmas, solver order) do not matter here and
+    are ignored; absent keys take the class's defaults, DDIM's where no class is named.
+    `clip_sample`, true by default in some classes, counts as false when absent: diffusers' Stable
+    Diffusion pipelines switch it off.
+
+    Args:
+      config: the parsed JSON.
+
+    Returns:
+      The process; abar is accumulated in float64 over float32 betas, as PyTorch does it.
+
+    Raises:
+      ValueError: the config asks for something that equations (1) and (2) do not cover. The
+        message names key and value and says what is supported.
+    """
+    for key, reason in _REFUSED_IF_TRUE.items():
+        if config.get(key):
+            raise ValueError(_unsupported(key, config[key], f"false ({reason})"))
+    steps = int(config.get("num_train_timesteps", 1000))
+    if config.get("_class_name") in FLOWS:
+        return RectifiedFlow(float(config.get("shift", 1.0)), steps)
+    prediction_type = config.get("prediction_type") or "epsilon"
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            _unsupported("prediction_type", prediction_type, " or ".join(PREDICTION_TYPES))
+        )
+    betas = _betas(config, steps)
+    alphas_cumprod = np.cumprod((1 - betas).astype(np.float64))
+    if config.get("rescale_betas_zero_snr"):
+        if prediction_type == "epsilon":
+            reason = "at alpha = 0 an eps prediction does not determine x0; v_prediction does"
+            raise ValueError(_unsupported("rescale_betas_zero_snr", True, f"false ({reason})"))
+        alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
+    return DiscreteVP(alphas_cumprod.astype(np.float32), prediction_type)
+
+
+def _zero_terminal_snr(alphas_cumprod: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
+    """Equation (2)."""
+    root = np.sqrt(alphas_cumprod)
+    return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
+
+
+def _betas(config: Mapping[str, Any], steps: int) -> Float[np.ndarray, " T"]:
+    """The float32 betas that a scheduler config describes."""
+    kind = config.get("_class_name", "unknown")
+    silent = "beta_schedule" not in config and config.get("trained_betas") is None
+    if kind not in SCHEDULERS and ("_class_name" in config or silent):
+        lack = "has no beta_schedule and " if silent else ""
+        raise ValueError(
+            f"scheduler config of class {kind} {lack}is not supported; supported: discrete-time"
+            f" diffusion by one of {', '.join(SCHEDULERS)}"
+        )
+    if config.get("trained_betas") is not None:
+        betas = np.asarray(config["trained_betas"], np.float32)
+        if betas.shape != (steps,) or not np.all((betas > 0) & (betas < 1)):
+            raise ValueError(
+                _unsupported(
+                    "trained_betas",
+                    f"array of shape {betas.shape}",
+                    f"{steps} numbers (num_train_timesteps) inside (0, 1)",
+                )
+            )
+        return betas
+    default_start, default_end, default_curve = SCHEDULERS.get(kind, _LINEAR)
+    start = float(config.get("beta_start", default_start))
+    end = float(config.get("beta_end", default_end))
+    curve = config.get("beta_schedule", default_curve)
+    if curve == "linear":
+        return _linspace(start, end, steps)
+    if curve == "scaled_linear":
+        return _linspace(start**0.5, end**0.5, steps) ** 2
+    raise ValueError(_unsupported("beta_schedule", curve, " or ".join(BETA_SCHEDULES)))
+
+
+def _linspace(start: float, end: float, steps: int) -> Float[np.ndarray, " T"]:
+    """`torch.linspace` to the last bit, with which diffusers makes the betas.
+
+    It takes a float32 step from both ends, each sum rounded once; numpy's rounds elsewhere.
+    """
+    low, high = np.float32(start), np.float32(end)
+    step = np.float64((high - low) / np.float32(steps - 1))
+    index = np.arange(steps)
+    rising, falling = low + step * index, high - step * (steps - 1 - index)
+    return np.where(index < steps // 2, rising, falling).astype(np.float32)
+
+
+def _unsupported(key: str, value: Any, supported: str) -> str:
+    return f"scheduler config {key} = {value!r} is not supported; supported: {supported}"
