@@ -36,7 +36,7 @@ def sample(
     noise: Float[Array, " b *latent"],
     conditioning: PyTree[Array],
     timesteps: Sequence[int],
-    key: PRNGKeyArray | None = None,
+    keys: PRNGKeyArray | None = None,
     gamma: float = 1.0,
     noises: Float[Array, "renoisings b *latent"] | None = None,
 ) -> Float[Array, " b *latent"]:
@@ -51,8 +51,8 @@ def sample(
       noise: unit Gaussian, the latent at `timesteps[0]`.
       conditioning: the denoiser's, leading axis b.
       timesteps: falling training steps, such as `timesteps.student_timesteps(4)`.
-      key: source of the fresh noise, drawn at step i from `fold_in(key, i)`; not needed with one
-        step, with `gamma` 0 or with `noises`.
+      keys: source of each sample's fresh noise, `[b]`, drawn at step i from `fold_in(key, i)`; not
+        needed with one step, with `gamma` 0 or with `noises`.
       gamma: in 0 .. 1, the share of fresh noise.
       noises: the fresh noise itself, one less than there are steps, for comparing with another
         implementation on the same noise.
@@ -62,7 +62,7 @@ def sample(
 
     Raises:
       ValueError: times that do not fall or lie outside the schedule, gamma outside 0 .. 1,
-        fresh noise needed and neither `key` nor `noises` given, or too few or many `noises`.
+        fresh noise needed and neither `keys` nor `noises` given, or too few or many `noises`.
     """
     plan = levels(process, tuple(timesteps), gamma)
     renoisings = len(timesteps) - 1
@@ -73,13 +73,13 @@ def sample(
         noises = jnp.concatenate([noises, jnp.zeros_like(noise)[None]])
     elif not np.any(plan[:, 2]):
         noises = jnp.zeros((len(timesteps), *(1,) * noise.ndim), noise.dtype)
-    elif key is None:
-        raise ValueError("several steps with gamma > 0 draw fresh noise: pass key or noises")
+    elif keys is None:
+        raise ValueError("several steps with gamma > 0 draw fresh noise: pass keys or noises")
 
     def advance(z, xs):
         index, t, level, xi = xs
         if xi is None:
-            xi = jax.random.normal(jax.random.fold_in(key, index), z.shape)
+            xi = normal(jax.vmap(jax.random.fold_in, (0, None))(keys, index), z.shape[1:])
         return student_step(denoiser, process, z, t, level, xi, conditioning), None
 
     xs = (
@@ -89,6 +89,11 @@ def sample(
         noises,
     )
     return jax.lax.scan(advance, noise, xs)[0]
+
+
+def normal(keys: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, " b *latent"]:
+    """Unit Gaussian noise, a key for each sample: `[b, *shape]`."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def student_step(

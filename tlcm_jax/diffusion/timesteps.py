@@ -6,6 +6,9 @@ Settings count time in training steps, 0 .. T-1. The axis is cut into M segments
 
 for TLCM's M = 8 and T = 1000: 999 874 749 624 499 374 249 124 0, mapped to the process's own
 times (`Process.time`). A time t > 0 belongs to the segment with b_lo < t <= b_hi.
+
+Whatever is random has a key for each example, so that neither the batch that an example is drawn
+in nor the devices that the batch lies on change it.
 """
 
 import jax
@@ -80,12 +83,17 @@ def segment_lower_bound(process: Process, t: Num[Array, " b"], segments: int) ->
 
 
 def uniform_times(
-    process: Process, key: PRNGKeyArray, low: Num[Array, " b"], high: Num[Array, " b"]
+    process: Process,
+    keys: PRNGKeyArray,
+    low: Num[Array, " b"],
+    high: Num[Array, " b"],
 ) -> Num[Array, " b"]:
-    """T ~ U{low .. high}, both ends included, or U[low, high] on a flow."""
+    """t ~ U{low .. high}, both ends included, or U[low, high) on a flow; a key for each, `[b]`."""
     if process.discrete:
-        return jax.random.randint(key, low.shape, low, high + 1)
-    return low + (high - low) * jax.random.uniform(key, low.shape)
+        return jax.vmap(lambda key, low, high: jax.random.randint(key, (), low, high + 1))(
+            keys, low, high
+        )
+    return low + (high - low) * jax.vmap(jax.random.uniform)(keys)
 
 
 def earlier_times(
@@ -97,25 +105,30 @@ def earlier_times(
 
 
 def random_times(
-    process: Process, key: PRNGKeyArray, batch: int, segments: int
-) -> tuple[Int[Array, " batch"], Num[Array, " batch"]]:
+    process: Process, keys: PRNGKeyArray, segments: int
+) -> tuple[Int[Array, " b"], Num[Array, " b"]]:
     """Draws a segment s ~ U{0 .. M-1}, counted from the clean end, and t ~ U(b_s, b_{s+1}].
+
+    Args:
+      process: whose times.
+      keys: one for each draw, `[b]`.
+      segments: M.
 
     Returns:
       The segments, int32, and the times.
     """
-    segment_key, time_key = jax.random.split(key)
+    segment_keys, time_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     ascending = jnp.asarray(milestones(process, segments)[::-1])
-    segment = jax.random.randint(segment_key, (batch,), 0, segments)
+    segment = jax.vmap(lambda key: jax.random.randint(key, (), 0, segments))(segment_keys)
     low, high = ascending[segment], ascending[segment + 1]
     if process.discrete:
-        return segment, jax.random.randint(time_key, (batch,), low + 1, high + 1)
-    return segment, high - (high - low) * jax.random.uniform(time_key, (batch,))
+        return segment, uniform_times(process, time_keys, low + 1, high)
+    return segment, high - (high - low) * jax.vmap(jax.random.uniform)(time_keys)
 
 
 def stratified_times(
-    process: Process, key: PRNGKeyArray, batch: int, segments: int, per_segment: int
-) -> Num[Array, "batch points"]:
+    process: Process, keys: PRNGKeyArray, segments: int, per_segment: int
+) -> Num[Array, "b points"]:
     """Random stops of a batch of paths, stratified over the time axis.
 
     The first is the noisiest time, where sampling begins. Then each segment (b_lo, b_hi] holds
@@ -128,26 +141,25 @@ def stratified_times(
 
     Args:
       process: whose times.
-      key: used once.
-      batch: number of paths.
+      keys: one for each path, `[b]`.
       segments: M.
       per_segment: N, at most the length of the shortest segment.
 
     Returns:
-      Times, falling along the second axis, `[batch, M N + 1]`.
+      Times, falling along the second axis, `[b, M N + 1]`.
     """
     edges = milestones(process, segments)
     high, low = edges[:-1, None], edges[1:, None]
     stratum = np.arange(per_segment)[::-1]
-    u = jax.random.uniform(key, (batch, 1, 1))
+    u = jax.vmap(jax.random.uniform)(keys)[:, None, None]
     if process.discrete:
         offset = jnp.floor((stratum + u) / per_segment * (high - low)).astype(jnp.int32)
         # stratum + u can round up to the next integer in float32.
         inner = jnp.minimum(low + 1 + offset, high)
     else:
         inner = low + (stratum + 1 - u) / per_segment * (high - low)
-    inner = inner.reshape(batch, segments * per_segment)
-    start = jnp.full((batch, 1), process.start, inner.dtype)
+    inner = inner.reshape(len(keys), segments * per_segment)
+    start = jnp.full((len(keys), 1), process.start, inner.dtype)
     return jnp.concatenate([start, inner], axis=1)
 
 
