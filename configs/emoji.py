@@ -30,24 +30,24 @@ def get_config(variant: str = "") -> ConfigDict:
     prompts = paths.MINIATURE / "prompts"
     guidance_scale = 5.0
     segments = dict(
-        objective="segment_consistency",
-        steps=80,
-        # 16 prompts make 272 pairs: 8 updates of 34.
-        batch_size=16,
-        updates=8,
+        objective="mlcd",
+        steps=640,
+        # The paths of 16 prompts make 272 pairs: 8 updates of 34.
+        batch_size=34,
+        prompts_per_refill=16,
         learning_rate=3e-4,
-        warmup_updates=10,
+        warmup_steps=10,
         decay="cosine",
         final_fraction=0.1,
-        settings=dict(guidance_scale=guidance_scale, nodes_per_segment=2),
+        settings=dict(guidance_scale=guidance_scale, points_per_segment=2),
     )
     if variant == "paper":
         endpoints = dict(
-            objective="endpoint_consistency",
-            steps=45,
+            objective="lcd",
+            steps=90,
             # 16 rollouts of 4 states: 2 updates of 32.
-            batch_size=16,
-            updates=2,
+            batch_size=32,
+            prompts_per_refill=16,
             learning_rate=3e-4,
             decay="cosine",
             final_fraction=0.1,
@@ -55,29 +55,29 @@ def get_config(variant: str = "") -> ConfigDict:
         )
         stages = dict(segments=segments, endpoints=endpoints)
     else:
-        # Jumps to any time of a segment, 4 segments and then 2: 17 nodes a path as with 8.
+        # Jumps to any time of a segment, 4 segments and then 2: 17 points a path as with 8.
         stages = {
             f"segments{count}": dict(
                 segments,
-                steps=2 if smoke else 39,
+                steps=16 if smoke else 312,
                 settings=dict(
                     segments["settings"],
                     segments=count,
-                    nodes_per_segment=16 // count,
-                    landing="trajectory",
+                    points_per_segment=16 // count,
+                    target_time="uniform",
                 ),
             )
             for count in (4, 2)
         }
     if variant == "regression":
         stages["trajectories"] = dict(
-            objective="trajectory_regression",
-            steps=30,
+            objective="trajectory_kd",
+            steps=120,
             # 16 paths of 8 milestones: 4 updates of 32.
-            batch_size=16,
-            updates=4,
+            batch_size=32,
+            prompts_per_refill=16,
             learning_rate=1e-4,
-            warmup_updates=20,
+            warmup_steps=20,
             decay="cosine",
             final_fraction=0.05,
             settings=dict(guidance_scale=guidance_scale, teacher_substeps=2, own_states=0.3),
@@ -92,8 +92,8 @@ def get_config(variant: str = "") -> ConfigDict:
             stage_order=tuple(stages),
             stages=stages,
             mesh=dict(data=-1, fsdp=1),
-            log_every=1 if smoke else 5,
-            checkpoint_every=20,
+            log_every=8 if smoke else 40,
+            checkpoint_every=160,
             evaluation=dict(
                 prompts=(str(prompts / "heldout.txt"), str(prompts / "composition.txt")),
                 scorers=("miniature.judge",),

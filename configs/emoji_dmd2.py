@@ -21,8 +21,8 @@ def get_config(variant: str = "") -> ConfigDict:
     stage.settings = ConfigDict(dict(segments=4, states_per_rollout=4, weight=0.0))
     stage.terms = ConfigDict(
         dict(
-            distribution_matching=dict(guidance_scale=guidance_scale, critic_learning_rate=3e-4),
-            adversarial=dict(weight=5e-3, critic_learning_rate=1e-3),
+            distribution_matching=dict(guidance_scale=guidance_scale, aux_learning_rate=3e-4),
+            adversarial=dict(weight=5e-3, aux_learning_rate=1e-3),
         )
     )
     return config

@@ -38,21 +38,21 @@ def _our_stages(config: ConfigDict) -> dict[str, Any]:
     # Its gradient is as large as the jumps'; at five times that, in one run, 1 step gained and the
     # Frechet distance at 3 to 8 steps grew.
     # The scorer's own threshold is the mean of real pictures, which the teacher's pass already.
-    liked = dict(look, preference=dict(_scorer(), weight=10.0, share=1.0, threshold=100.0))
+    liked = dict(look, preference=dict(_scorer(), weight=10.0, max_grad_ratio=1.0, threshold=100.0))
     first, second = config.stages.to_dict().values()
     games = _games(config)
-    # At weight 1 fifty times the jumps' gradient, which the teacher's landings hold in place.
+    # At weight 1 fifty times the jumps' gradient, which the teacher's targets hold in place.
     games["distribution_matching"]["weight"] = 0.01
-    games["adversarial"] |= dict(real="goal", weight=2e-3)
+    games["adversarial"] |= dict(real="target", weight=2e-3)
     matching = dict(
         second,
         learning_rate=1e-4,
         decay="constant",
-        warmup_updates=0,
-        steps=4,
-        # 4 prompts make 68 pairs: 2 updates of 34.
-        batch_size=4,
-        updates=2,
+        warmup_steps=0,
+        steps=8,
+        # The paths of 4 prompts make 68 pairs: 2 updates of 34.
+        batch_size=34,
+        prompts_per_refill=4,
         terms=dict(liked, **games),
     )
     return dict(
@@ -66,14 +66,14 @@ def _paper_stages(config: ConfigDict) -> dict[str, Any]:
     first, second = config.stages.segments.to_dict(), config.stages.endpoints.to_dict()
     stages = {}
     for segments in SEGMENTS:
-        # 16 nodes a path whatever M; the steps of the first stage are shared out.
+        # 16 points a path whatever M; the steps of the first stage are shared out.
         settings = dict(
-            segments=segments, nodes_per_segment=16 // segments, guidance_scale=guidance_scale
+            segments=segments, points_per_segment=16 // segments, guidance_scale=guidance_scale
         )
         steps = max(1, first["steps"] // len(SEGMENTS))
         stages[f"segments{segments}"] = dict(first, steps=steps, settings=settings, terms=look)
     stages["endpoints"] = dict(second, terms=look)
-    later = dict(second, learning_rate=1e-4, decay="constant", steps=20)
+    later = dict(second, learning_rate=1e-4, decay="constant", steps=40)
     stages["preference"] = dict(later, terms=dict(look, preference=_scorer()))
     stages["matching"] = dict(later, terms=dict(look, **_games(config)))
     return stages
@@ -86,6 +86,6 @@ def _scorer() -> dict[str, Any]:
 def _games(config: ConfigDict) -> dict[str, Any]:
     guidance_scale = config.evaluation.guidance_scale
     return dict(
-        distribution_matching=dict(guidance_scale=guidance_scale, critic_learning_rate=1e-4),
-        adversarial=dict(weight=5e-3, critic_learning_rate=1e-3),
+        distribution_matching=dict(guidance_scale=guidance_scale, aux_learning_rate=1e-4),
+        adversarial=dict(weight=5e-3, aux_learning_rate=1e-3),
     )

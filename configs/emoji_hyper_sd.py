@@ -21,15 +21,15 @@ def get_config(variant: str = "") -> ConfigDict:
     stages = {}
     for segments in SEGMENTS:
         stage = stages[f"segments{segments}"] = ConfigDict(first.to_dict())
-        # The steps of `emoji.py:paper`'s stage 1 are shared out; 16 nodes a path whatever M.
+        # The steps of `emoji.py:paper`'s stage 1 are shared out; 16 points a path whatever M.
         stage.steps = max(1, first.steps // len(SEGMENTS))
-        stage.warmup_updates = first.warmup_updates if segments == SEGMENTS[0] else 0
+        stage.warmup_steps = first.warmup_steps if segments == SEGMENTS[0] else 0
         stage.settings = ConfigDict(
             dict(
                 segments=segments,
-                nodes_per_segment=16 // segments,
+                points_per_segment=16 // segments,
                 guidance_scale=guidance_scale,
-                landing="trajectory",
+                target_time="uniform",
             )
         )
     config.stages = ConfigDict(stages)

@@ -14,7 +14,7 @@ from configs import emoji
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; there are no variants."""
     config = emoji.relative("lcm", variant, "segments")
-    # As many nodes a path as the 8 segments of 2 of `emoji.py:paper`, and so as many evaluations.
+    # As many points a path as the 8 segments of 2 of `emoji.py:paper`, and so as many evaluations.
     settings = config.stages.segments.settings
-    settings.segments, settings.nodes_per_segment, settings.huber = 1, 16, 1e-3
+    settings.segments, settings.points_per_segment, settings.huber = 1, 16, 1e-3
     return config

@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluation.gamma = 0.0
     stage = config.stages.segments
     # A pair a picture: as many as 16 prompts' paths have, at the same evaluations a pair.
-    stage.batch_size = 272
+    stage.prompts_per_refill = 272
     guidance_scale = stage.settings.guidance_scale
     stage.settings = ConfigDict(
         dict(

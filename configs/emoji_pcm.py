@@ -17,13 +17,13 @@ def get_config(variant: str = "") -> ConfigDict:
     stage = config.stages.segments
     guidance_scale = stage.settings.guidance_scale
     stage.settings = ConfigDict(
-        dict(segments=4, nodes_per_segment=4, guidance_scale=guidance_scale)
+        dict(segments=4, points_per_segment=4, guidance_scale=guidance_scale)
     )
     stage.terms = ConfigDict(
         dict(
             # Compared within the phase: t' from the lower milestone to the next one up.
             adversarial=dict(
-                weight=0.1, real="goal", times=(0, 62, 125, 187, 249), critic_updates=1
+                weight=0.1, real="target", times=(0, 62, 125, 187, 249), aux_updates=1
             ),
         )
     )

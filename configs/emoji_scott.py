@@ -5,7 +5,7 @@
     python -m tlcm_jax.main --config configs/emoji_scott.py --workdir runs/emoji-scott
 
 Real latents, noised; the teacher goes 24 times down in three stochastic steps; the target is the
-student's average; and predictions are held against the pictures by a discriminator, weight 0.4.
+student's EMA; and predictions are held against the pictures by a discriminator, weight 0.4.
 The distance is SCott's, pseudo-Huber.
 """
 
@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.latents = str(paths.MINIATURE / "latents.npz")
     stage = config.stages.segments
     # A pair a picture, at three times the evaluations of one of `emoji.py:paper`.
-    stage.batch_size, stage.steps = 272, stage.steps // 3
+    stage.prompts_per_refill, stage.steps = 272, stage.steps // 3
     stage.ema_decay = 0.95
     guidance_scale = stage.settings.guidance_scale
     stage.settings = ConfigDict(
@@ -33,11 +33,11 @@ def get_config(variant: str = "") -> ConfigDict:
             solver="sde",
             loss_space="x0",
             huber=1e-3,
-            target="average",
+            target="ema",
             guidance_scale=guidance_scale,
         )
     )
     stage.terms = ConfigDict(
-        dict(adversarial=dict(weight=0.4, critic_updates=1, critic_learning_rate=1e-3))
+        dict(adversarial=dict(weight=0.4, aux_updates=1, aux_learning_rate=1e-3))
     )
     return config

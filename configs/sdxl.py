@@ -46,18 +46,18 @@ def get_config(variant: str = "") -> ConfigDict:
     )
 
 
-def _segments(segments: int, updates: int, **settings: Any) -> dict[str, Any]:
+def _segments(segments: int, steps: int, **settings: Any) -> dict[str, Any]:
     return dict(
-        objective="segment_consistency",
-        # Node reuse, ours: 16 prompts' paths of 17 nodes make 272 pairs, 17 updates of 16.
-        steps=updates // 17,
+        objective="mlcd",
+        # Node reuse, ours: 16 prompts' paths of 17 points make 272 pairs, 17 updates of 16.
+        steps=steps,
         batch_size=16,
-        updates=17,
+        prompts_per_refill=16,
         learning_rate=1e-4,
-        warmup_updates=500,
+        warmup_steps=500,
         settings=dict(
             segments=segments,
-            nodes_per_segment=16 // segments,
+            points_per_segment=16 // segments,
             skip=20,
             guidance_scale=8.0,
             **settings,
@@ -67,12 +67,12 @@ def _segments(segments: int, updates: int, **settings: Any) -> dict[str, Any]:
 
 def _stages() -> dict[str, Any]:
     # Ours: the paper's number of updates, half to each.
-    return {f"segments{m}": _segments(m, 6000, landing="trajectory") for m in (4, 2)}
+    return {f"segments{m}": _segments(m, 6000, target_time="uniform") for m in (4, 2)}
 
 
 def _paper_stages() -> dict[str, Any]:
     endpoints = dict(
-        objective="endpoint_consistency",
+        objective="lcd",
         steps=2000,
         batch_size=16,
         learning_rate=1e-5,

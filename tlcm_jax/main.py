@@ -21,6 +21,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     accept_new_attributes=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, samples, report.")
+_PROFILE = flags.DEFINE_string(
+    "profile_steps", "", "Trace these steps of the run, FIRST:LAST, for XProf or TensorBoard."
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -41,8 +44,9 @@ def main(argv: list[str]) -> None:
     import jax
 
     compilation.use_cache(_CACHE.value)
-    from tlcm_jax.config.run import distil
+    from tlcm_jax.config.run import train
     from tlcm_jax.evaluation.final_eval import Ending, brought_home, finish
+    from tlcm_jax.training.profile import parse_steps
 
     workdir = str(_WORKDIR.value)
     try:
@@ -53,7 +57,12 @@ def main(argv: list[str]) -> None:
             )
         config = _CONFIG.value.to_dict()
         ending = Ending.prepare(config)
-        run = distil(config, workdir, progress=_PROGRESS.value)
+        run = train(
+            config,
+            workdir,
+            progress=_PROGRESS.value,
+            profile_steps=parse_steps(_PROFILE.value),
+        )
         if not run.completed:
             logging.warning("stopped on request; the same command resumes this run")
             return

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tlcm_jax.diffusion.prediction import eps_from_x0, predict_x0
 
 from tlcm_jax.diffusion import ddim, gaussian
 from tlcm_jax.diffusion import sampling as sampler
 from tlcm_jax.diffusion import trajectories as paths
 from tlcm_jax.diffusion.gaussian import Gaussian
-from tlcm_jax.diffusion.prediction import eps_from_x0, predict_x0
 
 SHAPE = (4, 2, 2, 1)
 DATA = Gaussian(jnp.full(SHAPE, 0.7), jnp.full(SHAPE, 0.2))

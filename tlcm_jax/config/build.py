@@ -1,236 +1,149 @@
-"""From a recipe to the engine's stages: who plays which role, and what a step is made of.
+"""From a recipe to the engine's stages: losses with their terms, optimisers, streams of pairs.
 
-Nothing here allocates or computes: the same stages run on real weights and are lowered from
-shapes alone.
+Nothing here computes: the same stages run on real weights and are lowered from shapes alone.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from tlcm_jax.config.companions import Companions
-from tlcm_jax.config.schema import AdapterSettings, Settings, StageSettings
-from tlcm_jax.distillation import registry as stages
-from tlcm_jax.distillation.networks import Networks, Role
-from tlcm_jax.distillation.objective import Critic, Objective
-from tlcm_jax.distillation.terms.preference import parted
-from tlcm_jax.families.stable_diffusion import Pipeline
-from tlcm_jax.models import lora
-from tlcm_jax.models.discriminator import Heads, choose_layers
-from tlcm_jax.models.unet import feature_widths
-from tlcm_jax.training.loop import Stage
+from tlcm_jax.config.schema import Settings, StageSettings
+from tlcm_jax.distillation.networks import AuxNetwork, init_adapter, model_networks
+from tlcm_jax.distillation.objective import Pairs, repeat
+from tlcm_jax.distillation.terms.base import Term
+from tlcm_jax.distillation.terms.compose import StageLoss
+from tlcm_jax.families.base import LatentModel
 from tlcm_jax.training.mesh import check_batch
 from tlcm_jax.training.optimizers import adamw
-from tlcm_jax.training.players import Player
-from tlcm_jax.training.step import StepSettings, make_step
+from tlcm_jax.training.pairs import PairSource
+from tlcm_jax.training.stage import AuxTraining, StageSpec
 
 
-def networks(
-    pipeline: Pipeline,
-    adapter: AdapterSettings,
-    trainable: str = "adapter",
-    others: Mapping[str, Any] | None = None,
-) -> Networks:
-    """The roles of one frozen base, by adapter.
-
-    No adapter is the teacher and the real score, theta the student and target, phi the fake
-    score, psi the discriminator's backbone.
-
-    The trainable tree is theta, or with `full` the base's own leaves; the frozen tree holds
-    `{'unet': base, 'null': conditioning}`, and what `others`, further roles, read from it.
-    """
-
-    def merged(trainable: Any, frozen: Any) -> Callable:
-        return pipeline.denoiser(lora.merge(frozen["unet"], trainable, adapter.scale))
-
-    def factored(trainable: Any, frozen: Any) -> Callable:
-        return pipeline.denoiser(frozen["unet"], lora.scaled(trainable, adapter.scale))
-
-    adapted = merged if adapter.merged else factored
-    return Networks(
-        student=merged if trainable == "full" else adapted,
-        inference=merged,
-        teacher=lambda frozen: pipeline.denoiser(frozen["unet"]),
-        null=lambda frozen: frozen["null"],
-        fake=Role(initial=lambda key: _fresh(pipeline, adapter, key), network=adapted),
-        discriminator=lambda layers: discriminator(pipeline, adapter, layers),
-        **(others or {}),
-    )
-
-
-def discriminator(pipeline: Pipeline, adapter: AdapterSettings, layers: tuple[str, ...]) -> Role:
-    """Heads on the base's states at some blocks, with an adapter of its own up to its middle.
-
-    Raises:
-      ValueError: a block that the UNet does not have.
-    """
-    config = pipeline.unet.config
-    widths = feature_widths(config)
-    layers = choose_layers(layers, widths)
-    heads = Heads(layers, config.norm_num_groups, pipeline.unet.dtype)
-
-    def initial(key: Any) -> dict:
-        adapter_key, head_key = jax.random.split(key)
-        # No state depends on the way up.
-        below = {
-            name: leaves
-            for name, leaves in _fresh(pipeline, adapter, adapter_key).items()
-            if not name.startswith("up_blocks")
-        }
-        maps = {layer: jnp.zeros((1, 1, 1, widths[layer])) for layer in layers}
-        return {"adapter": below, "heads": heads.init(head_key, maps)["params"]}
-
-    def network(psi: Any, frozen: Any) -> Callable:
-        if adapter.merged:
-            base = lora.merge(frozen["unet"], psi["adapter"], adapter.scale)
-            features = pipeline.features(base)
-        else:
-            features = pipeline.features(frozen["unet"], lora.scaled(psi["adapter"], adapter.scale))
-
-        def judge(z: Any, t: Any, conditioning: Any) -> Any:
-            return heads.apply({"params": psi["heads"]}, features(z, t, conditioning))
-
-        return judge
-
-    return Role(initial=initial, network=network)
-
-
-def _fresh(pipeline: Pipeline, adapter: AdapterSettings, key: Any) -> dict:
-    return lora.init(pipeline.params["unet"], adapter.targets, adapter.rank, key)
-
-
-def initial_trainable(settings: Settings, unet_params: Mapping[str, Any], key: Any) -> Any:
-    """What the first stage begins with: a fresh adapter, or the teacher's own weights."""
-    if settings.trainable == "full":
-        return unet_params
-    return lora.init(unet_params, settings.adapter.targets, settings.adapter.rank, key)
-
-
-@dataclasses.dataclass(frozen=True)
-class Blueprint:
-    """A stage before its batches are known.
-
-    Attributes:
-      name: the recipe's name for it.
-      settings: its settings.
-      objective: its pair of functions.
-      stage: the engine's stage, given `batches`.
-      examples: pairs a step makes.
-    """
-
-    name: str
-    settings: StageSettings
-    objective: Objective
-    stage: Callable[[Callable[[int], Any]], Stage]
-    examples: int
-
-
-def blueprints(
-    settings: Settings, pipeline: Pipeline, mesh: Mesh, companions: Companions | None = None
-) -> list[Blueprint]:
-    """Builds every stage of a recipe, checking all that can be checked before compiling.
+def load_losses(settings: Settings, model: LatentModel) -> dict[str, StageLoss]:
+    """The loss of every stage, the networks of its terms read, by the stage's name.
 
     Args:
       settings: the recipe.
-      pipeline: the teacher, its weights or their shapes.
-      mesh: what the steps run on.
-      companions: the networks that terms need besides; none by default.
+      model: the teacher, its weights or their shapes.
 
     Raises:
-      ValueError: settings that do not fit the schedule, the mesh or each other.
+      ValueError: settings that do not fit the model or each other.
+      FileNotFoundError: weights that there are not.
     """
-    companions = companions or Companions()
-    shape = pipeline.latent_shape(settings.model.resolution or None)
-    plans = []
+    resolution = settings.model.resolution or None
+    networks = model_networks(model, settings.adapter, resolution, settings.trainable == "full")
+    loaded: dict[Any, Term | None] = {}
+    losses = {}
     for name, stage in settings.stages.items():
-        others = companions.roles(stage, pipeline)
-        roles = networks(pipeline, settings.adapter, settings.trainable, others)
-        stage = dataclasses.replace(stage, terms=companions.terms(stage))
-        plans.append(_blueprint(name, stage, roles, pipeline, shape, mesh))
-    return plans
+        try:
+            objective = stage.settings.build(networks)
+            terms = {}
+            for term, chosen in stage.terms.items():
+                # Stages with the same term share it, and its weights.
+                if chosen not in loaded:
+                    loaded[chosen] = chosen.load(model, networks, settings.adapter)
+                found = loaded[chosen]
+                if found is not None:
+                    terms[term] = found
+            losses[name] = StageLoss(objective, terms)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
+        if objective.target_is_ema and not stage.ema_decay:
+            raise ValueError(f"stages.{name}: target = 'ema' needs one: set ema_decay above 0")
+        if objective.needs_latents and not settings.latents:
+            raise ValueError(
+                f"stages.{name} makes its states of real latents: set `latents` to a file of "
+                "them, such as `python -m miniature.encode_latents` writes"
+            )
+    return losses
 
 
-def _blueprint(
+def stage_spec(
     name: str,
     settings: StageSettings,
-    roles: Networks,
-    pipeline: Pipeline,
-    shape: tuple[int, int, int],
+    loss: StageLoss,
     mesh: Mesh,
-) -> Blueprint:
-    kind = stages.find(settings.objective)
+    batches: Callable[[int], PyTree[Array]],
+    frozen: Mapping[str, Any],
+) -> StageSpec:
+    """A stage, checked, ready to run or to be lowered.
+
+    Args:
+      name: the recipe's name for it.
+      settings: its settings.
+      loss: as `load_losses` made it.
+      mesh: what its steps run on.
+      batches: batch r of `settings.refill` prompts: `{"conditioning": ..}`, and beside it
+        "inputs", what the terms read of the prompts, and "latents" where needed.
+      frozen: what its networks read (`distillation.networks`).
+
+    Raises:
+      ValueError: settings that do not fit the mesh or each other.
+    """
+    objective, where = loss.objective, f"stages.{name}"
+    check_batch(mesh, settings.refill, f"{where}.prompts_per_refill")
+    micro = settings.batch_size // settings.accumulate
+    check_batch(mesh, micro, f"{where}: pairs of a micro-batch (batch_size / accumulate)")
+
+    def sample(trainable: Any, frozen: Any, batch: Mapping[str, Any], keys: PRNGKeyArray) -> Pairs:
+        pairs = objective.sample_pairs(trainable, frozen, batch, keys)
+        return pairs._replace(inputs=repeat(batch.get("inputs", {}), objective.pairs_per_prompt))
+
     try:
-        terms = stages.build_terms(roles, pipeline.schedule, settings.terms)
-        objective = stages.build(
-            settings.objective, roles, pipeline.schedule, shape, settings.settings, terms
-        )
-        spending = StepSettings(
-            updates=settings.updates,
-            accumulate=settings.accumulate,
+        source = PairSource(
+            sample=sample,
+            batches=batches,
+            prompts=settings.refill,
+            pairs_per_prompt=objective.pairs_per_prompt,
+            batch_size=settings.batch_size,
             epochs=settings.epochs,
-            ema_decay=settings.ema_decay,
+            uses_student=objective.uses_student,
+        )
+        optimizer = adamw(
+            settings.learning_rate,
+            warmup_updates=settings.warmup_steps,
+            decay=settings.decay,
+            total_updates=settings.steps,
+            final_fraction=settings.final_fraction,
+            max_grad_norm=settings.max_grad_norm,
         )
     except ValueError as error:
-        raise ValueError(f"stages.{name}: {error}") from None
-    if objective.parts is not None and objective.parts.average and not settings.ema_decay:
-        raise ValueError(f"stages.{name}: target = 'average' needs one: set ema_decay above 0")
-    examples = settings.batch_size * kind.examples_per_prompt(settings.settings)
-    parts = settings.updates * settings.accumulate
-    where = f"stages.{name}"
-    check_batch(mesh, settings.batch_size, f"{where}.batch_size")
-    if examples % parts:
-        raise ValueError(
-            f"{where}: a step makes {examples} examples, which updates x accumulate = {parts} "
-            "cannot divide; change batch_size, updates or accumulate"
-        )
-    check_batch(mesh, examples // parts, f"{where}: examples a micro-batch")
-    optimizer = adamw(
-        settings.learning_rate,
-        warmup_updates=settings.warmup_updates,
-        decay=settings.decay,
-        total_updates=settings.steps * settings.epochs * settings.updates,
-        final_fraction=settings.final_fraction,
-        max_grad_norm=settings.max_grad_norm,
-    )
-    players = {who: _player(critic, settings) for who, critic in objective.critics.items()}
-    step = make_step(objective, optimizer, spending, mesh, players=players)
-    evaluations = stages.evaluations(
-        settings.objective, settings.settings, terms, settings.epochs
-    ).total
-    chosen = settings.terms.get("preference")
-
-    def stage(batches: Callable[[int], Any]) -> Stage:
-        return Stage(
-            name=name,
-            step=step,
-            optimizer=optimizer,
-            steps=settings.steps,
-            batches=batches,
-            evaluations_per_example=evaluations,
-            players=players,
-            average=settings.ema_decay > 0,
-            **({} if chosen is None else {"enough": parted(chosen)}),
-        )
-
-    return Blueprint(name, settings, objective, stage, examples)
-
-
-def _player(critic: Critic, settings: StageSettings) -> Player:
-    """A critic with its optimiser: the student's clip, a constant rate of its own."""
-    return Player(
-        initial=critic.initial,
-        loss=critic.loss,
-        optimizer=adamw(critic.learning_rate, b1=critic.b1, max_grad_norm=settings.max_grad_norm),
-        updates=critic.updates,
+        raise ValueError(f"{where}: {error}") from None
+    return StageSpec(
+        name=name,
+        steps=settings.steps,
+        pairs=source,
+        loss=loss,
+        optimizer=optimizer,
+        frozen=frozen,
+        nfe_per_pair=nfe_per_pair(loss, settings.epochs),
+        accumulate=settings.accumulate,
+        ema_decay=settings.ema_decay,
+        aux={network.name: _aux(network, settings) for network in loss.aux.values()},
+        aux_batch=loss.aux_batch,
+        should_stop=loss.should_stop,
     )
 
 
-def abstract_adapter(settings: Settings, unet_params: Mapping[str, Any]) -> Any:
-    """Shapes of the trainable tree."""
-    return jax.eval_shape(
-        lambda params: initial_trainable(settings, params, jax.random.key(0)), unet_params
+def nfe_per_pair(loss: StageLoss, epochs: int) -> float:
+    """Network forwards for each visit of a pair, what made it shared out over its visits."""
+    return loss.nfe_per_pair.visited(epochs).total / epochs
+
+
+def _aux(network: AuxNetwork, settings: StageSettings) -> AuxTraining:
+    """With its optimiser: the student's clip, a constant rate of its own."""
+    return AuxTraining(
+        init=network.init,
+        optimizer=adamw(network.learning_rate, b1=network.b1, max_grad_norm=settings.max_grad_norm),
+        loss=network.loss,
+        updates=network.updates,
     )
+
+
+def initial_trainable(settings: Settings, model: LatentModel, key: PRNGKeyArray) -> PyTree[Array]:
+    """What the first stage begins with: a fresh adapter, or the teacher's own weights."""
+    if settings.trainable == "full":
+        return model.params[model.backbone]
+    return init_adapter(model, settings.adapter, key)

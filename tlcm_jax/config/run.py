@@ -1,7 +1,7 @@
-"""A whole distillation run: from a recipe and a workdir to a trained adapter."""
+"""A whole training run: from a recipe and a workdir to a trained student."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +10,58 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
 
-from tlcm_jax.config.build import blueprints, initial_trainable
-from tlcm_jax.config.companions import Companions, load_companions
-from tlcm_jax.config.schema import MAY_CHANGE, ModelSettings, Settings, StageSettings, read
+from tlcm_jax.config.build import initial_trainable, load_losses, stage_spec
+from tlcm_jax.config.schema import MAY_CHANGE, ModelSettings, Settings, read
 from tlcm_jax.data.latents import LatentSet, read_latents
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
-from tlcm_jax.diffusion.sampling import check_timesteps
-from tlcm_jax.diffusion.timesteps import student_timesteps
+from tlcm_jax.diffusion.timesteps import check_timesteps, student_timesteps
+from tlcm_jax.distillation.networks import BASE, DECODER, NULL, TERMS
+from tlcm_jax.distillation.terms.compose import StageLoss
+from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_pipeline
-from tlcm_jax.families.stable_diffusion import Pipeline
 from tlcm_jax.io.workdir import CHECKPOINTS
 from tlcm_jax.models import lora
 from tlcm_jax.training import loop
 from tlcm_jax.training.checkpoints import Checkpoints
+from tlcm_jax.training.loop import Hook
 from tlcm_jax.training.mesh import make_mesh, shard_batch
 from tlcm_jax.training.metrics import MetricsWriter
+from tlcm_jax.training.profile import Profiler
 from tlcm_jax.training.sharding import place, tree_shardings
 from tlcm_jax.training.workdir import claim_workdir
 
+PROFILE = "profile"
+
 
 @dataclasses.dataclass(frozen=True)
-class Distilled:
+class TrainResult:
     """A finished (or preempted) run.
 
     Attributes:
-      pipeline: the teacher, its weights on the mesh.
-      adapter: the trained LoRA, scaled: fit for `pipeline.denoiser(lora=...)` and for export. Of
-        a UNet trained whole, its weights, which `models.lora.merge` puts in the teacher's place.
-        Their average, where the last stage kept one.
+      model: the teacher, its weights on the mesh.
+      adapter: the trained LoRA, scaled: fit for `model.denoiser(lora=...)` and for export. Of a
+        network trained whole, its weights, which `models.lora.merge` puts in the teacher's place.
+        Their EMA, where the last stage kept one.
       history: the rows of `metrics.jsonl`.
       completed: False when the run was asked to stop; the same command resumes it.
     """
 
-    pipeline: Pipeline
+    model: LatentModel
     adapter: Mapping[str, Any]
     history: list[dict]
     completed: bool
 
 
-def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = True) -> Distilled:
+def train(
+    config: Mapping[str, Any],
+    workdir: str | Path,
+    *,
+    progress: bool = True,
+    profile_steps: tuple[int, int] | None = None,
+    make_hooks: Callable[[Settings, LatentModel], Sequence[Hook]] = lambda settings, model: (),
+) -> TrainResult:
     """Runs all stages of a recipe, from the workdir's newest checkpoint if it has one.
 
     Everything that can be wrong with the input is found before anything is compiled.
@@ -58,6 +70,8 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
       config: the recipe as plain nested values.
       workdir: the run's folder.
       progress: whether to draw progress bars.
+      profile_steps: the first and last step of a profiler's trace, if there is to be one.
+      make_hooks: what else to do on the way, given the recipe and the teacher.
 
     Raises:
       ValueError, FileNotFoundError: bad input; the message says what to change.
@@ -67,42 +81,43 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
     settings = read(config)
     prompts = read_prompts(settings.prompts)
     mesh = make_mesh(settings.mesh)
-    model = settings.model
-    pipeline = load_teacher(model, mesh)
-    if pipeline.guidance_is_embedded:
-        raise ValueError(
-            f"{model.path}: this UNet takes the guidance scale as an input (time_cond_proj_dim): it"
-            " is a distilled model already; take the model that it was distilled from as teacher"
-        )
+    model = load_teacher(settings.model, mesh)
+    model.check_teacher()
     for steps in settings.evaluation.steps if settings.evaluation else ():
-        check_timesteps(pipeline.schedule, student_timesteps(steps), f"times of {steps} steps")
-    companions = load_companions(settings)
-    plans = blueprints(settings, pipeline, mesh, companions)
-    shape = pipeline.latent_shape(model.resolution or None)
-    latents = read_latents(settings.latents, shape) if settings.latents else None
-    warn_truncated(prompts, pipeline.tokenizers[0])
+        check_timesteps(model.process, student_timesteps(steps), f"times of {steps} steps")
+    losses = load_losses(settings, model)
+    resolution = settings.model.resolution or None
+    latents = None
+    if settings.latents:
+        latents = read_latents(settings.latents, model.latent_shape(resolution))
+    batches = PromptBatches(model, prompts, mesh, settings, latents)
+    specs = [
+        stage_spec(name, stage, losses[name], mesh, batches.of(name, index, losses[name]), {})
+        for index, (name, stage) in enumerate(settings.stages.items())
+    ]
+    for tokenizer in model.tokenizers[:1]:
+        warn_truncated(prompts, tokenizer)
     lead = jax.process_index() == 0
     claim_workdir(workdir, config, may_change=MAY_CHANGE, write=lead)
 
     adapter_key, run_key = jax.random.split(jax.random.key(settings.seed))
-    trainable = initial_trainable(settings, pipeline.params["unet"], adapter_key)
-    null = pipeline.null_conditioning(model.resolution or None)
-    frozen = {
-        "unet": pipeline.params["unet"],
-        "null": place(null, mesh),
-        "vae": pipeline.params["vae"],
-        **place(companions.params, mesh),
-    }
+    trainable = initial_trainable(settings, model, adapter_key)
+    shared = frozen_params(model, place(model.null_conditioning(resolution), mesh))
+    placed: dict[int, PyTree[Array]] = {}
+    specs = [
+        dataclasses.replace(
+            spec, frozen={**shared, TERMS: _place_terms(losses[spec.name], mesh, placed)}
+        )
+        for spec in specs
+    ]
     _log_sizes(settings, trainable, prompts, mesh)
 
-    batches = PromptBatches(pipeline, prompts, mesh, settings, companions, latents)
     writer = MetricsWriter(workdir, write=lead)
     checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, keep=settings.keep_checkpoints)
     try:
         result = loop.run(
-            [plan.stage(batches.stage(i, plan.settings)) for i, plan in enumerate(plans)],
+            specs,
             trainable,
-            frozen,
             run_key,
             checkpoints=checkpoints,
             writer=writer,
@@ -112,19 +127,21 @@ def distil(config: Mapping[str, Any], workdir: str | Path, *, progress: bool = T
                 progress=progress,
             ),
             mesh=mesh,
+            hooks=make_hooks(settings, model),
+            profiler=Profiler(profile_steps, Path(workdir) / PROFILE),
         )
     finally:
         writer.close()
         checkpoints.close()
-    return Distilled(
-        pipeline=pipeline,
+    return TrainResult(
+        model=model,
         adapter=lora.scaled(result.state.trained, settings.adapter.scale),
         history=result.history,
         completed=result.completed,
     )
 
 
-def load_teacher(model: ModelSettings, mesh: Mesh) -> Pipeline:
+def load_teacher(model: ModelSettings, mesh: Mesh) -> LatentModel:
     """The model that a recipe names, its weights on a mesh."""
     return load_pipeline(
         model.path,
@@ -133,6 +150,30 @@ def load_teacher(model: ModelSettings, mesh: Mesh) -> Pipeline:
         remat=model.remat,
         shardings=lambda params: tree_shardings(params, mesh),
     )
+
+
+def frozen_params(model: LatentModel, null: PyTree[Array]) -> dict[str, Any]:
+    """The frozen tree that all stages share.
+
+    Args:
+      model: the teacher.
+      null: its `null_conditioning`, placed.
+    """
+    return {
+        BASE: model.params[model.backbone],
+        DECODER: model.params[model.decoder],
+        NULL: null,
+    }
+
+
+def _place_terms(
+    loss: StageLoss, mesh: Mesh, placed: dict[int, PyTree[Array]]
+) -> dict[str, PyTree[Array]]:
+    """The terms' weights on the mesh; those that stages share, once (by identity, in `placed`)."""
+    for term in loss.terms.values():
+        if id(term) not in placed:
+            placed[id(term)] = place(term.params, mesh)
+    return {name: placed[id(term)] for name, term in loss.terms.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,49 +186,50 @@ class _Source:
 
 
 class PromptBatches:
-    """Encodes prompts on the devices, batch by batch; batch k is a pure function of k."""
+    """Encodes prompts on the devices, batch by batch; batch r is a pure function of r."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        model: LatentModel,
         prompts: Sequence[str],
         mesh: Mesh,
         settings: Settings,
-        companions: Companions,
         latents: LatentSet | None = None,
     ):
         """Keeps what every stage shares; the tokens are made once."""
-        self._companions = companions
-        self._prompts = _Source(prompts, pipeline.tokenize(prompts), {})
+        self._prompts = _Source(prompts, model.tokenize(prompts), {})
         if latents is not None:
-            tokens = pipeline.tokenize(latents.captions)
+            tokens = model.tokenize(latents.captions)
             self._latents = _Source(latents.captions, tokens, {"latents": latents.latents})
-        self._mesh = mesh
-        self._seed = settings.seed
+        self._mesh, self._settings = mesh, settings
         resolution = settings.model.resolution or None
-        self._params = {k: v for k, v in pipeline.params.items() if k.startswith("text_encoder")}
-        self._encode = jax.jit(lambda params, ids: pipeline.encode_tokens(params, ids, resolution))
+        self._params = model.text_params
+        self._encode = jax.jit(lambda params, ids: model.encode_tokens(params, ids, resolution))
 
-    def stage(self, index: int, settings: StageSettings):
+    def of(self, name: str, index: int, loss: StageLoss) -> Callable[[int], PyTree[Array]]:
         """The batches of one stage, sharded over the mesh.
 
+        Args:
+          name: of the stage.
+          index: of it in the recipe.
+          loss: its loss: whether it needs real latents, and what its terms read of the prompts.
+
         Returns:
-          `(k) -> {'conditioning': ...}`, and beside it the texts that the stage's terms read, and
-          the real latents of a stage that is made of them.
+          `(r) -> {"conditioning", "inputs"}`, and "latents" where needed.
         """
-        source = self._latents if settings.needs_latents else self._prompts
-        more = {**self._companions.texts(settings, source.prompts), **source.more}
+        source = self._latents if loss.objective.needs_latents else self._prompts
+        more = {"inputs": loss.prompt_inputs(source.prompts), **source.more}
         stream = PromptStream(
             source.prompts,
-            settings.batch_size,
+            self._settings.stages[name].refill,
             # A stage of its own order: the second does not begin where the first began.
-            seed=1000 * self._seed + index,
+            seed=1000 * self._settings.seed + index,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
 
-        def batch(k: int) -> dict:
-            rows = stream.indices(k)
+        def batch(r: int) -> PyTree[Array]:
+            rows = stream.indices(r)
             here = jax.tree.map(lambda x: x[rows], (source.tokens, more))
             ids, read = shard_batch(self._mesh, here)
             return {"conditioning": self._encode(self._params, ids), **read}
@@ -195,7 +237,9 @@ class PromptBatches:
         return batch
 
 
-def _log_sizes(settings: Settings, trainable: Any, prompts: Sequence[str], mesh: Mesh) -> None:
+def _log_sizes(
+    settings: Settings, trainable: PyTree[Array], prompts: Sequence[str], mesh: Mesh
+) -> None:
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     logging.info(
         "%s: %d prompts, %.2f M trained parameters, mesh %s",

@@ -8,13 +8,13 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tlcm_jax.diffusion.sampling import check_gamma
-from tlcm_jax.distillation import registry as stages
 from tlcm_jax.distillation.checks import check_at_least
-from tlcm_jax.models import lora
+from tlcm_jax.distillation.registry import OBJECTIVES, TERMS
+from tlcm_jax.models.lora import LoRAConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,69 +43,39 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
-    """The LoRA that all stages train.
-
-    Attributes:
-      rank: r.
-      alpha: the update is scaled by alpha / rank.
-      targets: names of the adapted layers.
-      merged: add the adapter to the weights before each call instead of running its factors
-        beside them. The same function; cheaper where the rank is not small against the layers'
-        width, at the price of gradients as large as the base.
-    """
-
-    rank: int = 64
-    alpha: float = 8.0
-    targets: tuple[str, ...] = lora.TARGETS
-    merged: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(
-                f"adapter.rank = {self.rank}, adapter.alpha = {self.alpha}: must be positive"
-            )
-        if not self.targets:
-            raise ValueError("adapter.targets is empty: nothing would be trained; name layers")
-
-    @property
-    def scale(self) -> float:
-        """The factor alpha / rank of the update."""
-        return self.alpha / self.rank
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
     """One stage of the recipe: a consistency objective, and terms beside its loss.
 
     Attributes:
-      objective: a name in `distillation.stages.STAGES`.
-      steps: training steps.
-      batch_size: prompts a step, over all devices.
-      updates: optimiser updates a step, each on its share of the step's examples.
+      objective: a name in `distillation.registry.OBJECTIVES`.
+      steps: optimiser updates of the student.
+      batch_size: pairs of an update, over all devices and micro-batches.
+      prompts_per_refill: prompts whose pairs are made at once, shuffled, and then gone through in
+        updates of `batch_size`; 0 is as many as `batch_size`. The more, the better mixed, and the
+        more memory.
       accumulate: micro-batches an update.
-      epochs: how often a step goes through its examples, with `updates` each time: the teacher's
-        work is done once, whatever the number.
+      epochs: how often the pairs of a refill are gone through: the teacher's work is done once,
+        whatever the number.
       learning_rate: peak.
-      warmup_updates: updates of linear warm-up.
+      warmup_steps: updates of linear warm-up.
       decay: `constant`, `cosine` or `linear`, over the whole stage.
       final_fraction: what the decay leaves of the learning rate.
       max_grad_norm: of the gradient clip.
-      ema_decay: of an average of the student over the stage's updates, which then is what
-        samples, scores and exports see; 0 keeps none. The next stage trains the student itself.
+      ema_decay: of an EMA of the student over the stage's updates, which then is what samples,
+        scores and exports see; 0 keeps none. The next stage trains the student itself.
       settings: the objective's own settings dataclass.
       terms: settings dataclasses of what joins the loss, by a name in
-        `distillation.stages.TERMS`; each has a `weight`, and none of weight 0 costs anything.
+        `distillation.registry.TERMS`; each has a `weight`, and none of weight 0 costs anything.
     """
 
     objective: str
     steps: int
     batch_size: int
-    updates: int = 1
+    prompts_per_refill: int = 0
     accumulate: int = 1
     epochs: int = 1
     learning_rate: float
-    warmup_updates: int = 0
+    warmup_steps: int = 0
     decay: str = "constant"
     final_fraction: float = 0.0
     max_grad_norm: float = 1.0
@@ -114,15 +84,21 @@ class StageSettings:
     terms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "accumulate", "epochs"):
             check_at_least(name, getattr(self, name), 1)
-        for name in ("learning_rate", "warmup_updates", "final_fraction"):
+        for name in ("prompts_per_refill", "learning_rate", "warmup_steps", "final_fraction"):
             check_at_least(name, getattr(self, name), 0)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay = {self.ema_decay}: must lie in 0 (none) to below 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate = {self.accumulate}: must divide batch_size = {self.batch_size}"
+            )
 
     @property
-    def needs_latents(self) -> bool:
-        """Whether its states are made of real latents."""
-        return stages.find(self.objective).needs_latents(self.settings)
+    def refill(self) -> int:
+        """The `prompts_per_refill` that holds."""
+        return self.prompts_per_refill or self.batch_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,11 +142,13 @@ class Settings:
       prompts: files of training prompts.
       latents: file of real latents and their captions (`data/latents.py`), for the stages whose
         states are made of them; these see its captions in place of the prompts.
-      trainable: what all stages train: `adapter`, or `full`, the UNet's own weights, which are
-        kept in float32 beside the teacher's. Critics are adapters in both cases.
+      adapter: the LoRA that all stages train.
+      trainable: what all stages train: `adapter`, or `full`, the network's own weights, which are
+        kept in float32 beside the teacher's. Auxiliary networks are adapters in both cases.
       stages: the stages by name, in order.
       mesh: sizes of the axes `data` and `fsdp`; -1 takes the rest.
       log_every: steps between rows of metrics.
+      sample_every: steps between previews, drawn into the workdir's `samples`; 0 draws none.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: how many are kept.
       evaluation: None leaves it to the `evaluate` command.
@@ -182,11 +160,12 @@ class Settings:
     model: ModelSettings
     prompts: tuple[str, ...]
     latents: str = ""
-    adapter: AdapterSettings = AdapterSettings()
+    adapter: LoRAConfig = LoRAConfig()
     trainable: str = "adapter"
     stages: Mapping[str, StageSettings]
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1, "fsdp": 1})
     log_every: int = 10
+    sample_every: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     evaluation: EvaluationSettings | None = None
@@ -200,12 +179,7 @@ class Settings:
             check_at_least(name, getattr(self, name), 1)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}: must lie in 0 to {2**32 - 1}")
-        for name, stage in self.stages.items():
-            if stage.needs_latents and not self.latents:
-                raise ValueError(
-                    f"stages.{name} makes its states of real latents: set `latents` to a file of "
-                    "them, such as `python -m miniature.encode_latents` writes"
-                )
+        check_at_least("sample_every", self.sample_every, 0)
         if self.trainable == "full" and {"lora", "kohya"} & set(self.export):
             raise ValueError(
                 f"export = {self.export}: a UNet trained whole has no LoRA; export 'pipeline'"
@@ -213,7 +187,33 @@ class Settings:
 
 
 # Keys that may differ when a workdir is resumed: they change what is shown, not what is learnt.
-MAY_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "evaluation", "export", "mesh")
+MAY_CHANGE = (
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "evaluation",
+    "export",
+    "mesh",
+)
+
+# Keys and names of older recipes, and what they are called now.
+RENAMED = {
+    "updates": "`steps` (which counts optimiser updates), with `batch_size` their pairs and "
+    "`prompts_per_refill` the prompts that are drawn at once",
+    "warmup_updates": "`warmup_steps`",
+    "nodes_per_segment": "`points_per_segment`",
+    "landing": '`target_time` ("milestone" or "uniform")',
+    "share": "`max_grad_ratio`",
+    "judge": "`held_out`",
+    "judge_weights": "`held_out_weights`",
+    "stop_when_parted": "`stop_on_reward_hacking`",
+    "critic_updates": "`aux_updates`",
+    "critic_learning_rate": "`aux_learning_rate`",
+    "segment_consistency": '"mlcd"',
+    "endpoint_consistency": '"lcd"',
+    "trajectory_regression": '"trajectory_kd"',
+}
 
 
 def read(config: Mapping[str, Any]) -> Settings:
@@ -239,17 +239,13 @@ def _read_stage(name: str, raw: Mapping[str, Any]) -> StageSettings:
     if not isinstance(raw, Mapping):
         raise ValueError(f"config key {where!r} must be a mapping, got {raw!r}")
     raw = dict(raw)
-    kind = _named(stages.find, raw.get("objective"), f"{where}.objective").settings
+    kind = _named(OBJECTIVES, raw.get("objective"), f"{where}.objective")
     raw["settings"] = _build(kind, raw.get("settings") or {}, f"{where}.settings")
     terms = raw.get("terms") or {}
     if not isinstance(terms, Mapping):
         raise ValueError(f"config key {where + '.terms'!r} must be a mapping, got {terms!r}")
     built = {
-        term: _build(
-            _named(stages.find_term, term, f"{where}.terms").settings,
-            chosen,
-            f"{where}.terms.{term}",
-        )
+        term: _build(_named(TERMS, term, f"{where}.terms"), chosen, f"{where}.terms.{term}")
         for term, chosen in terms.items()
     }
     # One of weight 0 is as one that is not there: it costs nothing, and needs no weights on disk.
@@ -257,14 +253,15 @@ def _read_stage(name: str, raw: Mapping[str, Any]) -> StageSettings:
     return _build(StageSettings, raw, where)
 
 
-def _named(find: Callable[[str], Any], name: Any, where: str) -> Any:
+def _named(table: Mapping[str, type], name: Any, where: str) -> type:
     """What a table holds under a name that a recipe gives."""
     if not isinstance(name, str):
         raise ValueError(f"config key {where!r} must be a name, got {name!r}")
-    try:
-        return find(name)
-    except ValueError as error:
-        raise ValueError(f"config key {where!r}: {error}") from None
+    if name not in table:
+        now = RENAMED.get(name)
+        hint = f"it is {now} now" if now else f"known: {', '.join(table)}"
+        raise ValueError(f"config key {where!r}: unknown {name!r}; {hint}")
+    return table[name]
 
 
 def _build(kind: type, raw: Any, where: str) -> Any:
@@ -277,6 +274,8 @@ def _build(kind: type, raw: Any, where: str) -> Any:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(fields)}"
+            if key in RENAMED:
+                hint = f"; it is {RENAMED[key]} now"
             raise ValueError(f"unknown config key {prefix + key!r}{hint}")
     hints = typing.get_type_hints(kind)
     values = {}

@@ -24,7 +24,7 @@ class LatentSet:
     captions: tuple[str, ...]
 
 
-def read_latents(path: str | os.PathLike, shape: tuple[int, int, int]) -> LatentSet:
+def read_latents(path: str | os.PathLike, shape: tuple[int, ...]) -> LatentSet:
     """Reads a file of latents.
 
     Args:

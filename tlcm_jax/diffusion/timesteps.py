@@ -88,7 +88,7 @@ def uniform_times(
     low: Num[Array, " b"],
     high: Num[Array, " b"],
 ) -> Num[Array, " b"]:
-    """t ~ U{low .. high}, both ends included, or U[low, high) on a flow; a key for each, `[b]`."""
+    """Times t ~ U{low .. high}, both ends included, or U[low, high) on a flow; `[b]` keys."""
     if process.discrete:
         return jax.vmap(lambda key, low, high: jax.random.randint(key, (), low, high + 1))(
             keys, low, high

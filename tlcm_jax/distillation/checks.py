@@ -1,7 +1,7 @@
 """What settings may be: each check raises a ValueError that names the setting and its bounds."""
 
-from tlcm_jax.diffusion import trajectories as paths
-from tlcm_jax.diffusion.process import NoiseSchedule
+from tlcm_jax.diffusion.process import Process
+from tlcm_jax.diffusion.timesteps import shortest_segment
 
 
 def check_at_least(name: str, value: int | float, low: int | float) -> None:
@@ -22,33 +22,31 @@ def check_at_most(name: str, value: int | float, high: int | float, reason: str)
         raise ValueError(f"{name} = {value}: must be at most {high}, {reason}")
 
 
-def check_divides(name: str, value: int, whole: int) -> None:
-    """Raises a ValueError if a setting does not divide the time axis of `whole` times."""
-    if whole % value:
-        near = [n for n in range(1, whole + 1) if whole % n == 0]
-        below, above = max(n for n in near if n < value), min(n for n in near if n > value)
-        raise ValueError(
-            f"{name} = {value}: must divide the {whole} times of the schedule, as {below} and "
-            f"{above} do"
-        )
-
-
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises a ValueError if a setting is none of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
 
 
-def check_segments(schedule: NoiseSchedule, segments: int, name: str, steps: int) -> None:
+def check_segments(process: Process, segments: int, name: str, steps: int) -> None:
     """Raises a ValueError unless `segments` cut the time axis evenly, each as long as `steps`.
 
     Args:
-      schedule: whose time axis it is.
+      process: whose time axis it is.
       segments: M.
       name: of the setting that says how often a path stops in a segment.
       steps: its value.
     """
-    shortest = paths.shortest_segment(segments, schedule.train_steps)
-    check_divides("segments", segments, schedule.train_steps)
-    reason = f"the shortest of {segments} segments of {schedule.train_steps} times"
-    check_at_most(name, steps, shortest, reason)
+    total = process.num_train_timesteps
+    if total % segments:
+        divisors = [n for n in range(1, total + 1) if total % n == 0]
+        below, above = (
+            max(n for n in divisors if n < segments),
+            min(n for n in divisors if n > segments),
+        )
+        raise ValueError(
+            f"segments = {segments}: must divide the {total} times of the schedule, as {below} and "
+            f"{above} do"
+        )
+    reason = f"the shortest of {segments} segments of {total} times"
+    check_at_most(name, steps, shortest_segment(segments, total), reason)

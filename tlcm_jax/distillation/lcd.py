@@ -1,4 +1,4 @@
-"""Stage 2: consistency between segments, at the milestones (TLCM, arXiv 2406.05768).
+"""Stage 2: latent consistency distillation at the milestones (LCD; TLCM, arXiv 2406.05768).
 
 After stage 1 the student jumps inside a segment. Now its f itself, at every milestone b_k, is to
 give the trajectory's end, so that a few steps suffice. The student makes its own data,
@@ -6,42 +6,40 @@ give the trajectory's end, so that a few steps suffice. The student makes its ow
     z0 = x0 after q steps of its own sampler, each re-noised with fresh noise,   (1)
     z_m = alpha_m z0 + sigma_m e,   t_m ~ U{non-zero milestones},                (2)
 
-(pure noise at t_m = T-1, where sampling begins). The guided teacher goes to the milestone below,
-t_n, in p equal DDIM steps, z_m -> z_n, and the student must see the same end from both:
+(pure noise at the noisiest time, where sampling begins). The guided teacher goes to the milestone
+below, t_n, in p equal steps, z_m -> z_n, and the student must see the same end from both:
 
     L = || f(z_m, t_m) - stopgrad f(z_n, t_n) ||^2,                              (3)
 
 where t_n = 0 the target is z_n itself. Times may be weighed by min(SNR(t_m) + 1, snr_limit).
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
-from tlcm_jax.diffusion import trajectories as paths
-from tlcm_jax.diffusion.guidance import forwards, guided
-from tlcm_jax.diffusion.prediction import Denoiser, predict_x0
-from tlcm_jax.diffusion.process import NoiseSchedule, broadcast
-from tlcm_jax.diffusion.sampling import check_timesteps, sample
-from tlcm_jax.distillation.checks import check_at_least, check_at_most, check_choice, check_segments
-from tlcm_jax.distillation.networks import Networks
-from tlcm_jax.distillation.objective import (
-    Evaluations,
-    Objective,
-    Parts,
-    batch_size,
-    consistency,
-    mean_square,
-    repeat,
-    snr_weight,
+from tlcm_jax.diffusion.guidance import Denoiser, nfe
+from tlcm_jax.diffusion.process import Process, bcast_right
+from tlcm_jax.diffusion.sampling import normal, sample
+from tlcm_jax.diffusion.timesteps import (
+    check_timesteps,
+    milestone_indices,
+    milestones,
+    subdivide,
 )
+from tlcm_jax.diffusion.trajectories import teacher_path
+from tlcm_jax.distillation import losses
+from tlcm_jax.distillation.checks import check_at_least, check_at_most, check_choice, check_segments
+from tlcm_jax.distillation.networks import Frozen, Networks, Params
+from tlcm_jax.distillation.objective import NFE, Objective, Pairs, batch_size, repeat, split
 
 
-@dataclass(frozen=True, kw_only=True)
-class EndpointConsistencySettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LCDSettings:
     """The choices of stage 2.
 
     Attributes:
@@ -51,7 +49,7 @@ class EndpointConsistencySettings:
       rollout: how z0 of (1) is drawn. "renoise", the paper's sampler; or "milestones", ours: down
         all M milestones by the deterministic segment jumps of stage 1, for the first iterations,
         while f is still a segment jumper and "renoise" may be soft.
-      rollout_timesteps: of "renoise"; q = 4 in the paper, these times.
+      rollout_timesteps: of "renoise", in training steps; q = 4 in the paper, these times.
       states_per_rollout: how many t_m one z0 serves, all different; 1 in the paper.
       snr_limit: of the weight of times; 1, the paper's, weighs all milestones alike.
       weight: of (3) beside a stage's terms. 0 leaves the terms alone, as in DMD2, and then no
@@ -67,7 +65,7 @@ class EndpointConsistencySettings:
     snr_limit: float = 1.0
     weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_at_least("segments", self.segments, 1)
         check_at_least("teacher_substeps", self.teacher_substeps, 1)
         check_at_least("guidance_scale", self.guidance_scale, 0)
@@ -79,152 +77,128 @@ class EndpointConsistencySettings:
             "states_per_rollout", self.states_per_rollout, self.segments, "the number of milestones"
         )
 
-    def check(self, schedule: NoiseSchedule) -> None:
-        """Raises a ValueError if these settings do not fit the time axis of `schedule`."""
-        check_segments(schedule, self.segments, "teacher_substeps", self.teacher_substeps)
-        check_timesteps(schedule, self.rollout_timesteps, "rollout_timesteps")
+    def build(self, networks: Networks) -> "LCD":
+        """The objective on `networks`.
+
+        Raises:
+          ValueError: settings that do not fit the process's time axis.
+        """
+        process = networks.process
+        check_segments(process, self.segments, "teacher_substeps", self.teacher_substeps)
+        check_timesteps(process, self.rollout_timesteps, "rollout_timesteps")
+        return LCD(self, networks)
 
 
-class EndpointPairs(NamedTuple):
-    """Examples of stage 2: two neighbouring milestones of one teacher trajectory.
+@dataclasses.dataclass(frozen=True)
+class LCD(Objective):
+    """Equations (1) to (3) as an objective; its metric `mse_x0` is (3) without the weight."""
 
-    Attributes:
-      z_m: `[n, h, w, c]` the latent at the milestone `t_m`, `[n]`, above 0.
-      z_n: `[n, h, w, c]` the teacher's latent at the next milestone, `t_n`, `[n]`.
-      z0: `[n, h, w, c]` the student's own sample (1) that z_m is a noisy copy of.
-      conditioning: pytree `[n, ...]`.
-    """
+    settings: LCDSettings
+    uses_student: ClassVar[bool] = True
+    has_sample: ClassVar[bool] = True
 
-    z_m: Float[Array, "n h w c"]
-    t_m: Int[Array, " n"]
-    z_n: Float[Array, "n h w c"]
-    t_n: Int[Array, " n"]
-    z0: Float[Array, "n h w c"]
-    conditioning: PyTree[Array]
+    @property
+    def weight(self) -> float:  # type: ignore[override]
+        """See `Objective`."""
+        return self.settings.weight
 
+    @property
+    def pairs_per_prompt(self) -> int:
+        """The states of its rollout."""
+        return self.settings.states_per_rollout
 
-def examples_per_prompt(settings: EndpointConsistencySettings) -> int:
-    """Pairs that one prompt of a batch makes."""
-    return settings.states_per_rollout
+    @property
+    def nfe_per_pair(self) -> NFE:
+        """Forwards a pair: q rollout steps shared by the rollout's states, p guided calls."""
+        chosen = self.settings
+        steps = chosen.segments if chosen.rollout == "milestones" else len(chosen.rollout_timesteps)
+        rollout = steps / chosen.states_per_rollout
+        if chosen.weight == 0:
+            return NFE(rollout=rollout, student=1.0)
+        teacher = nfe(chosen.guidance_scale) * chosen.teacher_substeps
+        return NFE(rollout=rollout, teacher=teacher, target=1.0, student=1.0)
 
-
-def evaluations_per_sample(settings: EndpointConsistencySettings) -> Evaluations:
-    """Network forwards a pair: q rollout steps shared by the rollout's states, p guided calls."""
-    milestones = settings.rollout == "milestones"
-    steps = settings.segments if milestones else len(settings.rollout_timesteps)
-    rollout = steps / settings.states_per_rollout
-    if settings.weight == 0:
-        return Evaluations(rollout=rollout, student=1.0)
-    teacher = forwards(settings.guidance_scale) * settings.teacher_substeps
-    return Evaluations(rollout=rollout, teacher=teacher, target=1.0, student=1.0)
-
-
-def endpoint_consistency(
-    networks: Networks,
-    schedule: NoiseSchedule,
-    latent_shape: tuple[int, int, int],
-    settings: EndpointConsistencySettings,
-) -> Objective:
-    """Stage 2 as an objective.
-
-    Args:
-      networks: student, teacher, null conditioning.
-      schedule: the teacher's noise schedule.
-      latent_shape: (h, w, c) of the latents.
-      settings: the choices.
-
-    Returns:
-      The objective; its examples are `EndpointPairs`, `states_per_rollout` of them a prompt.
-
-    Raises:
-      ValueError: the settings do not fit the schedule.
-    """
-    settings.check(schedule)
-    milestones = paths.milestones(settings.segments, schedule.train_steps)
-    if settings.rollout == "milestones":
-        # The sampler without fresh noise is the chain of segment jumps g.
-        rollout_timesteps, gamma = milestones[:-1], 0.0
-    else:
-        rollout_timesteps, gamma = settings.rollout_timesteps, 1.0
-
-    def produce(
-        trainable: PyTree[Array], frozen: PyTree[Array], batch: PyTree[Array], key: PRNGKeyArray
-    ) -> EndpointPairs:
-        noise_key, rollout_key, time_key, state_key = jax.random.split(key, 4)
-        conditioning = batch["conditioning"]
-        size = batch_size(conditioning)
+    def sample_pairs(
+        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: PRNGKeyArray
+    ) -> Pairs:
+        """See `Objective`."""
+        chosen, networks = self.settings, self.networks
+        process, conditioning = networks.process, batch["conditioning"]
+        noise_keys, rollout_keys, time_keys, state_keys = split(keys, 4)
+        if chosen.rollout == "milestones":
+            # The sampler without fresh noise is the chain of segment jumps g.
+            times = milestone_indices(chosen.segments, process.num_train_timesteps)[:-1]
+            gamma = 0.0
+        else:
+            times, gamma = chosen.rollout_timesteps, 1.0
         student = networks.target(trainable, frozen)
-        noise = jax.random.normal(noise_key, (size, *latent_shape))
-        z0 = sample(
-            student, schedule, noise, conditioning, rollout_timesteps, rollout_key, gamma
-        )  # (1)
+        noise = normal(noise_keys, networks.latent_shape)
+        z0 = sample(student, process, noise, conditioning, times, rollout_keys, gamma)  # (1)
 
-        states = settings.states_per_rollout
+        states, size = chosen.states_per_rollout, batch_size(conditioning)
         z0, conditioning = repeat((z0, conditioning), states)
-        index = milestone_indices(time_key, size, settings.segments, states).reshape(-1)
-        falling = jnp.asarray(milestones, jnp.int32)
+        index = milestone_choices(time_keys, chosen.segments, states).reshape(-1)
+        falling = jnp.asarray(milestones(process, chosen.segments))
         t_m, t_n = falling[index], falling[index + 1]
-        z_m = renoised(z0, t_m, state_key)
-        if settings.weight == 0:
-            return jax.lax.stop_gradient(EndpointPairs(z_m, t_m, z_m, t_m, z0, conditioning))
+        state_keys = jax.vmap(lambda key: jax.random.split(key, states))(state_keys)
+        z_m = _renoised(process, z0, t_m, state_keys.reshape(size * states))
+        clean = jnp.full_like(t_m, process.end)
+        if chosen.weight == 0:
+            return jax.lax.stop_gradient(Pairs(z_m, t_m, z_m, t_m, clean, z0, conditioning))
 
-        teacher = guided(networks.teacher(frozen), settings.guidance_scale, networks.null(frozen))
-        substeps = jnp.full_like(t_m, settings.teacher_substeps)
-        times = paths.equal_times(t_m, t_n, substeps, settings.teacher_substeps)
-        _, z_n = paths.teacher_path(teacher, schedule, z_m, times, conditioning)
-        return jax.lax.stop_gradient(EndpointPairs(z_m, t_m, z_n, t_n, z0, conditioning))
+        teacher = networks.guided_teacher(frozen, chosen.guidance_scale)
+        substeps = jnp.full(t_m.shape, chosen.teacher_substeps, jnp.int32)
+        stops = subdivide(process, t_m, t_n, substeps, chosen.teacher_substeps)
+        _, z_n = teacher_path(teacher, process, z_m, stops, conditioning)
+        return jax.lax.stop_gradient(Pairs(z_m, t_m, z_n, t_n, clean, z0, conditioning))
 
-    def renoised(
-        z0: Float[Array, "n h w c"], t: Int[Array, " n"], key: PRNGKeyArray
-    ) -> Float[Array, "n h w c"]:
-        fresh = jax.random.normal(key, z0.shape)
-        at_start = broadcast(t == schedule.train_steps - 1)
-        return jnp.where(at_start, fresh, schedule.diffuse(z0, fresh, t))  # (2)
-
-    def predict(student: Denoiser, pairs: EndpointPairs) -> Float[Array, "n h w c"]:
-        return predict_x0(student, schedule, pairs.z_m, pairs.t_m, pairs.conditioning)
-
-    def goal(target: Denoiser, pairs: EndpointPairs) -> Float[Array, "n h w c"]:
-        if settings.weight == 0:
+    def target(self, denoiser: Denoiser, pairs: Pairs) -> Float[Array, " n *latent"]:
+        """The right side of (3)."""
+        if self.weight == 0:
             return jnp.zeros_like(pairs.z_m)
-        x0_n = predict_x0(target, schedule, pairs.z_n, pairs.t_n, pairs.conditioning)
-        return jax.lax.stop_gradient(jnp.where(broadcast(pairs.t_n == 0), pairs.z_n, x0_n))
+        x0_n = denoiser(pairs.z_n, pairs.t_n, pairs.conditioning)
+        at_end = bcast_right(pairs.t_n == self.networks.process.end, x0_n)
+        return jax.lax.stop_gradient(jnp.where(at_end, pairs.z_n, x0_n))
 
-    def distance(
-        x0_m: Float[Array, "n h w c"], goal: Float[Array, "n h w c"], pairs: EndpointPairs
+    def loss(
+        self,
+        x0: Float[Array, " n *latent"],
+        target: Float[Array, " n *latent"],
+        pairs: Pairs,
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        if settings.weight == 0:
-            return jnp.zeros(len(x0_m)), {}
-        mse_x0 = mean_square(x0_m - goal)  # (3)
-        weight = settings.weight * snr_weight(schedule, pairs.t_m, settings.snr_limit)
+        """Equation (3)."""
+        if self.weight == 0:
+            return jnp.zeros(len(x0)), {}
+        mse_x0 = losses.mse(x0, target)
+        snr = self.networks.process.snr(pairs.t_m)
+        weight = self.weight * losses.min_snr_weight(snr, self.settings.snr_limit)
         return weight * mse_x0, {"mse_x0": mse_x0}
 
-    def refresh(pairs: EndpointPairs, key: PRNGKeyArray) -> EndpointPairs:
-        time_key, state_key = jax.random.split(key)
-        count = len(pairs.t_m)
-        index = milestone_indices(time_key, count, settings.segments, 1).reshape(-1)
-        t_m = jnp.asarray(milestones, jnp.int32)[index]
-        return pairs._replace(t_m=t_m, z_m=renoised(pairs.z0, t_m, state_key))
-
-    parts = Parts(
-        predict=predict,
-        goal=goal,
-        land=lambda x0, pairs: x0,
-        level=lambda pairs: jnp.zeros_like(pairs.t_m),
-        distance=distance,
-        refresh=refresh,
-        sample=lambda pairs: pairs.z0,
-    )
-    return consistency(networks, produce, parts)
+    def renoise(self, pairs: Pairs, keys: PRNGKeyArray) -> Pairs:
+        """Other milestones with fresh noise on the same z0."""
+        process = self.networks.process
+        time_keys, state_keys = split(keys, 2)
+        index = milestone_choices(time_keys, self.settings.segments, 1).reshape(-1)
+        t_m = jnp.asarray(milestones(process, self.settings.segments))[index]
+        return pairs._replace(
+            t_m=t_m, z_m=_renoised(process, jnp.asarray(pairs.sample), t_m, state_keys)
+        )
 
 
-def milestone_indices(
-    key: PRNGKeyArray, batch: int, segments: int, states: int
-) -> Int[Array, "batch states"]:
+def _renoised(
+    process: Process, z0: Array, t: Num[Array, " n"], keys: PRNGKeyArray
+) -> Float[Array, " n *latent"]:
+    """Equation (2)."""
+    noise = normal(keys, z0.shape[1:])
+    at_start = bcast_right(t == process.start, z0)
+    return jnp.where(at_start, noise, process.add_noise(z0, noise, t))
+
+
+def milestone_choices(keys: PRNGKeyArray, segments: int, states: int) -> Int[Array, "b states"]:
     """Draws `states` different non-zero milestones a rollout, evenly spread round the time axis.
 
     Returns:
       int32 indices into the falling milestones, in 0 .. M-1, each uniform by itself.
     """
-    first = jax.random.randint(key, (batch, 1), 0, segments)
+    first = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, segments))(keys)
     return (first + jnp.arange(states) * segments // states) % segments

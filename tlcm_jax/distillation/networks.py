@@ -1,95 +1,141 @@
-"""The roles that an objective gives to networks, as functions of the parameters.
+"""Which parameters each network of a stage uses, as functions of the parameters.
 
-One frozen base usually serves several roles, by the adapter it is applied with: none for the
-teacher, theta for the student. An objective knows the roles and not the base: it is handed these
-functions, and closed-form networks serve as well as a UNet.
+One frozen base serves several roles, by the adapter it is applied with: none for the teacher and
+the real score, theta for the student and its target, phi for the fake score, psi for the
+discriminator's features. An objective sees these functions and not the base, so closed-form
+networks serve as well as a UNet.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
-from tlcm_jax.diffusion.prediction import Denoiser
+from tlcm_jax.diffusion.guidance import Denoiser, NullOf, guided
+from tlcm_jax.diffusion.process import Process
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.models import lora
+from tlcm_jax.models.lora import LoRAConfig
 
-# Latents to what is seen or said of them.
-Pictures = Callable[[Float[Array, "n h w c"]], Float[Array, "n H W 3"]]
-Distance = Callable[[Float[Array, "n h w c"], Float[Array, "n h w c"]], Float[Array, " n"]]
-Score = Callable[[Float[Array, "n H W 3"], PyTree[Array]], Float[Array, " n"]]
+Params = Mapping[str, Any]
+Frozen = Mapping[str, Any]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Role:
-    """A network with parameters of its own, which a critic trains.
-
-    Attributes:
-      initial: `(key) -> params`.
-      network: `(params, frozen)` to the network.
-    """
-
-    initial: Callable[[PRNGKeyArray], PyTree[Array]]
-    network: Callable[[PyTree[Array], PyTree[Array]], Callable]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scorer:
-    """How well pictures, 0 to 1, show texts, in the scorer's own form of them.
-
-    Attributes:
-      score: `(frozen)` to the function, differentiable in the pictures.
-      threshold: s0, the score of a good picture.
-    """
-
-    score: Callable[[PyTree[Array]], Score]
-    threshold: float
+# The leaves of the frozen tree, beside the terms' own.
+BASE, NULL, DECODER, TERMS = "base", "null", "decoder", "terms"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """Who plays which role.
+    """The networks of a stage.
 
     Attributes:
+      process: of all of them.
+      latent_shape: of one sample.
       student: `(trainable, frozen)` to the denoiser that is trained.
       teacher: `(frozen)` to the pre-trained denoiser, without guidance.
-      null: `(frozen)` to the unconditional conditioning, leading axis 1.
+      null_of: `(frozen)` to the unconditional conditioning that belongs to a conditional one.
       inference: the student by another route, for calls without gradients (an adapter merged
         into its base costs nothing a call); None takes `student`.
-      fake: the denoiser of what the student makes.
-      discriminator: `(layers)` to the network `(z, t, conditioning) -> maps of logits
-        [n, h, w, 1]`, one for each of the layers, or for all if there are none.
-      decode: `(frozen)` to the decoder, latents to pictures in 0 to 1.
-      reward: the scorer that preference follows.
-      judge: a scorer that nothing follows.
-      perceptual: `(frozen)` to a distance of latents.
+      decode: `(frozen)` to the decoder, latents to images in 0 .. 1; None where there is none.
     """
 
-    student: Callable[[PyTree[Array], PyTree[Array]], Denoiser]
-    teacher: Callable[[PyTree[Array]], Denoiser]
-    null: Callable[[PyTree[Array]], PyTree[Array]]
-    inference: Callable[[PyTree[Array], PyTree[Array]], Denoiser] | None = None
-    fake: Role | None = None
-    discriminator: Callable[[tuple[str, ...]], Role] | None = None
-    decode: Callable[[PyTree[Array]], Pictures] | None = None
-    reward: Scorer | None = None
-    judge: Scorer | None = None
-    perceptual: Callable[[PyTree[Array]], Distance] | None = None
+    process: Process
+    latent_shape: tuple[int, ...]
+    student: Callable[[Params, Frozen], Denoiser]
+    teacher: Callable[[Frozen], Denoiser]
+    null_of: Callable[[Frozen], NullOf]
+    inference: Callable[[Params, Frozen], Denoiser] | None = None
+    decode: Callable[[Frozen], Callable[[Array], Array]] | None = None
 
-    def target(self, trainable: PyTree[Array], frozen: PyTree[Array]) -> Denoiser:
-        """The student as it stands, for targets and rollouts.
+    def target(self, params: Params, frozen: Frozen) -> Denoiser:
+        """The student for targets and rollouts.
 
         Stopped at the parameters, so that its graph is never traced for gradients.
         """
-        return (self.inference or self.student)(jax.lax.stop_gradient(trainable), frozen)
+        return (self.inference or self.student)(jax.lax.stop_gradient(params), frozen)
+
+    def guided_teacher(self, frozen: Frozen, guidance_scale: float) -> Denoiser:
+        """The teacher under classifier-free guidance."""
+        return guided(self.teacher(frozen), guidance_scale, self.null_of(frozen))
 
 
-def needed(role: Any, who: str, what: str) -> Any:
-    """The role that a term cannot do without.
+@dataclass(frozen=True, kw_only=True)
+class AuxNetwork:
+    """A network trained beside the student, on what the student makes.
 
-    Raises:
-      ValueError: nobody plays it.
+    Attributes:
+      name: of its parameters in the training state, and before its metrics.
+      init: `(key) -> params`, as before the stage's first step.
+      loss: `(params, frozen, outputs, keys) -> (per_sample [n], metrics)`, with `outputs` the
+        `StudentOutputs` of a batch and a key for each sample.
+      updates: before each of the student's.
+      learning_rate: constant.
+      b1: decay of the first moment of its AdamW.
     """
-    if role is None:
-        raise ValueError(f"{who} needs {what}, and nobody plays that role")
-    return role
+
+    name: str
+    init: Callable[[PRNGKeyArray], Params]
+    loss: Callable[..., tuple[Array, dict[str, Array]]]
+    updates: int
+    learning_rate: float
+    b1: float = 0.9
+
+
+def model_networks(
+    model: LatentModel, adapter: LoRAConfig, resolution: int | None = None, full: bool = False
+) -> Networks:
+    """The networks of a stage on a model.
+
+    The frozen tree holds `{BASE: the backbone's weights, NULL: null_conditioning, DECODER: its
+    weights}`, the last where a term decodes.
+
+    Args:
+      model: the teacher; of its weights only the shapes matter.
+      adapter: of the student.
+      resolution: of the images; the model's own by default.
+      full: the trainable tree is the backbone's own leaves rather than an adapter.
+    """
+
+    def merged(trainable: Params, frozen: Frozen) -> Denoiser:
+        return model.denoiser(lora.merge(frozen[BASE], trainable, adapter.scale))
+
+    return Networks(
+        process=model.process,
+        latent_shape=model.latent_shape(resolution),
+        student=merged if full else functools.partial(adapted, model, adapter),
+        teacher=lambda frozen: model.denoiser(frozen[BASE]),
+        null_of=lambda frozen: functools.partial(model.null_of, frozen[NULL]),
+        inference=merged,
+        decode=lambda frozen: functools.partial(
+            model.decode_latents, {model.decoder: frozen[DECODER]}
+        ),
+    )
+
+
+def adapted(model: LatentModel, adapter: LoRAConfig, factors: Params, frozen: Frozen) -> Denoiser:
+    """The backbone with an adapter, merged into its weights or run beside them."""
+    if adapter.merged:
+        return model.denoiser(lora.merge(frozen[BASE], factors, adapter.scale))
+    return model.denoiser(frozen[BASE], lora.scaled(factors, adapter.scale))
+
+
+def adapted_features(
+    model: LatentModel, adapter: LoRAConfig, factors: Params, frozen: Frozen
+) -> Callable[..., Mapping[str, Array]]:
+    """The states of the backbone with an adapter, `(z, t, conditioning) -> {block: state}`."""
+    base, beside = frozen[BASE], None
+    if adapter.merged:
+        base = lora.merge(base, factors, adapter.scale)
+    else:
+        beside = lora.scaled(factors, adapter.scale)
+    return lambda z, t, conditioning: model.predict(
+        base, z, t, conditioning, lora=beside, features=True
+    )
+
+
+def init_adapter(model: LatentModel, adapter: LoRAConfig, key: PRNGKeyArray) -> Params:
+    """A fresh adapter of the backbone, which changes nothing yet."""
+    return lora.init(model.params[model.backbone], adapter.targets, adapter.rank, key)

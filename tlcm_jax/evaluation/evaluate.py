@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from tlcm_jax.data.prompt_sets import PromptSet
-from tlcm_jax.diffusion import sampling as sampler
+from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.evaluation.reporting.contents import Kind
 from tlcm_jax.evaluation.scorers.base import Measure, Scorer
 from tlcm_jax.families.stable_diffusion import Pipeline

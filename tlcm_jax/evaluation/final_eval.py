@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-from tlcm_jax.config.run import Distilled, load_teacher
+from tlcm_jax.config.run import TrainResult, load_teacher
 from tlcm_jax.config.schema import Settings, read
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
 from tlcm_jax.evaluation import report as evaluation_report
@@ -65,7 +65,7 @@ class Ending:
         return cls(settings, sets, scorers)
 
 
-def brought_home(run: Distilled, settings: Settings) -> Distilled:
+def brought_home(run: TrainResult, settings: Settings) -> TrainResult:
     """A run of several processes with its weights on this process's own devices.
 
     Each process then draws and exports by itself. All of them must call this: what is cut over
@@ -74,16 +74,16 @@ def brought_home(run: Distilled, settings: Settings) -> Distilled:
     if jax.process_count() == 1:
         return run
     trained = multihost_utils.process_allgather(run.adapter, tiled=True)
-    for leaf in jax.tree.leaves((run.adapter, run.pipeline.params)):
+    for leaf in jax.tree.leaves((run.adapter, run.model.params)):
         leaf.delete()
     mesh = make_mesh({"fsdp": -1}, jax.local_devices())
     return dataclasses.replace(
-        run, pipeline=load_teacher(settings.model, mesh), adapter=place(trained, mesh)
+        run, model=load_teacher(settings.model, mesh), adapter=place(trained, mesh)
     )
 
 
 def finish(
-    run: Distilled,
+    run: TrainResult,
     ending: Ending,
     config: Mapping[str, Any],
     workdir: str | Path,
@@ -103,9 +103,9 @@ def finish(
     """
     settings, workdir = ending.settings, Path(workdir)
     if settings.export:
-        recipe = Recipe.from_config(config, run.pipeline)
+        recipe = Recipe.from_config(config, run.model)
         products = export_products(
-            run.pipeline, run.adapter, settings.export, workdir / EXPORT, "fp16", recipe
+            run.model, run.adapter, settings.export, workdir / EXPORT, "fp16", recipe
         )
         for target, path in products.items():
             logging.info("exported %s: %s", target, path)
@@ -113,10 +113,10 @@ def finish(
     if chosen is None:
         return
     result = evaluate(
-        run.pipeline,
+        run.model,
         ending.sets,
         lora=run.adapter,
-        teacher=run.pipeline,
+        teacher=run.model,
         steps=chosen.steps,
         guidance_scale=chosen.guidance_scale,
         gamma=chosen.gamma,
@@ -145,7 +145,7 @@ def curves(history: list[dict]) -> list[Curve]:
     shown = (
         ("loss", "loss", "", True),
         ("grad_norm", "gradient norm", "", True),
-        ("unet_evaluations_per_second", "throughput", "UNet evaluations/s", False),
+        ("nfe_per_second", "throughput", "NFE/s", False),
     )
     found = []
     for stage in dict.fromkeys(row["stage"] for row in history):

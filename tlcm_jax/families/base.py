@@ -24,7 +24,10 @@ class LatentModel:
       params: a tree for each component.
       backbone: the component that is trained and adapted.
       decoder: the component that `decode_latents` reads.
+      tokenizers: of its text encoders, where they are `transformers`' own.
       lora_targets: endings of the names of the layers that an adapter changes by default.
+      unused_by_features: beginnings of the names of the backbone's layers that the states of
+        `predict(features=True)` do not depend on.
     """
 
     process: Process
@@ -32,6 +35,22 @@ class LatentModel:
     backbone: ClassVar[str]
     decoder: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TARGETS
+    unused_by_features: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def dtype(self) -> Any:
+        """The networks' compute dtype."""
+        raise NotImplementedError
+
+    @property
+    def norm_groups(self) -> int:
+        """Groups of group norms that divide every width of `feature_widths`."""
+        raise NotImplementedError
+
+    tokenizers: tuple[Any, ...]
+
+    def check_teacher(self) -> None:
+        """Raises a ValueError, which says why, if the model cannot be distilled."""
 
     @property
     def text_params(self) -> dict[str, Any]:

@@ -51,6 +51,26 @@ class Pipeline(LatentModel):
 
     backbone = "unet"
     decoder = "vae"
+    unused_by_features = ("up_blocks",)
+
+    def check_teacher(self) -> None:
+        """See `LatentModel`."""
+        if self.guidance_is_embedded:
+            raise ValueError(
+                f"{self.source}: this UNet takes the guidance scale as an input "
+                "(time_cond_proj_dim): it is a distilled model already; take the model that it "
+                "was distilled from as teacher"
+            )
+
+    @property
+    def dtype(self) -> Any:
+        """See `LatentModel`."""
+        return self.unet.dtype
+
+    @property
+    def norm_groups(self) -> int:
+        """See `LatentModel`."""
+        return self.unet.config.norm_num_groups
 
     @property
     def text_params(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ An adapter tree mirrors the base tree's paths; each adapted layer holds `lora_A`
 apply factors as they find them; `scaled` puts alpha / rank into them.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,44 @@ from jax import Array
 
 Tree = Mapping
 
-# Where PCM, DMD2 and TLCM put their adapters (METHOD.md section 1).
+# Where PCM, DMD2 and TLCM put their adapters (docs/method.md).
 TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv",
     "time_emb_proj",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """An adapter's shape, and how it is run.
+
+    Attributes:
+      rank: r.
+      alpha: the update is scaled by alpha / rank.
+      targets: names of the adapted layers.
+      merged: add the adapter to the weights before each call instead of running its factors
+        beside them. The same function; cheaper where the rank is not small against the layers'
+        width, at the price of gradients as large as the base.
+    """
+
+    rank: int = 64
+    alpha: float = 8.0
+    targets: tuple[str, ...] = TARGETS
+    merged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(
+                f"adapter.rank = {self.rank}, adapter.alpha = {self.alpha}: must be positive"
+            )
+        if not self.targets:
+            raise ValueError("adapter.targets is empty: nothing would be trained; name layers")
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank of the update."""
+        return self.alpha / self.rank
 
 
 def targeted(path: Sequence[str], targets: Sequence[str]) -> bool:

@@ -1,8 +1,9 @@
 """Checkpoints of a run: everything that a resumed run needs to repeat it bit for bit.
 
-A checkpoint holds the trained leaves, the optimiser's state, the step and key of the stage, and
-where the run stands. Leaves are stored flat under their path (`trainable/down_blocks.0/...`), so
-what is restored is compared name by name. The only file that knows Orbax.
+A checkpoint holds the trained parameters, the optimisers' states, the step and key of the stage,
+and where the run stands. Leaves are stored flat under their path
+(`networks/student/params/down_blocks.0/...`), so what is restored is compared name by name. The
+only file that knows Orbax.
 """
 
 import dataclasses
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from tlcm_jax.training.sharding import leaf_name
-from tlcm_jax.training.state import TrainState
+from tlcm_jax.training.state import STUDENT, TrainState
 from tlcm_jax.training.workdir import is_full
 
 _STATE, _POSITION = "state", "position"
@@ -43,7 +45,8 @@ class Checkpoints:
     """The checkpoints of one folder; the newest few are kept.
 
     A checkpoint is written under a temporary name and renamed when it is whole, so one that was
-    interrupted is never chosen. Saving returns only when the checkpoint is there.
+    interrupted is never chosen. It is written in the background: `save` returns when the state is
+    copied, and the next `save`, or `wait`, says what went wrong with the one before.
     """
 
     def __init__(self, directory: str | Path, keep: int | None = 2):
@@ -55,13 +58,14 @@ class Checkpoints:
             alone what a run that is still going has half written there.
         """
         self.directory = Path(directory).absolute()
+        self._saving = 0
         if keep is None:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, save_interval_steps=0, create=False
             )
         else:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
             )
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -84,11 +88,12 @@ class Checkpoints:
             raise self._unreadable(total, error) from error
 
     def last_good(self) -> str:
-        """Names the newest checkpoint, for messages."""
-        total = self._manager.latest_step()
-        if total is None:
+        """Names the newest whole checkpoint, for messages."""
+        # As the disk has it: one that is still being written has another name there.
+        whole = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
+        if not whole:
             return f"none yet in {self.directory}"
-        return str(self.directory / str(total))
+        return str(self.directory / str(max(whole)))
 
     def save(self, position: Position, state: TrainState) -> None:
         """Saves a checkpoint and drops the ones that are too old.
@@ -98,9 +103,11 @@ class Checkpoints:
           state: the state there. It is read before this returns, so it may be donated after.
 
         Raises:
-          OSError: no space is left (naming the last good checkpoint, which is kept).
+          OSError: no space is left, now or for the save before (naming the last good checkpoint,
+            which is kept).
           RuntimeError: newer checkpoints exist than this one.
         """
+        self.wait()
         newest = self._manager.latest_step()
         if newest == position.total:
             return
@@ -109,25 +116,43 @@ class Checkpoints:
                 f"step {position.total} was not saved: {self.directory} already holds step "
                 f"{newest}; use another workdir"
             )
+        if jax.default_backend() == "cpu":
+            # There "copied to the host" is the array itself, which the next update overwrites.
+            state = jax.tree.map(jnp.copy, state)
         args = ocp.args.Composite(
             **{
                 _STATE: ocp.args.StandardSave(_flatten(state)),
                 _POSITION: ocp.args.JsonSave(dataclasses.asdict(position)),
             }
         )
+        self._saving = position.total
         try:
             saved = self._manager.save(position.total, args=args, force=True)
         except Exception as error:
-            if not is_full(error):
-                raise
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left on the device for the checkpoint of step {position.total}; the "
-                f"last good checkpoint is {self.last_good()}: free some space and run the same "
-                f"command to resume from it",
-            ) from error
+            raise self._not_saved(error) from error
         if not saved:
             raise RuntimeError(f"Orbax declined to save step {position.total} in {self.directory}")
+
+    def wait(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Raises:
+          OSError: no space was left for it.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_saved(error) from error
+
+    def _not_saved(self, error: Exception) -> Exception:
+        if not is_full(error):
+            return error
+        return OSError(
+            errno.ENOSPC,
+            f"no space left on the device for the checkpoint of step {self._saving}; the last "
+            f"good checkpoint is {self.last_good()}: free some space and run the same command to "
+            f"resume from it",
+        )
 
     def restore(self, template: TrainState) -> TrainState:
         """Restores the newest checkpoint exactly.
@@ -163,7 +188,7 @@ class Checkpoints:
         return _unflatten(template, leaves)
 
     def trained(self, total: int | None = None) -> dict[str, Any]:
-        """What a checkpoint leaves to sampling and export alone: the average, or else the leaves.
+        """What a checkpoint leaves to sampling and export alone: the EMA, or else the parameters.
 
         Args:
           total: number of the checkpoint; the newest by default.
@@ -183,8 +208,9 @@ class Checkpoints:
         total = there[-1] if total is None else total
         try:
             stored = self._manager.item_metadata(total)[_STATE].items()
-            averaged = any(name.startswith("average/") for name, _ in stored)
-            prefix = "average/" if averaged else "trainable/"
+            student = f"networks/{STUDENT}/"
+            averaged = any(name.startswith(f"{student}ema/") for name, _ in stored)
+            prefix = student + ("ema/" if averaged else "params/")
             wanted = {
                 name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
                 for name, leaf in stored
@@ -206,7 +232,7 @@ class Checkpoints:
         return tree
 
     def close(self) -> None:
-        """Releases the folder."""
+        """Waits for what is being saved, and releases the folder."""
         self._manager.close()
 
     def _unreadable(self, total: int, error: Exception) -> RuntimeError:

@@ -1,64 +1,27 @@
 """Runs the stages of a recipe in order: the engine's outermost layer.
 
-The trained leaves pass from stage to stage; each stage has a fresh optimiser and its own PRNG
-key. Everything is a function of (state, position), so the same call resumes a run that was
+The student's parameters pass from stage to stage; each stage has a fresh optimiser and its own
+PRNG key. Everything is a function of (state, position), so the same call resumes a run that was
 interrupted and repeats it bit for bit.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from absl import logging
-from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
 
 from tlcm_jax.training.checkpoints import Checkpoints, Position
 from tlcm_jax.training.metrics import Meter, MetricsWriter, Progress, Row
-from tlcm_jax.training.players import Player
 from tlcm_jax.training.preemption import Preemption
+from tlcm_jax.training.profile import Profiler
 from tlcm_jax.training.sharding import RULES, Rules, place, tree_shardings
-from tlcm_jax.training.state import TrainState, create
-
-PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A stage, prepared: what the loop needs to know of it.
-
-    Attributes:
-      name: shown in the progress bar, rows and messages.
-      step: `step(state, frozen, batch) -> (state, metrics)`, as `step.make_step` builds it.
-      optimizer: the optax transformation inside `step`.
-      steps: how many steps the stage has, at least 1.
-      batches: batch number k of the stage, on the devices. A pure function of k.
-      evaluations_per_example: UNet forward evaluations an example costs, for the throughput.
-      players: who else is trained inside `step`, by name; they live for this stage only.
-      average: whether `step` keeps an average of the student, of this stage only: the next one
-        trains the leaves themselves.
-      enough: looks at the stage's rows after each, and says why the stage should end there, or
-        "". A pure function of the rows, so that a resumed run ends where the first did
-        (but for the shorter row that a preemption leaves).
-    """
-
-    name: str
-    step: Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, Array]]]
-    optimizer: optax.GradientTransformation
-    steps: int
-    batches: Callable[[int], PyTree]
-    evaluations_per_example: float
-    players: Mapping[str, Player] = dataclasses.field(default_factory=dict)
-    average: bool = False
-    enough: Callable[[Sequence[Row]], str] = lambda rows: ""
-
-    def __post_init__(self) -> None:
-        """Refuses a stage without steps."""
-        if self.steps < 1:
-            raise ValueError(f"stage {self.name!r} has {self.steps} steps: set at least 1")
+from tlcm_jax.training.stage import Stage, StageSpec
+from tlcm_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +43,9 @@ class LoopSettings:
 
     Attributes:
       log_every: steps of a stage between rows of metrics; the host waits for the device there.
-      checkpoint_every: steps of a stage between checkpoints; a stage's end always has one.
+      checkpoint_every: steps of a stage between checkpoints; a stage's end always has one. Where
+        pairs depend on the student it is the first step from there on at which a run can resume
+        (`PairStream.resumable`).
       progress: whether to draw a progress bar.
     """
 
@@ -115,9 +80,8 @@ class Result:
 
 
 def run(
-    stages: Sequence[Stage],
-    trainable: PyTree,
-    frozen: PyTree,
+    specs: Sequence[StageSpec],
+    trainable: PyTree[Array],
     key: Array,
     *,
     checkpoints: Checkpoints,
@@ -126,26 +90,27 @@ def run(
     mesh: Mesh | None = None,
     rules: Rules = RULES,
     hooks: Sequence[Hook] = (),
+    profiler: Profiler | None = None,
 ) -> Result:
     """Runs the stages, from the newest checkpoint if there is one.
 
     Args:
-      stages: at least one, in order.
-      trainable: pytree of the leaves to train, as before the first stage; copied, not donated.
-      frozen: pytree of everything else that the steps read, already placed.
+      specs: the stages, at least one, in order.
+      trainable: the student's parameters, as before the first stage; copied, not donated.
       key: typed PRNG key of the run, the same on every process.
       checkpoints: where to save and resume.
       writer: where rows go.
       settings: intervals.
       mesh: the mesh of the steps; None for one device.
-      rules: where the state lies, as for `step.make_step`.
+      rules: where the state lies there.
       hooks: what else to do on the way.
+      profiler: traces some of the steps.
 
     Returns:
       The final state and the history.
 
     Raises:
-      RuntimeError: a loss or gradient that is not finite; names the last good checkpoint.
+      RuntimeError: a loss, gradient or update that is not finite; names the last good checkpoint.
       ValueError: a checkpoint that belongs to other stages or another state.
       OSError: no space left for a checkpoint.
     """
@@ -154,59 +119,76 @@ def run(
     writer.resume(position.total if position else 0)
     state = None
     if position is not None:
-        _check_position(position, stages)
-        stage = stages[position.stage]
-        state = checkpoints.restore(_template(trainable, stage, key, position.stage, mesh, rules))
-        logging.info("resuming %s at step %d of %d", stage.name, position.step, stage.steps)
+        _check_position(position, specs)
+        spec = specs[position.stage]
+        state = checkpoints.restore(_template(trainable, spec, key, position.stage, mesh, rules))
+        logging.info("resuming %s at step %d of %d", spec.name, position.step, spec.steps)
     else:
-        position = Position(stage=0, name=stages[0].name, step=0, total=0)
-    with Preemption() as preemption:
+        position = Position(stage=0, name=specs[0].name, step=0, total=0)
+    with Preemption() as preemption, profiler or Profiler(None) as profiler:
         while True:
-            stage = stages[position.stage]
+            spec = specs[position.stage]
             if state is None:
-                state = _initial(trainable, stage, key, position.stage, mesh, rules)
+                state = _initial(trainable, spec, key, position.stage, mesh, rules)
+            stage = Stage(spec, mesh, rules)
             state, position, completed = _run_stage(
-                stage, state, position, frozen, settings, checkpoints, writer, hooks, preemption
+                stage,
+                state,
+                position,
+                settings,
+                checkpoints,
+                writer,
+                hooks,
+                preemption,
+                profiler,
             )
-            if not completed or position.stage + 1 == len(stages):
+            if not completed or position.stage + 1 == len(specs):
+                checkpoints.wait()
                 return Result(state, position, writer.history, completed)
-            trainable, state = state.trainable, None
+            trainable, state = state.student.params, None
             following = position.stage + 1
-            position = Position(following, stages[following].name, 0, position.total)
+            position = Position(following, specs[following].name, 0, position.total)
 
 
 def _run_stage(
     stage: Stage,
     state: TrainState,
     position: Position,
-    frozen: PyTree,
     settings: LoopSettings,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     hooks: Sequence[Hook],
     preemption: Preemption,
+    profiler: Profiler,
 ) -> tuple[TrainState, Position, bool]:
     """Runs a stage to its end, or to a preemption (the bool is then False)."""
-    meter = Meter(stage.evaluations_per_example)
+    spec = stage.spec
+    meter = Meter(spec.nfe_per_pair, spec.pairs.batch_size)
     show = settings.progress and jax.process_index() == 0
-    progress = Progress(stage.name, position.step, stage.steps, show)
-    ended = _ended(stage, writer.history)
+    progress = Progress(spec.name, position.step, spec.steps, show)
+    ended = _ended(spec, writer.history)
+    stop_asked, save_due = False, False
     try:
-        while position.step < stage.steps and not ended:
+        while position.step < spec.steps and not ended:
             # Invariant: `state` is the state after `position.step` steps and has seen exactly the
-            # batches before that number. The position moves together with the state, and the next
-            # batch is drawn only after the save, so what is saved never counts a batch it has not
-            # trained on.
+            # mini-batches before that number. The position moves together with the state, and the
+            # next batch is drawn only after the save, so what is saved never counts a batch it has
+            # not trained on.
             meter.start()
-            state, metrics = stage.step(state, frozen, stage.batches(position.step))
+            profiler.before(position.total + 1)
+            pairs = stage.stream.next(position.step, state, spec.frozen)
+            state, metrics = stage.step(state, spec.frozen, pairs)
             step = position.step + 1
             position = dataclasses.replace(position, step=step, total=position.total + 1)
             meter.add(metrics)
             progress.at(meter.ready())
 
-            stop = preemption.requested(position.total)
-            end = step == stage.steps
-            save = stop or end or step % settings.checkpoint_every == 0
+            stop_asked = preemption.requested(position.total) or stop_asked
+            save_due = save_due or step % settings.checkpoint_every == 0
+            end = step == spec.steps
+            resumable = end or stage.stream.resumable(step)
+            stop, save = stop_asked and resumable, (save_due or stop_asked) and resumable
+            save = save or end
             due = [hook for hook in hooks if end or step % hook.every == 0]
             if save or due or step % settings.log_every == 0:
                 # Rows end where checkpoints are, so a resumed run writes the rows that an
@@ -214,14 +196,14 @@ def _run_stage(
                 row, bad = meter.collect()
                 if bad is not None:
                     raise RuntimeError(
-                        _not_finite(stage, step - row["steps"] + bad + 1, row, checkpoints)
+                        _not_finite(spec, step - row["steps"] + bad + 1, row, checkpoints)
                     )
                 progress.settle(row)
-                names = {"step": position.total, "stage": stage.name, "stage_step": step}
+                names = {"step": position.total, "stage": spec.name, "stage_step": step}
                 writer.write({**names, **row})
-                ended = _ended(stage, writer.history)
+                ended = _ended(spec, writer.history)
                 if ended:
-                    logging.warning("stage %s ends at step %d: %s", stage.name, step, ended)
+                    logging.warning("stage %s ends at step %d: %s", spec.name, step, ended)
                     end = save = True
                     due = list(hooks)
             for hook in due:
@@ -229,7 +211,9 @@ def _run_stage(
                 hook.call(position, state)
             if save:
                 checkpoints.save(position, state)
+                save_due = False
             if stop and not end:
+                checkpoints.wait()
                 logging.warning("asked to stop: saved %s", checkpoints.last_good())
                 return state, position, False
     finally:
@@ -237,51 +221,51 @@ def _run_stage(
     return state, position, True
 
 
-def _ended(stage: Stage, history: Sequence[Row]) -> str:
+def _ended(spec: StageSpec, history: Sequence[Row]) -> str:
     """Why the stage is over before its last step, or ""."""
-    return stage.enough([row for row in history if row["stage"] == stage.name])
+    return spec.should_stop([row for row in history if row["stage"] == spec.name])
 
 
-def _not_finite(stage: Stage, step: int, row: Row, checkpoints: Checkpoints) -> str:
+def _not_finite(spec: StageSpec, step: int, row: Row, checkpoints: Checkpoints) -> str:
     return (
-        f"stage {stage.name!r}, step {step}: the loss or its gradient is not finite (over the last "
-        f"{row['steps']} steps loss {row['loss']:.4g}, gradient norm up to "
+        f"stage {spec.name!r}, step {step}: the loss, its gradient or the update is not finite "
+        f"(over the last {row['steps']} steps loss {row['loss']:.4g}, gradient norm up to "
         f"{row['grad_norm_max']:.4g}). The last good checkpoint is {checkpoints.last_good()}. Try "
         f"a lower learning rate or a longer warm-up; if the loss was steady before, look at the "
         f"batch of that step"
     )
 
 
-def _check_position(position: Position, stages: Sequence[Stage]) -> None:
-    names = [stage.name for stage in stages]
-    if position.stage >= len(stages) or names[position.stage] != position.name:
+def _check_position(position: Position, specs: Sequence[StageSpec]) -> None:
+    names = [spec.name for spec in specs]
+    if position.stage >= len(specs) or names[position.stage] != position.name:
         raise ValueError(
             f"the checkpoint is of stage {position.stage} ({position.name!r}), but this run's "
             f"stages are {names}: use the config it was made with, or another workdir"
         )
-    if position.step > stages[position.stage].steps:
+    if position.step > specs[position.stage].steps:
         raise ValueError(
             f"the checkpoint is at step {position.step} of stage {position.name!r}, which now has "
-            f"only {stages[position.stage].steps}: raise its steps, or use another workdir"
+            f"only {specs[position.stage].steps}: raise its steps, or use another workdir"
         )
 
 
-def _create(stage: Stage, key: Array, index: int) -> Callable[[PyTree, Array], TrainState]:
+def _create(spec: StageSpec, key: Array, index: int) -> Callable[[Any, Any], TrainState]:
     # A key of its own for each stage: steps count from 0 in each, and fold into this key.
     impl = jax.random.key_impl(key)
 
-    def make(trainable: PyTree, key_data: Array) -> TrainState:
+    def make(trainable: PyTree[Array], key_data: Array) -> TrainState:
         run_key = jax.random.wrap_key_data(key_data, impl=impl)
-        stage_key = jax.random.fold_in(run_key, index)
-        return create(trainable, stage.optimizer, stage_key, stage.players, stage.average)
+        return spec.create_state(trainable, jax.random.fold_in(run_key, index))
 
     return make
 
 
 def _initial(
-    trainable: PyTree, stage: Stage, key: Array, index: int, mesh: Mesh | None, rules: Rules
-) -> TrainState:
-    make, data = _create(stage, key, index), np.asarray(jax.random.key_data(key))
+    trainable: PyTree[Array], spec: StageSpec, key: Array, index: int, mesh: Mesh | None,
+    rules: Rules,
+) -> TrainState:  # fmt: skip
+    make, data = _create(spec, key, index), np.asarray(jax.random.key_data(key))
     if mesh is None:
         return jax.jit(make)(trainable, data)
     shardings = tree_shardings(jax.eval_shape(make, trainable, data), mesh, rules)
@@ -290,9 +274,10 @@ def _initial(
 
 
 def _template(
-    trainable: PyTree, stage: Stage, key: Array, index: int, mesh: Mesh | None, rules: Rules
-) -> TrainState:
-    make, data = _create(stage, key, index), np.asarray(jax.random.key_data(key))
+    trainable: PyTree[Array], spec: StageSpec, key: Array, index: int, mesh: Mesh | None,
+    rules: Rules,
+) -> TrainState:  # fmt: skip
+    make, data = _create(spec, key, index), np.asarray(jax.random.key_data(key))
     shapes = jax.eval_shape(make, trainable, data)
     if mesh is None:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

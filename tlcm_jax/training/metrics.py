@@ -96,13 +96,14 @@ class MetricsWriter:
 class Meter:
     """Collects the steps of a row without waiting for the device, and times them."""
 
-    def __init__(self, evaluations_per_example: float):
+    def __init__(self, nfe_per_pair: float, batch_size: int):
         """Starts with an empty row.
 
         Args:
-          evaluations_per_example: UNet forward evaluations that an example costs.
+          nfe_per_pair: network forwards that a pair costs.
+          batch_size: pairs of a step.
         """
-        self._evaluations = evaluations_per_example
+        self._nfe, self._batch_size = nfe_per_pair, batch_size
         self._pending: list[dict[str, Any]] = []  # jax.Array, whose stub lacks is_ready
         self._started: float | None = None
         self._untimed = 0
@@ -133,10 +134,10 @@ class Meter:
         """Waits for the row's steps, and begins the next row.
 
         Returns:
-          The row: mean of every metric over the steps (the largest, where its name ends in
-          `_max`), `steps` it covers, `samples_per_second` and `unet_evaluations_per_second`
-          where a timed step is among them, and `first_step_seconds` once; and the index in the
-          row of the first step that was not finite, or None.
+          The row: mean of every metric over the steps, `grad_norm_max`, the `steps` and `pairs`
+          it covers, `pairs_per_second` and `nfe_per_second` where a timed step is among them, and
+          `first_step_seconds` once; and the index in the row of the first step that was not
+          finite, or None.
         """
         values = jax.device_get(self._pending)
         seconds = time.perf_counter() - (self._started or time.perf_counter())
@@ -144,13 +145,14 @@ class Meter:
         row: Row = {}
         for name in values[0]:
             column = np.asarray([value[name] for value in values], np.float64)
-            row[name] = float(column.max() if name.endswith("_max") else column.mean())
-        row["steps"] = len(values)
-        timed = values[self._untimed :]
+            row[name] = float(column.mean())
+            if name == "grad_norm":
+                row["grad_norm_max"] = float(column.max())
+        row["steps"], row["pairs"] = len(values), len(values) * self._batch_size
+        timed = (len(values) - self._untimed) * self._batch_size
         if timed and seconds > 0:
-            samples = float(sum(value["examples"] for value in timed))
-            row["samples_per_second"] = samples / seconds
-            row["unet_evaluations_per_second"] = self._evaluations * samples / seconds
+            row["pairs_per_second"] = timed / seconds
+            row["nfe_per_second"] = self._nfe * timed / seconds
         if self._untimed:
             row["first_step_seconds"] = self._first_seconds
         self._pending, self._started, self._untimed = [], None, 0
@@ -182,9 +184,9 @@ class Progress:
         """Moves to the end of a row and shows its loss and throughput."""
         self._settled += row["steps"]
         shown = {"loss": f"{row['loss']:.4g}"}
-        if "samples_per_second" in row:
-            shown["samples/s"] = f"{row['samples_per_second']:.3g}"
-            shown["UNet/s"] = f"{row['unet_evaluations_per_second']:.3g}"
+        if "pairs_per_second" in row:
+            shown["pairs/s"] = f"{row['pairs_per_second']:.3g}"
+            shown["NFE/s"] = f"{row['nfe_per_second']:.3g}"
         self._bar.set_postfix(shown, refresh=False)
         self.at(0)
 

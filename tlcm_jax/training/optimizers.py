@@ -1,4 +1,4 @@
-"""The optimiser of every stage: AdamW behind a clip by global norm (METHOD section 6).
+"""The optimiser of every stage: AdamW behind a clip by global norm.
 
 Paper's values, and the defaults here: AdamW(0.9, 0.999), no weight decay, clip 1.0, constant
 learning rate after a linear warm-up. All counts are optimiser updates, of which one training

@@ -1,96 +1,103 @@
-"""What one optimiser step changes: the training state of a stage.
+"""What training changes: the state of a stage.
 
-Trained parameters and both Adam moments are float32 whatever the compute type of the network
-(METHOD section 6); the frozen base is not part of the state and is never checkpointed.
+Trained parameters and both Adam moments are float32 whatever the compute type of the network; the
+frozen base is not part of the state and is never checkpointed.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from tlcm_jax.training.players import Player
+STUDENT = "student"
 
-PyTree = Any
+
+@flax.struct.dataclass
+class NetworkState:
+    """A network that is trained.
+
+    Attributes:
+      params: pytree of float32 arrays, the leaves that the optimiser moves.
+      opt_state: the optax state that belongs to `params`.
+      ema: exponential moving average of `params` since the stage began; empty where none is kept.
+    """
+
+    params: PyTree[Array]
+    opt_state: PyTree[Array]
+    ema: PyTree[Array]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """The state of one stage; a pytree, donated to every step.
+    """The state of one stage; a pytree, donated to every update.
 
     Attributes:
-      step: int32 `[]`, steps of this stage that are done.
-      trainable: pytree of float32 arrays, the leaves that the optimiser moves.
-      opt_state: the optax state that belongs to `trainable`.
-      key: typed PRNG key `[]` of the stage. It never changes: step k uses
-        `fold_in(key, k)`, so a step is a function of (state, step) and a resumed run repeats it.
-      players: (parameters, optax state) of each other player by name; empty where the student is
-        the only one.
-      average: moving average of `trainable` since the stage began; empty where none is kept.
+      step: int32 `[]`, updates of the student in this stage that are done.
+      key: typed PRNG key `[]` of the stage. It never changes: step k uses `fold_in(key, k)`, so a
+        step is a function of (state, step) and a resumed run repeats it.
+      networks: the student as `STUDENT`, and the auxiliary networks, by name.
     """
 
-    step: Array
-    trainable: PyTree
-    opt_state: PyTree
-    key: Array
-    players: PyTree = flax.struct.field(default_factory=dict)
-    average: PyTree = flax.struct.field(default_factory=dict)
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+    networks: dict[str, NetworkState]
 
     @property
-    def student(self) -> tuple[PyTree, PyTree, PyTree]:
-        """What an update of the student changes."""
-        return self.trainable, self.opt_state, self.average
-
-    def moved(self, student: tuple[PyTree, PyTree, PyTree]) -> "TrainState":
-        """The same state with `student` changed."""
-        trainable, opt_state, average = student
-        return dataclasses.replace(self, trainable=trainable, opt_state=opt_state, average=average)
+    def student(self) -> NetworkState:
+        """The student's state."""
+        return self.networks[STUDENT]
 
     @property
-    def trained(self) -> PyTree:
-        """What the stage leaves to sampling and export: the average, or else the leaves."""
-        return self.average or self.trainable
+    def trained(self) -> PyTree[Array]:
+        """What the stage leaves to sampling and export: the EMA, or else the parameters."""
+        return self.student.ema or self.student.params
+
+
+@dataclasses.dataclass(frozen=True)
+class Aux:
+    """An auxiliary network before a stage's first step.
+
+    Attributes:
+      init: `(key) -> params`.
+      optimizer: its optax transformation.
+    """
+
+    init: Callable[[PRNGKeyArray], PyTree[Array]]
+    optimizer: optax.GradientTransformation
 
 
 def create(
-    trainable: PyTree,
+    params: PyTree[Array],
     optimizer: optax.GradientTransformation,
-    key: Array,
-    players: Mapping[str, Player] | None = None,
-    average: bool = False,
+    key: PRNGKeyArray,
+    aux: Mapping[str, Aux] | None = None,
+    ema: bool = False,
 ) -> TrainState:
     """The state before a stage's first step.
 
     Args:
-      trainable: pytree of arrays; floating leaves become float32. The values are copied, because
-        a step donates its state and the caller's arrays must outlive it.
-      optimizer: the optax transformation of the stage.
+      params: the student's; floating leaves become float32. The values are copied, because an
+        update donates its state and the caller's arrays must outlive it.
+      optimizer: the student's.
       key: typed PRNG key (`jax.random.key`) that no other stage uses.
-      players: the other players; each begins by its own `initial`.
-      average: whether an average of the trainable leaves is kept; it begins as these.
+      aux: the auxiliary networks by name; each begins by its own `init`.
+      ema: whether an EMA of the student is kept; it begins as its parameters.
 
     Returns:
       A `TrainState` at step 0.
     """
-    trainable = jax.tree.map(_own, trainable)
-    others = {}
-    for i, (name, player) in enumerate(sorted((players or {}).items())):
+    params = jax.tree.map(_own, params)
+    average = jax.tree.map(_own, params) if ema else {}
+    networks = {STUDENT: NetworkState(params, optimizer.init(params), average)}
+    for i, (name, network) in enumerate(sorted((aux or {}).items())):
         # Counted down from the end of the range that steps, folded into the same key, count up.
-        params = jax.tree.map(_own, player.initial(jax.random.fold_in(key, 2**32 - 1 - i)))
-        others[name] = (params, player.optimizer.init(params))
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        trainable=trainable,
-        opt_state=optimizer.init(trainable),
-        key=key,
-        players=others,
-        average=jax.tree.map(_own, trainable) if average else {},
-    )
+        weights = jax.tree.map(_own, network.init(jax.random.fold_in(key, 2**32 - 1 - i)))
+        networks[name] = NetworkState(weights, network.optimizer.init(weights), {})
+    return TrainState(step=jnp.zeros((), jnp.int32), key=key, networks=networks)
 
 
 def _own(leaf: Array) -> Array:

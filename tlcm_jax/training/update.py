@@ -1,166 +1,171 @@
-"""The update rule of every network in a step: the mean gradient of micro-batches, then optax.
+"""The train step: one optimiser update of one network, jitted, donated, sharded.
 
-With theta the network's leaves, l its loss, and a key for each micro-batch j,
+With theta the network's parameters, l its loss, and a key for each sample i of a batch,
 
-  g = mean_j grad_theta mean_i l_i(theta, frozen, examples_j, key_j)                     (1)
+  g = mean_i grad_theta l_i(theta, frozen, batch_i, key_i, others)                       (1)
   theta <- theta + optimiser(g)                                                          (2)
 
-and of the student, where a stage asks for it, an average of what it has been. It begins with the
-stage as theta itself, and remembers some 1 / (1 - d) updates:
+and of the student, where a stage asks for it, an exponential moving average of decay d, which
+begins as the parameters:
 
-  average <- d average + (1 - d) theta                                                   (3)
+  ema <- d ema + (1 - d) theta.                                                          (3)
+
+The mean (1) may be taken over micro-batches, which costs the memory of one. An auxiliary network's
+update is the same function with another loss. The engine knows no loss by name.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from tlcm_jax.training.sharding import Rules, tree_shardings
+from tlcm_jax.training.mesh import replicated
+from tlcm_jax.training.sharding import RULES, Rules, tree_shardings
+from tlcm_jax.training.state import STUDENT, NetworkState, TrainState
 
-PyTree = Any
 Metrics = dict[str, Array]
+# (params, frozen, batch, keys [n], others) -> (per_sample [n], metrics, scalars or [n]).
+Loss = Callable[..., tuple[Float[Array, " n"], Metrics]]
+# What an update reports of its own.
+OWN_METRICS = ("loss", "grad_norm", "param_norm", "finite")
+# The name under which a loss is given the student's own EMA, among the other networks.
+EMA = "ema"
 
-# What the step itself reports; an objective's metrics may not carry these names.
-OWN_METRICS = ("loss", "grad_norm", "grad_norm_max", "examples", "finite")
-# Under what name a loss sees the average of (3), beside the other players' parameters.
-AVERAGE = "average"
 
-
-def student_update(
-    loss: Callable,
+def make_update(
+    loss: Loss,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh | None,
-    rules: Rules,
+    *,
+    network: str = STUDENT,
+    accumulate: int = 1,
     ema_decay: float = 0.0,
-) -> Callable:
-    """Equations (1) to (3) for the student.
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds the update of one network of the state.
 
     Args:
-      loss: `(trainable, frozen, examples, key[, seen]) -> (per_sample, metrics)`; with other
-        players or an average it gets `seen`, their parameters by name.
+      loss: `(params, frozen, batch, keys, others) -> (per_sample [n], metrics)`; `others` holds
+        the parameters of the state's other networks by name, and the network's own EMA as `EMA`
+        where one is kept.
       optimizer: an optax transformation, clipping included.
-      mesh: what the leaves lie on; None for one device.
-      rules: where they lie there.
-      ema_decay: d of (3); 0 keeps no average.
+      network: which of `TrainState.networks` it moves.
+      accumulate: micro-batches of an update.
+      ema_decay: d of (3); 0 keeps none.
+      mesh: what the arguments lie on; None for one device.
+      rules: where the state lies there.
 
     Returns:
-      `(carry, frozen, examples [accumulate, m, ...], keys, others, loop) -> (carry, metrics)` with
-      carry = (trainable, optax state, average), the last an empty dict where none is kept; `loop`
-      chooses a scan over the micro-batches.
+      A jitted `update(state, frozen, batch, turn=0) -> (state, metrics)`. The state is donated:
+      use the returned one. `turn` counts the updates of a network within a step. The student's
+      update ends the step. Metrics are float32 scalars on the device: `loss` and the loss's own,
+      means over the batch; `grad_norm` before clipping; `param_norm` after the update; and
+      `finite`, a bool, whether all three are.
+
+    Raises:
+      ValueError: (when first called, before anything is compiled) a batch that the micro-batches
+        cannot divide, a loss that is not one value a sample, a metric of one of the update's own
+        names.
     """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must lie in 0 (none) to below 1, got {ema_decay}")
+    gradient = jax.grad(partial(_mean_loss, loss), has_aux=True)
+    salt = 0 if network == STUDENT else zlib.crc32(network.encode())
 
+    @partial(jax.jit, donate_argnums=0)
     def update(
-        carry: tuple[PyTree, PyTree, PyTree],
-        frozen: PyTree,
-        examples: PyTree,
-        keys: Array,
-        others: Mapping[str, PyTree] | None = None,
-        loop: bool = False,
-    ) -> tuple[tuple[PyTree, PyTree, PyTree], Metrics]:
-        trainable, opt_state, average = carry
-        seen = {**(others or {}), **({AVERAGE: average} if ema_decay else {})}
-        (trainable, opt_state), metrics = _descend(
-            loss, optimizer, (trainable, opt_state), frozen, examples, keys, seen, loop
-        )
+        state: TrainState, frozen: PyTree[Array], batch: PyTree[Array], turn: int | Array = 0
+    ) -> tuple[TrainState, Metrics]:
+        own = state.networks[network]
+        others = {name: net.params for name, net in state.networks.items() if name != network}
         if ema_decay:
-            average = jax.tree.map(
-                lambda old, new: ema_decay * old + (1 - ema_decay) * new, average, trainable
+            others[EMA] = own.ema
+        keys = sample_keys(state, jax.tree.leaves(batch)[0].shape[0], salt, turn)
+        micro = _micro_batches((batch, keys), accumulate)
+        first = jax.tree.map(lambda x: x[0], micro)
+        total = gradient(own.params, frozen, *first, others)
+        if accumulate > 1:
+
+            def add(total: PyTree[Array], piece: PyTree[Array]) -> tuple[PyTree[Array], None]:
+                more = gradient(own.params, frozen, *piece, others)
+                return jax.tree.map(jnp.add, total, more), None
+
+            rest = jax.tree.map(lambda x: x[1:], micro)
+            # XLA on CPU brings a convolution's gradients to its fast form only outside loops.
+            unroll = accumulate if jax.default_backend() == "cpu" else 1
+            total, _ = jax.lax.scan(add, total, rest, unroll=unroll)
+        grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+        changes, opt_state = optimizer.update(grads, own.opt_state, own.params)
+        params = optax.apply_updates(own.params, changes)
+        ema = own.ema
+        if ema_decay:
+            ema = jax.tree.map(
+                lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params
             )  # (3)
-        # As in the state, for the rules.
-        named = {"trainable": trainable, "opt_state": opt_state, "average": average}
-        lying = _placed(named, mesh, rules)
-        return (lying["trainable"], lying["opt_state"], lying["average"]), metrics
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        metrics = {**metrics, **norms}
+        watched = jnp.stack([metrics["loss"], *norms.values()])
+        metrics["finite"] = jnp.all(jnp.isfinite(watched))
+        networks = {**state.networks, network: NetworkState(params, opt_state, ema)}
+        step = state.step + 1 if network == STUDENT else state.step
+        state = TrainState(step=step, key=state.key, networks=networks)
+        if mesh is not None:
+            # New leaves and moments lie as the donated ones did.
+            wanted = tree_shardings(state, mesh, rules)
+            state = jax.lax.with_sharding_constraint(state, wanted)
+            metrics = jax.lax.with_sharding_constraint(metrics, replicated(mesh))
+        return state, metrics
 
     return update
 
 
-def player_update(
-    name: str,
-    loss: Callable,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh | None,
-    rules: Rules,
-) -> Callable:
-    """Equations (1) and (2) for another player; as `student_update`, of (params, optax state)."""
+def sample_keys(state: TrainState, count: int, salt: int, turn: int | Array = 0) -> PRNGKeyArray:
+    """A key for each of `count` samples of a batch, `[count]`, that nothing else uses.
 
-    def update(
-        carry: tuple[PyTree, PyTree],
-        frozen: PyTree,
-        examples: PyTree,
-        keys: Array,
-        loop: bool = False,
-    ) -> tuple[tuple[PyTree, PyTree], Metrics]:
-        carry, metrics = _descend(loss, optimizer, carry, frozen, examples, keys, {}, loop)
-        return _placed({"players": {name: carry}}, mesh, rules)["players"][name], metrics
-
-    return update
+    Args:
+      state: of the step.
+      count: samples.
+      salt: of who draws; 0 is the student's update.
+      turn: of the draw within the step.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), salt)
+    return jax.random.split(jax.random.fold_in(key, turn), count)
 
 
-def _descend(
-    loss: Callable,
-    optimizer: optax.GradientTransformation,
-    carry: tuple[PyTree, PyTree],
-    frozen: PyTree,
-    examples: PyTree,
-    keys: Array,
-    seen: Mapping[str, PyTree],
-    loop: bool,
-) -> tuple[tuple[PyTree, PyTree], Metrics]:
-    """Equations (1) and (2); `seen` is the same for every micro-batch."""
-    trainable, opt_state = carry
-    more = (seen,) if seen else ()
-    mean_loss_gradient = jax.grad(partial(_mean_loss, loss), has_aux=True)
+def _micro_batches(tree: PyTree[Array], accumulate: int) -> PyTree[Array]:
+    """Leaves `[n, ...]` to `[accumulate, n / accumulate, ...]`."""
+    count = jax.tree.leaves(tree)[0].shape[0]
+    if count % accumulate:
+        raise ValueError(f"a batch of {count} cannot be cut into {accumulate} micro-batches")
 
-    def gradient(trainable: PyTree, frozen: PyTree, examples: PyTree, key: Array) -> tuple:
-        return mean_loss_gradient(trainable, frozen, examples, key, *more)
+    def cut(leaf: Array) -> Array:
+        # Neighbours stay on their device: a micro-batch takes every `accumulate`-th sample.
+        return jnp.moveaxis(leaf.reshape(count // accumulate, accumulate, *leaf.shape[1:]), 1, 0)
 
-    def add(total: tuple, micro: tuple) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, gradient(trainable, frozen, *micro)), None
-
-    pieces = keys.shape[0]
-    if loop and pieces > 1:
-        first = jax.tree.map(lambda x: x[0], (examples, keys))
-        shapes = jax.eval_shape(gradient, trainable, frozen, *first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (examples, keys))
-    else:
-        micros = [jax.tree.map(lambda x, i=i: x[i], (examples, keys)) for i in range(pieces)]
-        total = gradient(trainable, frozen, *micros[0])
-        for micro in micros[1:]:
-            total, _ = add(total, micro)
-    grads, metrics = jax.tree.map(lambda x: x / pieces, total)
-    norm = optax.tree.norm(grads)
-    changes, opt_state = optimizer.update(grads, opt_state, trainable)
-    return (optax.apply_updates(trainable, changes), opt_state), {**metrics, "grad_norm": norm}
-
-
-def _placed(named: dict[str, PyTree], mesh: Mesh | None, rules: Rules) -> dict[str, PyTree]:
-    """New leaves and moments, lying as the donated ones did."""
-    if mesh is None:
-        return named
-    return jax.lax.with_sharding_constraint(named, tree_shardings(named, mesh, rules))
+    return jax.tree.map(cut, tree)
 
 
 def _mean_loss(
-    loss_function: Callable,
-    trainable: PyTree,
-    frozen: PyTree,
-    examples: PyTree,
-    key: Array,
-    *seen: PyTree,
-) -> tuple[Array, Metrics]:
-    per_sample, metrics = loss_function(trainable, frozen, examples, key, *seen)
+    loss_function: Loss,
+    params: PyTree[Array],
+    frozen: PyTree[Array],
+    batch: PyTree[Array],
+    keys: PRNGKeyArray,
+    others: Mapping[str, PyTree[Array]],
+) -> tuple[Float[Array, ""], Metrics]:
+    per_sample, metrics = loss_function(params, frozen, batch, keys, others)
     if per_sample.ndim != 1:
         raise ValueError(f"a loss must give one value a sample, [n], got {per_sample.shape}")
     clash = set(metrics) & set(OWN_METRICS)
     if clash:
-        raise ValueError(f"metrics {sorted(clash)} are the step's own: rename the objective's")
+        raise ValueError(f"metrics {sorted(clash)} are the update's own: rename the loss's")
     loss = jnp.mean(per_sample.astype(jnp.float32))
     means = {name: jnp.mean(value.astype(jnp.float32)) for name, value in metrics.items()}
     return loss, {**means, "loss": loss}

@@ -1,7 +1,7 @@
 """The adversarial term: one step of the student is to look like what it is held against.
 
 Real and fake are re-noised to a common time t', and a discriminator D on the teacher's own
-features (the down and middle half of its UNet with an adapter psi, and small heads) tells them
+features (the down and middle half of its network with an adapter psi, and small heads) tells them
 apart: with s = D(re-noised, t', c) averaged over heads and pixels, and h the hinge or softplus,
 
     L_D = h(1 - s_real) + h(1 + s_fake)   or   softplus(-s_real) + softplus(s_fake),     (1)
@@ -10,44 +10,60 @@ apart: with s = D(re-noised, t', c) averaged over heads and pixels, and h the hi
 TLCM's last stage: fake is the prediction x at a milestone, real the student's own sample of
 several steps; or, where states are made of real latents, these (SCott, Liu et al. 2024, arXiv
 2403.01505). Inside a phase (PCM, Wang et al. 2024, arXiv 2405.18407): fake is where the
-student's jump lands, real the consistency loss's target, both at the phase's lower milestone b,
+student's jump ends, real the consistency loss's target, both at the phase's lower milestone b,
 and noise is added from there,
 
-    z_t' = (alpha_t' / alpha_b) z_b + sqrt(1 - (alpha_t' / alpha_b)^2) e,   t' >= b.     (3)
+    z_t' = c z_b + sqrt(sigma_t'^2 - c^2 sigma_b^2) e,   c = alpha_t' / alpha_b,   t' >= b.    (3)
 
-Clean data is (3) with alpha_b = 1. The times 10, 250, 500, 750 are SDXL-Lightning's (Lin et al.
-2024, arXiv 2402.13929).
+Clean data is (3) with alpha_b = 1, sigma_b = 0. The times 10, 250, 500, 750 are SDXL-Lightning's
+(Lin et al. 2024, arXiv 2402.13929).
 """
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from tlcm_jax.diffusion.process import NoiseSchedule, broadcast
+from tlcm_jax.diffusion.process import bcast_right
+from tlcm_jax.diffusion.sampling import normal
+from tlcm_jax.distillation import losses
 from tlcm_jax.distillation.checks import check_at_least, check_at_most, check_choice
-from tlcm_jax.distillation.networks import Networks, needed
-from tlcm_jax.distillation.objective import Evaluations, repeat
-from tlcm_jax.distillation.terms.compose import Made, Term
-from tlcm_jax.distillation.terms.critics import CriticSettings
+from tlcm_jax.distillation.networks import (
+    AuxNetwork,
+    Frozen,
+    Networks,
+    Params,
+    adapted_features,
+    init_adapter,
+)
+from tlcm_jax.distillation.objective import NFE, repeat, split
+from tlcm_jax.distillation.terms.base import AuxSettings, Context, StudentOutputs, Term
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.models.discriminator import Heads, choose_layers
+from tlcm_jax.models.lora import LoRAConfig
 
 DISCRIMINATOR = "discriminator"
+# (z, t, conditioning) -> maps of logits.
+Discriminator = Callable[[Array, Array, object], Sequence[Array]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdversarialSettings(CriticSettings):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialSettings(AuxSettings):
     """The choices of the term.
 
     Attributes:
       weight: beside the consistency loss; ours is 5e-3 beside distribution matching, 0.1 without.
       loss: "hinge" or "softplus".
       real: "sample", the student's own of several steps, or a real one where the objective's
-        states are made of real ones; or "goal", the consistency target.
-      times: how far above the compared latents' own time t' lies, one of these at random.
-      layers: the UNet's blocks that heads look at, such as "down_blocks.1" and "mid_block"; none
-        takes all.
-      critic_learning_rate: of the discriminator; 1e-4 in the paper.
+        states are made of real ones; or "target", the consistency target.
+      times: how far above the compared latents' own time t' lies, in training steps, one of these
+        at random.
+      layers: the network's blocks that heads look at, such as "down_blocks.1" and "mid_block";
+        none takes all.
+      aux_learning_rate: of the discriminator; 1e-4 in the paper.
     """
 
     weight: float = 5e-3
@@ -55,109 +71,147 @@ class AdversarialSettings(CriticSettings):
     real: str = "sample"
     times: tuple[int, ...] = (10, 250, 500, 750)
     layers: tuple[str, ...] = ()
-    critic_learning_rate: float = 1e-4
+    aux_learning_rate: float = 1e-4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("loss", self.loss, ("hinge", "softplus"))
-        check_choice("real", self.real, ("sample", "goal"))
+        check_choice("real", self.real, ("sample", "target"))
         check_at_least("the number of times", len(self.times), 1)
         check_at_least("the smallest of times", min(self.times), 0)
 
+    def load(self, model: LatentModel, networks: Networks, adapter: LoRAConfig) -> "Adversarial":
+        """See `TermSettings`: the discriminator is an adapter and heads on the model's features."""
+        total = networks.process.num_train_timesteps
+        reason = f"the last time of {total}"
+        check_at_most("the largest of times", max(self.times), total - 1, reason)
+        widths = model.feature_widths
+        layers = choose_layers(self.layers, widths)
+        heads = Heads(layers, model.norm_groups, model.dtype)
 
-def adversarial(networks: Networks, schedule: NoiseSchedule, settings: AdversarialSettings) -> Term:
-    """The term.
+        def init(key: PRNGKeyArray) -> Params:
+            adapter_key, head_key = jax.random.split(key)
+            # An adapter that no state depends on would never move.
+            below = {
+                name: leaves
+                for name, leaves in init_adapter(model, adapter, adapter_key).items()
+                if not name.startswith(model.unused_by_features)
+            }
+            maps = {layer: jnp.zeros((1, 1, 1, widths[layer])) for layer in layers}
+            return {"adapter": below, "heads": heads.init(head_key, maps)["params"]}
 
-    Args:
-      networks: the discriminator's role.
-      schedule: the teacher's noise schedule.
+        def discriminator(psi: Params, frozen: Frozen) -> Discriminator:
+            features = adapted_features(model, adapter, psi["adapter"], frozen)
+            return lambda z, t, conditioning: heads.apply(
+                {"params": psi["heads"]}, features(z, t, conditioning)
+            )
+
+        return Adversarial(
+            weight=self.weight,
+            settings=self,
+            networks=networks,
+            init=init,
+            discriminator=discriminator,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adversarial(Term):
+    """Equations (1) to (3); the discriminator's metrics are s_real and s_fake.
+
+    Attributes:
       settings: the choices.
-
-    Returns:
-      A term with one critic, `discriminator`, whose metrics are s_real and s_fake.
-
-    Raises:
-      ValueError: times beyond the schedule, no discriminator among the roles, or layers that its
-        UNet does not have.
+      networks: of the stage.
+      init: `(key) -> psi`.
+      discriminator: `(psi, frozen)` to the network.
     """
-    last = schedule.train_steps - 1
-    reason = f"the last time of {schedule.train_steps}"
-    check_at_most("the largest of times", max(settings.times), last, reason)
-    build = needed(networks.discriminator, "adversarial", "a discriminator")
-    role = build(settings.layers)
-    hinge = settings.loss == "hinge"
 
-    def renoised(
-        z: Float[Array, "n h w c"], level: Int[Array, " n"], t: Int[Array, " n"], key: PRNGKeyArray
-    ) -> Float[Array, "n h w c"]:
-        signal = jnp.where(broadcast(level == 0), 1.0, schedule.alpha(level))
-        kept = schedule.alpha(t) / signal
-        # Where t' = level nothing is added, and rounding must not make a root of it.
-        fresh = jnp.sqrt(jnp.maximum(1 - jnp.square(kept), 0))
-        return kept * z + fresh * jax.random.normal(key, z.shape)  # (3)
+    settings: AdversarialSettings
+    networks: Networks
+    init: Callable[[PRNGKeyArray], Params]
+    discriminator: Callable[[Params, Frozen], Discriminator]
 
-    def times(level: Int[Array, " n"], key: PRNGKeyArray) -> Int[Array, " n"]:
-        above = jax.random.choice(key, jnp.asarray(settings.times, jnp.int32), level.shape)
-        return jnp.minimum(level + above, last)
+    @property
+    def needed_outputs(self) -> tuple[str, ...]:
+        """See `Term`."""
+        return (self.settings.real,)
 
-    def fake_of(made: Made) -> Float[Array, "n h w c"]:
-        return made.x0 if settings.real == "sample" else made.landing
+    @property
+    def aux(self) -> AuxNetwork:
+        """The discriminator."""
+        return AuxNetwork(
+            name=DISCRIMINATOR,
+            init=self.init,
+            loss=self._discriminator_loss,
+            updates=self.settings.aux_updates,
+            learning_rate=self.settings.aux_learning_rate,
+            b1=0.0,
+        )
 
-    def level_of(made: Made) -> Int[Array, " n"]:
-        # Whole samples are clean, wherever the student's jump lands.
-        return jnp.zeros_like(made.level) if settings.real == "sample" else made.level
-
-    def real_of(made: Made) -> Float[Array, "n h w c"]:
-        real = made.sample if settings.real == "sample" else made.goal
-        return needed(real, "adversarial", f"the {settings.real}")
+    @property
+    def nfe(self) -> NFE:
+        """See `Term`; a half of a network is counted as a whole."""
+        return NFE(aux=1.0 + 2.0 * self.settings.aux_updates)
 
     def loss(
-        made: Made,
-        extras: PyTree[Array],
-        frozen: PyTree[Array],
-        critics: PyTree[Array],
-        key: PRNGKeyArray,
+        self, outputs: StudentOutputs, context: Context
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        del extras
-        time_key, noise_key = jax.random.split(key)
-        level = level_of(made)
-        t = times(level, time_key)
-        z = renoised(fake_of(made), level, t, noise_key)
-        maps = role.network(critics[DISCRIMINATOR], frozen)(z, t, made.conditioning)
-        value = _average(maps, (lambda s: -s) if hinge else (lambda s: jax.nn.softplus(-s)))
-        return value, {}  # (2)
+        """See `Term`."""
+        time_keys, noise_keys = split(context.keys, 2)
+        fake, _, level = self._compared(outputs)
+        t = self._times(level, time_keys)
+        z = self._renoised(fake, level, t, noise_keys)
+        discriminator = self.discriminator(context.aux_params[DISCRIMINATOR], context.frozen)
+        maps = discriminator(z, t, outputs.conditioning)
+        return losses.generator_loss(maps, self.settings.loss), {}  # (2)
 
-    def discriminator_loss(
-        psi: PyTree[Array], frozen: PyTree[Array], made: Made, key: PRNGKeyArray
+    def _discriminator_loss(
+        self, psi: Params, frozen: Frozen, outputs: StudentOutputs, keys: PRNGKeyArray
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        time_key, noise_key = jax.random.split(key)
-        level = level_of(made)
-        t, level = repeat((times(level, time_key), level), 2)
+        """Equation (1)."""
+        time_keys, real_keys, fake_keys = split(keys, 3)
+        fake, real, level = self._compared(outputs)
+        t = self._times(level, time_keys)
+        noisy = (
+            self._renoised(real, level, t, real_keys),
+            self._renoised(fake, level, t, fake_keys),
+        )
         # Real and fake of a sample side by side, so that each stays on its own device.
-        both = jnp.stack([real_of(made), fake_of(made)], axis=1)
-        z = renoised(both.reshape(-1, *both.shape[2:]), level, t, noise_key)
-        maps = role.network(psi, frozen)(z, t, repeat(made.conditioning, 2))
-        real, fake = [m[0::2] for m in maps], [m[1::2] for m in maps]
-        if hinge:
-            value = _average(real, lambda s: jax.nn.relu(1 - s))
-            value = value + _average(fake, lambda s: jax.nn.relu(1 + s))
-        else:
-            value = _average(real, lambda s: jax.nn.softplus(-s))
-            value = value + _average(fake, jax.nn.softplus)
-        told = {"real": _average(real, lambda s: s), "fake": _average(fake, lambda s: s)}
-        return value, told  # (1)
+        z = jnp.stack(noisy, axis=1).reshape(-1, *fake.shape[1:])
+        maps = self.discriminator(psi, frozen)(z, jnp.repeat(t, 2), repeat(outputs.conditioning, 2))
+        real_maps, fake_maps = [m[0::2] for m in maps], [m[1::2] for m in maps]
+        metrics = {
+            "real": losses.mean_logit(real_maps, lambda s: s),
+            "fake": losses.mean_logit(fake_maps, lambda s: s),
+        }
+        return losses.discriminator_loss(real_maps, fake_maps, self.settings.loss), metrics
 
-    return Term(
-        weight=settings.weight,
-        loss=loss,
-        critics={DISCRIMINATOR: settings.critic(role, discriminator_loss, b1=0.0)},
-        # A half of a UNet is counted as a whole.
-        evaluations=Evaluations(critics=1.0 + 2.0 * settings.critic_updates),
-        needs=(settings.real,),
-    )
+    def _compared(self, outputs: StudentOutputs) -> tuple[Any, Any, Num[Array, " n"]]:
+        """Fake, real, and the time of both."""
+        clean = jnp.full_like(outputs.target_time, self.networks.process.end)
+        if self.settings.real == "sample":
+            # Whole samples are clean, wherever the student's jump ends.
+            return outputs.x0, outputs.sample, clean
+        return outputs.jump, outputs.target, outputs.target_time
 
+    def _times(self, level: Num[Array, " n"], keys: PRNGKeyArray) -> Num[Array, " n"]:
+        process = self.networks.process
+        above = jnp.asarray([process.time(step) for step in self.settings.times])
+        chosen = jax.vmap(lambda key: jax.random.choice(key, above))(keys)
+        return jnp.minimum(level + chosen, process.start).astype(level.dtype)
 
-def _average(maps, function) -> Float[Array, " n"]:
-    """The mean of a function of the logits: over each map's pixels, then over the maps."""
-    means = [jnp.mean(function(m.astype(jnp.float32)), axis=(1, 2, 3)) for m in maps]
-    return jnp.mean(jnp.stack(means), axis=0)
+    def _renoised(
+        self,
+        z: Float[Array, " n *latent"],
+        level: Num[Array, " n"],
+        t: Num[Array, " n"],
+        keys: PRNGKeyArray,
+    ) -> Float[Array, " n *latent"]:
+        """Equation (3)."""
+        process = self.networks.process
+        clean = level == process.end
+        c = process.alpha(t) / jnp.where(clean, 1.0, process.alpha(level))
+        kept = c * jnp.where(clean, 0.0, process.sigma(level))
+        # Where t' is the level nothing is added, and rounding must not make a root of it.
+        fresh = jnp.sqrt(jnp.maximum(jnp.square(process.sigma(t)) - jnp.square(kept), 0))
+        return bcast_right(c, z) * z + bcast_right(fresh, z) * normal(keys, z.shape[1:])

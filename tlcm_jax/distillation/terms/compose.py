@@ -1,216 +1,204 @@
-"""How other terms join a consistency loss: a weighted sum that meets at the student's x0.
+"""How terms join a consistency loss: a weighted sum that meets at the student's x0.
 
-Preference, distribution matching, the adversarial term and the perceptual distance all see the
-student through one thing, its prediction x = f(z_m, t_m). So
+Preference, distribution matching, the adversarial term and latent LPIPS all see the student
+through one thing, its prediction x = f(z_m, t_m). So
 
     L = L_c(x) + sum_k w_k L_k(x),    G = dL_c/dx + sum_k w_k c_k dL_k/dx,       (1)
 
 and the student's gradient is G passed back through its own network, once, whatever the number of
 terms. Two things follow. No term can send a gradient anywhere else: to the teacher, the decoder,
-a scorer or a critic. And gradients can be compared where they meet: a term with a `share` s is
-scaled down, sample by sample, to
+a scorer or an auxiliary network. And gradients can be compared where they meet: a term with a
+`max_grad_ratio` r is scaled down, sample by sample, to
 
-    c_k = min(1, s |dL_c/dx| / |w_k dL_k/dx|),                                   (2)
+    c_k = min(1, r |dL_c/dx| / |w_k dL_k/dx|),                                   (2)
 
 so that it never outweighs consistency (c_k = 1 for the others).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from tlcm_jax.distillation.networks import Networks
-from tlcm_jax.distillation.objective import (
-    Critic,
-    Evaluations,
-    Objective,
-    Parts,
-    batch_size,
-    repeat,
-)
+from tlcm_jax.diffusion.process import bcast_right
+from tlcm_jax.distillation.losses import norm_per_sample
+from tlcm_jax.distillation.networks import TERMS, AuxNetwork, Frozen, Params
+from tlcm_jax.distillation.objective import NFE, Objective, Pairs, split
+from tlcm_jax.distillation.terms.base import Context, StudentOutputs, Term
 
-
-class Examples(NamedTuple):
-    """Examples of a composed objective.
-
-    Attributes:
-      pairs: those of the consistency objective.
-      extras: what a batch holds besides its conditioning, `[n, ...]` each.
-    """
-
-    pairs: Any
-    extras: dict[str, PyTree[Array]]
+# The name under which a loss is given the student's own EMA.
+EMA = "ema"
 
 
-class Made(NamedTuple):
-    """What the student makes of one micro-batch, for critics and terms to look at.
+@dataclasses.dataclass(frozen=True)
+class StageLoss:
+    """An objective with terms beside its loss: what a stage trains.
 
     Attributes:
-      x0: `[n, h, w, c]` its prediction.
-      landing: `[n, h, w, c]` what is to meet the goal, at time `level`; x0 itself in stage 2.
-      goal: `[n, h, w, c]` the consistency loss's target; None where no term asked for it.
-      sample: `[n, h, w, c]` its own sample of several steps, or a real one; None where there is
-        neither.
-      level: `[n]` time of landing and goal; 0 counts as clean.
-      conditioning: pytree `[n, ...]`.
-    """
-
-    x0: Float[Array, "n h w c"]
-    landing: Float[Array, "n h w c"]
-    goal: Float[Array, "n h w c"] | None
-    sample: Float[Array, "n h w c"] | None
-    level: Int[Array, " n"]
-    conditioning: PyTree[Array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Term:
-    """One term of (1).
-
-    Attributes:
-      weight: w_k.
-      loss: `(made, extras, frozen, critics, key) -> (per_sample [n], metrics)`, to be
-        differentiated in `made`'s x0 and landing.
-      share: s of (2); None leaves the gradient as it is.
-      critics: whom it trains beside the student, by name.
-      evaluations: network forwards a sample that it adds, but for those of `show`.
-      needs: fields of `Made` that it cannot do without.
-    """
-
-    weight: float
-    loss: Callable[..., tuple[Float[Array, " n"], dict[str, Array]]]
-    share: float | None = None
-    critics: Mapping[str, Critic] = field(default_factory=dict)
-    evaluations: Evaluations = Evaluations()
-    needs: tuple[str, ...] = ()
-
-
-def evaluations_of(terms: Mapping[str, Term]) -> Evaluations:
-    """Forwards a sample that terms add to those of the consistency objective."""
-    rounds = max([c.updates for term in terms.values() for c in term.critics.values()], default=0)
-    # What the critics see is made once for all of them.
-    shown = rounds * (2.0 if _goal_is_shown(terms) else 1.0)
-    return sum((term.evaluations for term in terms.values()), Evaluations(rollout=shown))
-
-
-def composed(base: Objective, networks: Networks, terms: Mapping[str, Term]) -> Objective:
-    """A consistency objective with terms beside its loss.
-
-    Args:
-      base: an objective in parts.
-      networks: the roles.
-      terms: by name; none gives `base` back.
-
-    Returns:
-      The objective. Its examples are `Examples`. Its metrics are those of `base`;
-      `consistency/gradient`, the norm of dL_c/dx over a sample; and of each term its own,
-      `NAME/loss` before the weight and `NAME/gradient`, the norm after weight and share.
+      objective: the consistency objective.
+      terms: by name; there may be none.
 
     Raises:
-      ValueError: a term that `base` makes nothing for, or two critics of one name.
+      ValueError: a term that the objective makes nothing for, two auxiliary networks of one name,
+        or a stage that asks nothing of the student.
     """
-    if not terms:
-        return base
-    if base.parts is None:
-        raise ValueError(f"terms {list(terms)} can only join a consistency objective")
-    parts: Parts = base.parts
-    critics: dict[str, Critic] = {}
-    for name, term in terms.items():
-        if "sample" in term.needs and parts.sample is None:
+
+    objective: Objective
+    terms: Mapping[str, Term] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known: set[str] = set()
+        for name, term in self.terms.items():
+            if "sample" in term.needed_outputs and not self.objective.has_sample:
+                raise ValueError(
+                    f"term {name!r} compares with the student's own sample of several steps, which "
+                    "only the objective 'lcd' makes, or with a real one, which 'mlcd' has in mode "
+                    "'data'"
+                )
+            if term.aux is not None and term.aux.name in known:
+                raise ValueError(f"two terms train a network called {term.aux.name!r}: keep one")
+            known |= set() if term.aux is None else {term.aux.name}
+        if self.objective.target_is_ema and self._aux_needs_target:
             raise ValueError(
-                f"term {name!r} compares with the student's own sample of several steps, which "
-                "only endpoint_consistency makes, or with a real one, which segment_consistency "
-                "has in mode 'data'"
+                "auxiliary networks are shown the student's own target, not its EMA's: set target "
+                "= 'student'"
             )
-        clash = set(critics) & set(term.critics)
-        if clash:
-            raise ValueError(f"two terms train a critic called {sorted(clash)}: keep one")
-        critics |= term.critics
-    goal_is_shown = _goal_is_shown(terms)
-    if goal_is_shown and parts.average:
-        raise ValueError("critics are shown the student's own goal, not its average's: target")
+        if self.objective.weight == 0:
+            self._check_without_target()
 
-    def produce(
-        trainable: PyTree[Array], frozen: PyTree[Array], batch: PyTree[Array], key: PRNGKeyArray
-    ) -> Examples:
-        pairs = base.produce(trainable, frozen, batch, key)
-        # What the base has read of a batch is in its own examples.
-        extras = {k: v for k, v in batch.items() if k not in ("conditioning", "latents")}
-        copies = batch_size(pairs) // batch_size(batch["conditioning"])
-        return Examples(pairs, repeat(extras, copies))
+    def _check_without_target(self) -> None:
+        if not self.terms:
+            raise ValueError("weight = 0: the stage asks nothing of the student: give it terms")
+        unfit = [
+            name
+            for name, term in self.terms.items()
+            if term.max_grad_ratio is not None or "target" in term.needed_outputs
+        ]
+        if unfit:
+            raise ValueError(
+                f"weight = 0: the stage then has no target and no gradient of its own, which "
+                f"{', '.join(unfit)} is held against; give it a weight, or leave the term out"
+            )
 
-    def made(x0: Float[Array, "n h w c"], goal: Float[Array, "n h w c"] | None, pairs: Any) -> Made:
-        return Made(
+    @property
+    def _aux_needs_target(self) -> bool:
+        return any(t.aux is not None and "target" in t.needed_outputs for t in self.terms.values())
+
+    @property
+    def aux(self) -> dict[str, AuxNetwork]:
+        """The auxiliary networks of the terms, by name."""
+        found = (term.aux for term in self.terms.values())
+        return {network.name: network for network in found if network is not None}
+
+    @property
+    def nfe_per_pair(self) -> NFE:
+        """Forwards a pair, of objective and terms."""
+        rounds = max((network.updates for network in self.aux.values()), default=0)
+        # What auxiliary networks are shown is made once for all of them.
+        shown = NFE(rollout=rounds * (2.0 if self._aux_needs_target else 1.0))
+        own = self.objective.nfe_per_pair
+        return sum((term.nfe for term in self.terms.values()), own + shown)
+
+    def prompt_inputs(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What the terms read of the prompts, by term: numpy arrays `[n, ...]`."""
+        found = {name: term.prompt_inputs(prompts) for name, term in self.terms.items()}
+        return {name: inputs for name, inputs in found.items() if inputs}
+
+    def should_stop(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """The first term's reason to end the stage after these rows of metrics, or ""."""
+        return next(filter(None, (t.should_stop(rows, name) for name, t in self.terms.items())), "")
+
+    def __call__(
+        self,
+        trainable: Params,
+        frozen: Frozen,
+        pairs: Pairs,
+        keys: PRNGKeyArray,
+        others: Mapping[str, Params],
+    ) -> tuple[Float[Array, " n"], dict[str, Array]]:
+        """Equation (1), to be differentiated in `trainable`.
+
+        Args:
+          trainable: the student's parameters.
+          frozen: what is not trained.
+          pairs: a batch.
+          keys: one for each pair, `[n]`.
+          others: parameters of the auxiliary networks by name, and the student's EMA as `EMA`.
+
+        Returns:
+          The loss of each pair, and metrics: those of the objective; with terms,
+          `consistency/grad_norm`, the norm of dL_c/dx over a sample, and of each term its own,
+          `NAME/loss` before the weight and `NAME/grad_norm` after weight and ratio.
+        """
+        objective, networks = self.objective, self.objective.networks
+        target_params = others[EMA] if objective.target_is_ema else trainable
+        target = objective.target(networks.target(target_params, frozen), pairs)
+        x0 = objective.predict(networks.student(trainable, frozen), pairs)
+        if not self.terms:
+            return objective.loss(x0, target, pairs)
+        here = jax.lax.stop_gradient(x0)
+        total, gradient, metrics = value_and_grad_at(
+            lambda x: objective.loss(x, target, pairs), here
+        )
+        norm = norm_per_sample(gradient)
+        metrics = {**metrics, "consistency/grad_norm": norm}
+        for name, keys_ in zip(sorted(self.terms), split(keys, len(self.terms)), strict=True):
+            term = self.terms[name]
+            context = Context(
+                frozen=frozen,
+                params=frozen.get(TERMS, {}).get(name, {}),
+                inputs=pairs.inputs.get(name, {}),
+                aux_params=others,
+                keys=keys_,
+            )
+
+            def term_loss(x: Array, term: Term = term, context: Context = context) -> tuple:
+                return term.loss(self._outputs(x, target, pairs), context)
+
+            value, term_grad, term_metrics = value_and_grad_at(term_loss, here)
+            term_grad = term.weight * term_grad
+            size = norm_per_sample(term_grad)
+            if term.max_grad_ratio is not None:
+                limit = jnp.minimum(1.0, term.max_grad_ratio * norm / jnp.maximum(size, 1e-30))
+                term_grad, size = bcast_right(limit, term_grad) * term_grad, limit * size
+            total = total + term.weight * value
+            gradient = gradient + term_grad
+            metrics |= {f"{name}/{key}": number for key, number in term_metrics.items()}
+            metrics |= {f"{name}/loss": value, f"{name}/grad_norm": size}
+        # Zero in value; (1) in its gradient.
+        surrogate = jax.lax.stop_gradient(gradient) * (x0 - here)
+        surrogate = jnp.sum(surrogate.reshape(len(x0), -1), axis=1)
+        return jax.lax.stop_gradient(total) + surrogate, metrics
+
+    def aux_batch(
+        self, trainable: Params, frozen: Frozen, pairs: Pairs, keys: PRNGKeyArray
+    ) -> StudentOutputs:
+        """What auxiliary networks are shown of a batch, with fresh noise where it can be."""
+        objective = self.objective
+        student = objective.networks.target(trainable, frozen)
+        pairs = objective.renoise(pairs, keys)
+        target = objective.target(student, pairs) if self._aux_needs_target else None
+        x0 = objective.predict(student, pairs)
+        return jax.lax.stop_gradient(self._outputs(x0, target, pairs))
+
+    def _outputs(self, x0: Array, target: Array | None, pairs: Pairs) -> StudentOutputs:
+        return StudentOutputs(
             x0=x0,
-            landing=parts.land(x0, pairs),
-            goal=goal,
-            sample=None if parts.sample is None else parts.sample(pairs),
-            level=parts.level(pairs),
+            jump=self.objective.jump(x0, pairs),
+            target=target,
+            sample=pairs.sample,
+            target_time=pairs.target_time,
             conditioning=pairs.conditioning,
         )
 
-    def loss(
-        trainable: PyTree[Array],
-        frozen: PyTree[Array],
-        examples: Examples,
-        key: PRNGKeyArray,
-        seen: Mapping[str, PyTree[Array]] | None = None,
-    ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        pairs, extras = examples
-        goal = parts.goal(networks.target(parts.asked(trainable, seen), frozen), pairs)
-        x0 = parts.predict(networks.student(trainable, frozen), pairs)
-        here = jax.lax.stop_gradient(x0)
 
-        total, gradient, metrics = at(lambda x: parts.distance(x, goal, pairs), here)
-        norm = norms(gradient)
-        metrics = {**metrics, "consistency/gradient": norm}
-        keys = dict(zip(sorted(terms), jax.random.split(key, len(terms)), strict=True))
-        for name, term in terms.items():
-
-            def of_term(x: Array, name: str = name, term: Term = term) -> tuple:
-                return term.loss(made(x, goal, pairs), extras, frozen, seen or {}, keys[name])
-
-            value, pull, told = at(of_term, here)
-            pull = term.weight * pull
-            size = norms(pull)
-            if term.share is not None:
-                limit = jnp.minimum(1.0, term.share * norm / jnp.maximum(size, 1e-30))
-                pull, size = limit[:, None, None, None] * pull, limit * size
-            total = total + term.weight * value
-            gradient = gradient + pull
-            metrics |= {f"{name}/{what}": number for what, number in told.items()}
-            metrics |= {f"{name}/loss": value, f"{name}/gradient": size}
-        # Zero in value; (1) in its gradient.
-        anchor = jnp.sum(jax.lax.stop_gradient(gradient) * (x0 - here), axis=(1, 2, 3))
-        return jax.lax.stop_gradient(total) + anchor, metrics
-
-    def show(trainable: PyTree[Array], frozen: PyTree[Array]) -> Callable:
-        student = networks.target(trainable, frozen)
-
-        def look(examples: Examples, key: PRNGKeyArray) -> Made:
-            pairs = parts.refresh(examples.pairs, key)
-            goal = parts.goal(student, pairs) if goal_is_shown else None
-            return made(parts.predict(student, pairs), goal, pairs)
-
-        return look
-
-    return Objective(
-        produce=produce,
-        loss=loss,
-        parts=parts,
-        critics=critics,
-        show=show if critics else None,
-    )
-
-
-def at(
+def value_and_grad_at(
     loss: Callable[[Array], tuple[Float[Array, " n"], dict[str, Array]]],
-    x: Float[Array, "n h w c"],
-) -> tuple[Float[Array, " n"], Float[Array, "n h w c"], dict[str, Array]]:
+    x: Float[Array, " n *latent"],
+) -> tuple[Float[Array, " n"], Float[Array, " n *latent"], dict[str, Array]]:
     """A loss at x: its value per sample, each value's gradient in its own x, and its metrics."""
 
     def total(x: Array) -> tuple[Array, tuple]:
@@ -219,12 +207,3 @@ def at(
 
     gradient, (value, metrics) = jax.grad(total, has_aux=True)(x)
     return value, gradient, metrics
-
-
-def norms(x: Float[Array, "n h w c"]) -> Float[Array, " n"]:
-    """The Euclidean norm of each sample."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2, 3)))
-
-
-def _goal_is_shown(terms: Mapping[str, Term]) -> bool:
-    return any(term.critics and "goal" in term.needs for term in terms.values())

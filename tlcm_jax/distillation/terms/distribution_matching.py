@@ -1,8 +1,8 @@
 """Distribution matching: what the student makes is to be as likely as the teacher says.
 
-Yin et al. 2023 (arXiv 2311.18828), with the update ratio of their second paper (arXiv 2405.14867).
-The gradient of KL(student || teacher) over re-noised predictions is a difference of scores, here
-of x0 predictions:
+Yin et al. 2023 (DMD, arXiv 2311.18828), with the update ratio of their second paper (DMD2, arXiv
+2405.14867). The gradient of KL(student || teacher) over re-noised predictions is a difference of
+scores, here of x0 predictions:
 
     z = alpha_t' x + sigma_t' e,   t' ~ U{low .. high},                          (1)
     dL/dx = (x0_fake(z) - x0_real(z)) / mean |x - x0_real(z)|                    (2)
@@ -13,107 +13,137 @@ one is that of the student's own predictions: an adapter phi on the same base, t
     || eps_phi(alpha_t x + sigma_t e, t) - e ||^2.                               (3)
 """
 
-from dataclasses import dataclass
+import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 
-from tlcm_jax.diffusion.guidance import forwards, guided
-from tlcm_jax.diffusion.prediction import predict_x0
-from tlcm_jax.diffusion.process import NoiseSchedule
+from tlcm_jax.diffusion.guidance import Denoiser, nfe
+from tlcm_jax.diffusion.sampling import normal
+from tlcm_jax.diffusion.timesteps import uniform_times
+from tlcm_jax.distillation import losses
 from tlcm_jax.distillation.checks import check_at_least, check_at_most
-from tlcm_jax.distillation.networks import Networks, needed
-from tlcm_jax.distillation.objective import Evaluations, mean_square
-from tlcm_jax.distillation.terms.compose import Made, Term
-from tlcm_jax.distillation.terms.critics import CriticSettings
+from tlcm_jax.distillation.networks import (
+    AuxNetwork,
+    Frozen,
+    Networks,
+    Params,
+    adapted,
+    init_adapter,
+)
+from tlcm_jax.distillation.objective import NFE, split
+from tlcm_jax.distillation.terms.base import AuxSettings, Context, StudentOutputs, Term
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.models.lora import LoRAConfig
 
-FAKE = "fake"
+FAKE_SCORE = "fake_score"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistributionMatchingSettings(CriticSettings):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributionMatchingSettings(AuxSettings):
     """The choices of the term. The paper names only its place; the values are DMD's.
 
     Attributes:
       guidance_scale: w of the real score.
       low: the smallest t', in training steps.
       high: the largest.
-      critic_learning_rate: of the fake score; TLCM's last stages have 1e-5.
+      aux_learning_rate: of the fake score; TLCM's last stages have 1e-5.
     """
 
     weight: float = 1.0
     guidance_scale: float = 8.0
     low: int = 20
     high: int = 980
-    critic_learning_rate: float = 1e-5
+    aux_learning_rate: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least("guidance_scale", self.guidance_scale, 0)
         check_at_least("low", self.low, 0)
         check_at_least("high", self.high, self.low)
 
-
-def distribution_matching(
-    networks: Networks, schedule: NoiseSchedule, settings: DistributionMatchingSettings
-) -> Term:
-    """The term.
-
-    Args:
-      networks: teacher, null conditioning and the fake score's role.
-      schedule: the teacher's noise schedule.
-      settings: the choices.
-
-    Returns:
-      A term with one critic, `fake`. Its loss is half the mean square of (2), and its gradient
-      (2) over the number of elements of x, as the mean squares of the consistency losses have it.
-
-    Raises:
-      ValueError: times beyond the schedule, or no fake score among the roles.
-    """
-    last = schedule.train_steps - 1
-    check_at_most("high", settings.high, last, f"the last time of {schedule.train_steps}")
-    role = needed(networks.fake, "distribution_matching", "a fake score")
-
-    def noised(x: Float[Array, "n h w c"], key: PRNGKeyArray) -> tuple[Array, Array, Array]:
-        time_key, noise_key = jax.random.split(key)
-        t: Int[Array, " n"] = jax.random.randint(
-            time_key, x.shape[:1], settings.low, settings.high + 1
+    def load(
+        self, model: LatentModel, networks: Networks, adapter: LoRAConfig
+    ) -> "DistributionMatching":
+        """See `TermSettings`: the fake score is an adapter of the student's shape."""
+        total = networks.process.num_train_timesteps
+        check_at_most("high", self.high, total - 1, f"the last time of {total}")
+        return DistributionMatching(
+            weight=self.weight,
+            settings=self,
+            networks=networks,
+            init=functools.partial(init_adapter, model, adapter),
+            fake_score=functools.partial(adapted, model, adapter),
         )
-        noise = jax.random.normal(noise_key, x.shape)
-        return schedule.diffuse(x, noise, t), t, noise  # (1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributionMatching(Term):
+    """Equation (2); its value is half the mean square of (2).
+
+    Its gradient is (2) over the number of elements of x, as the mean squares of the consistency
+    losses have it.
+
+    Attributes:
+      settings: the choices.
+      networks: the teacher, which is the real score.
+      init: `(key) -> phi`.
+      fake_score: `(phi, frozen)` to the fake score's denoiser.
+    """
+
+    settings: DistributionMatchingSettings
+    networks: Networks
+    init: Callable[[PRNGKeyArray], Params]
+    fake_score: Callable[[Params, Frozen], Denoiser]
+
+    @property
+    def aux(self) -> AuxNetwork:
+        """The fake score."""
+        return AuxNetwork(
+            name=FAKE_SCORE,
+            init=self.init,
+            loss=self._fake_score_loss,
+            updates=self.settings.aux_updates,
+            learning_rate=self.settings.aux_learning_rate,
+        )
+
+    @property
+    def nfe(self) -> NFE:
+        """See `Term`."""
+        teacher = nfe(self.settings.guidance_scale)
+        return NFE(teacher=teacher, aux=1.0 + self.settings.aux_updates)
 
     def loss(
-        made: Made,
-        extras: PyTree[Array],
-        frozen: PyTree[Array],
-        critics: PyTree[Array],
-        key: PRNGKeyArray,
+        self, outputs: StudentOutputs, context: Context
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        del extras
-        x, conditioning = jax.lax.stop_gradient(made.x0), made.conditioning
-        z, t, _ = noised(x, key)
-        teacher = guided(networks.teacher(frozen), settings.guidance_scale, networks.null(frozen))
-        real = predict_x0(teacher, schedule, z, t, conditioning)
-        fake = predict_x0(role.network(critics[FAKE], frozen), schedule, z, t, conditioning)
-        size = jnp.mean(jnp.abs(x - real), axis=(1, 2, 3), keepdims=True)
-        direction = (fake - real) / jnp.maximum(size, 1e-8)  # (2)
-        pull = jnp.mean(direction * (made.x0 - x), axis=(1, 2, 3))
-        return 0.5 * mean_square(direction) + pull, {}
+        """See `Term`."""
+        x, frozen = jax.lax.stop_gradient(outputs.x0), context.frozen
+        z, t, _ = self._renoised(x, context.keys)
+        teacher = self.networks.guided_teacher(frozen, self.settings.guidance_scale)
+        fake_score = self.fake_score(context.aux_params[FAKE_SCORE], frozen)
+        real_x0 = teacher(z, t, outputs.conditioning)
+        fake_x0 = fake_score(z, t, outputs.conditioning)
+        gradient = losses.distribution_matching_grad(x, real_x0, fake_x0)  # (2)
+        surrogate = losses.mean_per_sample(gradient * (outputs.x0 - x))  # zero, with that gradient
+        return 0.5 * losses.mean_per_sample(jnp.square(gradient)) + surrogate, {}
 
-    def fake_loss(
-        phi: PyTree[Array], frozen: PyTree[Array], made: Made, key: PRNGKeyArray
+    def _fake_score_loss(
+        self, phi: Params, frozen: Frozen, outputs: StudentOutputs, keys: PRNGKeyArray
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        z, t, noise = noised(made.x0, key)
-        eps = role.network(phi, frozen)(z, t, made.conditioning)
-        return mean_square(eps - noise), {}  # (3)
+        """Equation (3)."""
+        z, t, noise = self._renoised(outputs.x0, keys)
+        x0 = self.fake_score(phi, frozen)(z, t, outputs.conditioning)
+        return losses.mse(self.networks.process.to_eps(z, x0, t), noise), {}
 
-    return Term(
-        weight=settings.weight,
-        loss=loss,
-        critics={FAKE: settings.critic(role, fake_loss)},
-        evaluations=Evaluations(
-            teacher=forwards(settings.guidance_scale), critics=1.0 + settings.critic_updates
-        ),
-    )
+    def _renoised(
+        self, x: Float[Array, " n *latent"], keys: PRNGKeyArray
+    ) -> tuple[Array, Num[Array, " n"], Array]:
+        """Equation (1): noisy latents, their times, and the noise."""
+        process, (time_keys, noise_keys) = self.networks.process, split(keys, 2)
+        low, high = (process.time(step) for step in (self.settings.low, self.settings.high))
+        t = uniform_times(process, time_keys, jnp.full(len(x), low), jnp.full(len(x), high))
+        noise = normal(noise_keys, x.shape[1:])
+        return process.add_noise(x, noise, t), t, noise

@@ -1,25 +1,30 @@
-"""The perceptual term: latents are compared by a network's features as well as by their values.
+"""Latent LPIPS: latents are compared by a network's features as well as by their values.
 
 TLCM (arXiv 2406.05768) adds latent LPIPS (Kang et al. 2024, arXiv 2405.05967) to the squared
 distance of both consistency losses:
 
-    L = lpips(landing, goal)                                                     (1)
+    L = lpips(jump, target)                                                      (1)
 
 with `models/latent_lpips.py`. What is compared is what the consistency loss compares.
 """
 
-from dataclasses import dataclass
+import dataclasses
+from typing import ClassVar
 
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from absl import logging
+from jaxtyping import Array, Float
 
-from tlcm_jax.diffusion.process import NoiseSchedule
 from tlcm_jax.distillation.checks import check_at_least
-from tlcm_jax.distillation.networks import Networks, needed
-from tlcm_jax.distillation.terms.compose import Made, Term
+from tlcm_jax.distillation.networks import Networks
+from tlcm_jax.distillation.terms.base import Context, StudentOutputs, Term
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.io.latent_lpips_files import is_latent_lpips, load_latent_lpips
+from tlcm_jax.models.latent_lpips import LatentLPIPS, channels_of
+from tlcm_jax.models.lora import LoRAConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class PerceptualSettings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentLPIPSSettings:
     """The choices of the term.
 
     Attributes:
@@ -31,32 +36,47 @@ class PerceptualSettings:
     weight: float = 1.0
     weights: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_at_least("weight", self.weight, 0)
 
+    def load(
+        self, model: LatentModel, networks: Networks, adapter: LoRAConfig
+    ) -> "LatentLPIPSTerm | None":
+        """See `TermSettings`."""
+        del model, adapter
+        if not is_latent_lpips(self.weights):
+            logging.log_first_n(
+                logging.WARNING,
+                "no latent LPIPS in %s: the consistency losses are the mean square alone; train "
+                "one with `python -m miniature.train_latent_lpips`",
+                1,
+                self.weights,
+            )
+            return None
+        network, params = load_latent_lpips(self.weights)
+        trained_for, channels = channels_of(params), networks.latent_shape[-1]
+        if trained_for != channels:
+            raise ValueError(
+                f"{self.weights}: a latent LPIPS for {trained_for} channels, where this model's "
+                f"latents have {channels}; train one with `python -m miniature.train_latent_lpips`"
+            )
+        return LatentLPIPSTerm(weight=self.weight, params=params, network=network)
 
-def perceptual(networks: Networks, schedule: NoiseSchedule, settings: PerceptualSettings) -> Term:
-    """The term.
 
-    Args:
-      networks: the perceptual distance.
-      schedule: not used; terms are built alike.
-      settings: the choices.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentLPIPSTerm(Term):
+    """Equation (1).
 
-    Raises:
-      ValueError: there is no perceptual distance among the roles.
+    Attributes:
+      network: of the distance.
     """
-    del schedule
-    distance = needed(networks.perceptual, "latent_lpips", "a perceptual distance")
+
+    network: LatentLPIPS
+    needs: ClassVar[tuple[str, ...]] = ("target",)
 
     def loss(
-        made: Made,
-        extras: PyTree[Array],
-        frozen: PyTree[Array],
-        critics: PyTree[Array],
-        key: PRNGKeyArray,
+        self, outputs: StudentOutputs, context: Context
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
-        del extras, critics, key
-        return distance(frozen)(made.landing, made.goal), {}  # (1)
-
-    return Term(weight=settings.weight, loss=loss, needs=("goal",))
+        """See `Term`."""
+        variables = {"params": context.params}
+        return self.network.apply(variables, outputs.jump, outputs.target), {}
