@@ -14,6 +14,7 @@ from tlcm_jax.io.clip_names import open_clip_places
 from tlcm_jax.io.files import save_tensors
 from tlcm_jax.io.pipeline_folder import write_json
 from tlcm_jax.models.aesthetic import LinearChain
+from tlcm_jax.models.blip import BLIPConfig, ImageRewardModel
 from tlcm_jax.models.clip import CLIPConfig
 from tlcm_jax.models.mps import CrossConfig, MPSModel
 
@@ -96,7 +97,25 @@ def write_scorers(folder: Path) -> dict[str, Path]:
     ids = jax.ShapeDtypeStruct((1, 77), np.int32)
     network = MPSModel(config, CrossConfig(layers=1, heads=2, head_width=8))
     write_network(folder / "mps" / "model.safetensors", network, pixels, ids, ids, prefix="mps.")
+    write_image_reward(folder / "image_reward")
     return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def write_image_reward(folder: Path) -> None:
+    """Writes an ImageReward of one layer each, and a vocabulary of letters."""
+    folder.mkdir(parents=True)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{x}" for x in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    config = BLIPConfig(
+        image_size=32, vision_width=64, vision_layers=1, vocab_size=len(words), positions=40,
+        text_width=64, text_inner=48, text_layers=1,
+    )  # fmt: skip
+    pixels = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+    ids = jax.ShapeDtypeStruct((1, 35), np.int32)
+    seen = jax.ShapeDtypeStruct((1, 35), bool)
+    network = ImageRewardModel(config)
+    write_network(folder / "ImageReward.safetensors", network, pixels, ids, seen)
 
 
 def write_network(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tlcm_jax.evaluation.scorers import aesthetic, clip, hps, mps, pickscore
+from tlcm_jax.evaluation.scorers import aesthetic, clip, hps, image_reward, mps, pickscore
 from tlcm_jax.evaluation.scorers.base import Scorer
 
 # Name -> loader, given the file or folder of the weights; "" where none was given.
@@ -19,6 +19,7 @@ SCORERS: Mapping[str, Callable[[str], Scorer]] = {
     **clip.LOADERS,
     **aesthetic.LOADERS,
     **hps.LOADERS,
+    "image_reward": image_reward.load,
     "mps": mps.load,
     "pickscore": pickscore.load,
 }
