@@ -93,6 +93,7 @@ def get_config(variant: str = "") -> ConfigDict:
             stages=stages,
             mesh=dict(data=-1, fsdp=1),
             log_every=8 if smoke else 40,
+            sample_every=156,
             checkpoint_every=160,
             evaluation=dict(
                 prompts=(str(prompts / "heldout.txt"), str(prompts / "composition.txt")),

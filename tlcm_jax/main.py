@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     compilation.use_cache(_CACHE.value)
     from tlcm_jax.config.run import train
     from tlcm_jax.evaluation.final_eval import Ending, brought_home, finish
+    from tlcm_jax.evaluation.previews import preview_hooks
     from tlcm_jax.training.profile import parse_steps
 
     workdir = str(_WORKDIR.value)
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> None:
             workdir,
             progress=_PROGRESS.value,
             profile_steps=parse_steps(_PROFILE.value),
+            make_hooks=lambda settings, model: preview_hooks(settings, model, workdir),
         )
         if not run.completed:
             logging.warning("stopped on request; the same command resumes this run")

@@ -1,4 +1,4 @@
-"""Previews: a few prompts drawn by the student as it stands, every so many steps of its training."""
+"""Previews: a few prompts drawn by the student as it stands, every so many training steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
