@@ -1,4 +1,4 @@
-"""Our schedule and samplers against diffusers' schedulers, on the same network and noise."""
+"""Our processes and samplers against diffusers' schedulers, on the same network and noise."""
 
 import inspect
 
@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tlcm_jax.diffusion import gaussian
-from tlcm_jax.diffusion import sampling as sampler
+from tests.support.noise import times as times_of
+from tlcm_jax.diffusion import gaussian, sampling
 from tlcm_jax.diffusion.gaussian import Gaussian
 from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.process import SCHEDULERS, NoiseSchedule
+from tlcm_jax.diffusion.process import RectifiedFlow
+from tlcm_jax.diffusion.scheduler_config import FLOWS, SCHEDULERS, process_from_config
+from tlcm_jax.diffusion.timesteps import student_timesteps
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch: torch is not installed")
 diffusers = pytest.importorskip("diffusers", reason="parity: diffusers is not installed")
@@ -24,28 +26,46 @@ CONFIG = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+# What users' fine-tunes of SD 2.x and SDXL have (Lin et al. 2023).
+ZERO_SNR = CONFIG | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+VP = {"eps": CONFIG, "v": CONFIG | {"prediction_type": "v_prediction"}, "v-zero-snr": ZERO_SNR}
 SHAPE = (3, 4, 4, 2)
+MEAN_KEY, NOISE_KEY = jax.random.split(jax.random.key(0))
+DATA = Gaussian(jax.random.normal(MEAN_KEY, SHAPE), jnp.full(SHAPE, 0.3))
+NOISE = jax.random.normal(NOISE_KEY, SHAPE)
 
 
-@pytest.fixture(scope="module")
-def world():
-    """A schedule, a denoiser with its conditioning, and noise."""
-    schedule = NoiseSchedule.from_config(CONFIG)
-    mean_key, noise_key = jax.random.split(jax.random.key(0))
-    data = Gaussian(jax.random.normal(mean_key, SHAPE), jnp.full(SHAPE, 0.3))
-    noise = jax.random.normal(noise_key, SHAPE)
-    return schedule, gaussian.denoiser(schedule), data, noise
+def raw(process, x0, z, t):
+    """What a network of the process's own prediction type returns, as a tensor.
+
+    By PyTorch's side of the table: eps and v from x0 (diffusers' `get_velocity`), the velocity of
+    a flow from two points of its line.
+    """
+    z, x0 = (np.asarray(x, np.float64) for x in (z, x0))
+    if isinstance(process, RectifiedFlow):
+        prediction = (z - x0) / float(t[0])
+    else:
+        alpha, sigma = (float(f(t)[0]) for f in (process.alpha, process.sigma))
+        eps = (z - alpha * x0) / sigma
+        v = alpha * eps - sigma * x0
+        prediction = {"epsilon": eps, "v_prediction": v}[process.prediction_type]
+    return torch.from_numpy(np.array(prediction, np.float32))
 
 
-def run(scheduler, denoiser, conditioning, noise, **step_options):
+def run(scheduler, process, denoiser, noise, **step_options):
     """A diffusers pipeline's loop: the output of its last `scheduler.step`."""
     z = torch.from_numpy(np.array(noise))
     for t in scheduler.timesteps:
         times = jnp.full(noise.shape[0], int(t))
-        eps = denoiser(jnp.asarray(z.numpy()), times, conditioning)
-        output = scheduler.step(torch.from_numpy(np.array(eps)), t, z, **step_options)
+        x0 = denoiser(jnp.asarray(z.numpy()), times, DATA)
+        output = scheduler.step(raw(process, x0, z.numpy(), times), t, z, **step_options)
         z = output.prev_sample
     return output
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    theirs = np.asarray(theirs)
+    assert np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)) < tolerance
 
 
 def feed_noises(monkeypatch, module, noises):
@@ -56,57 +76,134 @@ def feed_noises(monkeypatch, module, noises):
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
-def test_alphas_cumprod(beta_schedule):
-    config = CONFIG | {"beta_schedule": beta_schedule}
-    ours = NoiseSchedule.from_config(config).alphas_cumprod
+@pytest.mark.parametrize("kind", VP)
+def test_alphas_cumprod(kind, beta_schedule):
+    config = VP[kind] | {"beta_schedule": beta_schedule}
+    ours = process_from_config(config).alphas_cumprod
     theirs = diffusers.DDIMScheduler.from_config(config).alphas_cumprod.numpy()
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    # Equal to the bit but for the rescaled one: PyTorch's square root is its own, in the last bit.
+    np.testing.assert_allclose(ours, theirs, rtol=5e-6 if kind == "v-zero-snr" else 0)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 @pytest.mark.parametrize("steps", [4, 25, 50])
-def test_the_teacher_is_ddim(world, spacing, steps):
-    schedule, denoiser, data, noise = world
+@pytest.mark.parametrize("kind", VP)
+def test_the_teacher_is_ddim(kind, spacing, steps):
+    process = process_from_config(VP[kind])
+    denoiser = gaussian.denoiser(process)
     null = Gaussian(jnp.zeros((1, *SHAPE[1:])), jnp.ones((1, *SHAPE[1:])))
-    scheduler = diffusers.DDIMScheduler.from_config(CONFIG | {"timestep_spacing": spacing})
+    teacher = guided(denoiser, 8.0, lambda data: null)
+    scheduler = diffusers.DDIMScheduler.from_config(VP[kind] | {"timestep_spacing": spacing})
     scheduler.set_timesteps(steps)
-    assert sampler.teacher_timesteps(steps, spacing=spacing) == tuple(scheduler.timesteps.tolist())
-    theirs = run(scheduler, guided(denoiser, 8.0, null), data, noise).prev_sample.numpy()
-    ours = sampler.sample_teacher(denoiser, schedule, noise, data, null, steps, 8.0, spacing)
-    assert np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)) < 1e-5
+    assert process.grid(steps, spacing) == tuple(scheduler.timesteps.tolist())
+    theirs = run(scheduler, process, teacher, NOISE).prev_sample
+    ours = sampling.sample_teacher(
+        denoiser, process, NOISE, DATA, lambda data: null, steps, 8.0, spacing
+    )
+    assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("steps", range(1, 9))
-def test_the_student_s_sampler_is_lcm_with_our_timesteps(world, steps, monkeypatch):
-    schedule, denoiser, data, noise = world
-    times = student_timesteps(steps)
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [*(("eps", steps) for steps in range(1, 9)), ("v", 4), ("v-zero-snr", 1), ("v-zero-snr", 4)],
+)
+def test_the_student_s_sampler_is_lcm_with_our_timesteps(kind, steps, monkeypatch):
+    process = process_from_config(VP[kind])
+    denoiser, grid = gaussian.denoiser(process), student_timesteps(steps)
     noises = jax.random.normal(jax.random.key(7), (steps - 1, *SHAPE))
-    scheduler = diffusers.LCMScheduler.from_config(CONFIG)
-    scheduler.set_timesteps(timesteps=list(times))
+    scheduler = diffusers.LCMScheduler.from_config(VP[kind])
+    scheduler.set_timesteps(timesteps=list(grid))
     queue = feed_noises(monkeypatch, diffusers.schedulers.scheduling_lcm, noises)
-    theirs = run(scheduler, denoiser, data, noise).denoised.numpy()
+    theirs = run(scheduler, process, denoiser, NOISE).denoised
     assert not queue
-    ours = sampler.sample(denoiser, schedule, noise, data, times, noises=noises)
-    assert np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)) < 2e-6
+    ours = sampling.sample(denoiser, process, NOISE, DATA, grid, noises=noises)
+    assert_close(ours, theirs, 2e-6)
 
 
-def test_gamma_is_that_of_tcd(world, monkeypatch):
-    schedule, denoiser, data, noise = world
-    times = student_timesteps(4)
+def test_gamma_is_that_of_tcd(monkeypatch):
+    process = process_from_config(CONFIG)
+    denoiser, grid = gaussian.denoiser(process), student_timesteps(4)
     noises = jax.random.normal(jax.random.key(7), (3, *SHAPE))
     scheduler = diffusers.TCDScheduler.from_config(CONFIG)
-    scheduler.set_timesteps(timesteps=list(times))
+    scheduler.set_timesteps(timesteps=list(grid))
     feed_noises(monkeypatch, diffusers.schedulers.scheduling_tcd, noises)
     # TCD's last step goes to time 0 instead of to x0: compare what enters it.
-    z = torch.from_numpy(np.array(noise))
+    z = torch.from_numpy(np.array(NOISE))
     for t in scheduler.timesteps[:-1]:
-        eps = denoiser(jnp.asarray(z.numpy()), jnp.full(SHAPE[0], int(t)), data)
-        z = scheduler.step(torch.from_numpy(np.array(eps)), t, z, eta=0.3).prev_sample
-    alpha, sigma = schedule.alphas[times[-1]], schedule.sigmas[times[-1]]
-    eps = denoiser(jnp.asarray(z.numpy()), jnp.full(SHAPE[0], times[-1]), data)
-    theirs = (z.numpy() - sigma * np.asarray(eps)) / alpha
-    ours = sampler.sample(denoiser, schedule, noise, data, times, noises=noises, gamma=0.3)
-    assert np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)) < 1e-5
+        times = jnp.full(SHAPE[0], int(t))
+        x0 = denoiser(jnp.asarray(z.numpy()), times, DATA)
+        z = scheduler.step(raw(process, x0, z.numpy(), times), t, z, eta=0.3).prev_sample
+    theirs = denoiser(jnp.asarray(z.numpy()), jnp.full(SHAPE[0], grid[-1]), DATA)
+    ours = sampling.sample(denoiser, process, NOISE, DATA, grid, noises=noises, gamma=0.3)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", VP)
+def test_x0_noise_and_velocity_are_diffusers_(kind):
+    """`add_noise`, and the x0 that a step reads from a raw prediction, at both ends of time."""
+    process, scheduler = (
+        process_from_config(VP[kind]),
+        diffusers.DDIMScheduler.from_config(VP[kind]),
+    )
+    scheduler.set_timesteps(1000)
+    rng = np.random.default_rng(0)
+    x0, eps = rng.standard_normal((2, *SHAPE), np.float32)
+    for step in (0, 1, 500, 998, 999):
+        t = jnp.full(SHAPE[0], step)
+        tensors = torch.from_numpy(x0), torch.from_numpy(eps), torch.full((SHAPE[0],), step)
+        z = scheduler.add_noise(*tensors).numpy()
+        np.testing.assert_allclose(process.add_noise(*map(jnp.asarray, (x0, eps)), t), z, atol=1e-6)
+        output = scheduler.step(torch.from_numpy(eps), step, torch.from_numpy(z))
+        assert_close(
+            process.to_x0(*map(jnp.asarray, (eps, z)), t), output.pred_original_sample, 1e-5
+        )
+        if kind != "eps":
+            v = scheduler.get_velocity(*tensors).numpy()
+            np.testing.assert_allclose(process.to_x0(*map(jnp.asarray, (v, z)), t), x0, atol=1e-5)
+
+
+# --- flows ---
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_s_times_are_shifted_as_diffusers_shifts_them(shift):
+    """Its pipelines give their own sigmas; the scheduler's table counts from 1 / T, ours from 0."""
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    process, scheduler = process_from_config(config), getattr(diffusers, FLOWS[0])(shift=shift)
+    train_steps = (999, 749, 499, 124)
+    scheduler.set_timesteps(sigmas=[step / 999 for step in train_steps])
+    ours = [process.time(step) for step in train_steps]
+    np.testing.assert_allclose(scheduler.sigmas[:-1].numpy(), ours, rtol=1e-6)
+    np.testing.assert_allclose(scheduler.timesteps.numpy() / 1000, ours, rtol=1e-6)
+    assert scheduler.sigmas[-1] == process.end == 0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_a_flow_s_teacher_is_euler(shift, steps):
+    process, scheduler = RectifiedFlow(shift), getattr(diffusers, FLOWS[0])(shift=shift)
+    denoiser, grid = gaussian.denoiser(process), process.grid(steps)
+    unshifted = RectifiedFlow().grid(steps)
+    scheduler.set_timesteps(sigmas=list(unshifted))
+    z = torch.from_numpy(np.array(NOISE))
+    for now, t in zip(grid, scheduler.timesteps, strict=True):
+        times = jnp.full(SHAPE[0], now)
+        x0 = denoiser(jnp.asarray(z.numpy()), times, DATA)
+        z = scheduler.step(raw(process, x0, z.numpy(), times), t, z).prev_sample
+    ours = sampling.sample_teacher(denoiser, process, NOISE, DATA, lambda d: d, steps, scale=1.0)
+    assert_close(ours, z)
+
+
+def test_a_flow_s_noise_is_diffusers_():
+    process, scheduler = RectifiedFlow(3.0), getattr(diffusers, FLOWS[0])(shift=3.0)
+    train_steps = [999, 500, 40]
+    scheduler.set_timesteps(sigmas=[step / 999 for step in train_steps])
+    x0 = np.random.default_rng(0).standard_normal(SHAPE, np.float32)
+    theirs = scheduler.scale_noise(
+        torch.from_numpy(x0), scheduler.timesteps, torch.from_numpy(np.array(NOISE))
+    )
+    ours = process.add_noise(jnp.asarray(x0), NOISE, times_of(process, train_steps))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 # What the scheduler folders on the hub say of the noise: SD 1.x, SD 2.1 (v), SDXL base, LCM-SDXL
@@ -126,6 +223,7 @@ HUB = {
         "_class_name": "DPMSolverMultistepScheduler", **CONFIG, "solver_order": 2,
         "rescale_betas_zero_snr": False, "prediction_type": "v_prediction",
     },
+    "sdxl-v-zero-snr": {"_class_name": "EulerDiscreteScheduler", **ZERO_SNR},
     "ddpm": {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "clip_sample": False},
     "trained": {
         "_class_name": "DDPMScheduler", "num_train_timesteps": 50,
@@ -138,9 +236,15 @@ HUB = {
 def test_noise_levels_of_hub_configs(name):
     config = HUB[name]
     theirs = getattr(diffusers, config["_class_name"]).from_config(config)
-    ours = NoiseSchedule.from_config(config)
-    np.testing.assert_array_equal(ours.alphas_cumprod, theirs.alphas_cumprod.numpy())
-    assert ours.train_steps == theirs.config.num_train_timesteps
+    ours = process_from_config(config)
+    table = theirs.alphas_cumprod.numpy().copy()
+    if config.get("rescale_betas_zero_snr"):
+        assert table[-1] == 2**-24  # diffusers' Euler divides by it; its DDIM keeps the 0, as here
+        table[-1] = 0
+        np.testing.assert_allclose(ours.alphas_cumprod, table, rtol=5e-6)
+    else:
+        np.testing.assert_array_equal(ours.alphas_cumprod, table)
+    assert ours.num_train_timesteps == theirs.config.num_train_timesteps
     assert ours.prediction_type == theirs.config.prediction_type
 
 
@@ -159,10 +263,12 @@ def test_a_silent_config_has_its_class_s_defaults(name):
 def test_every_other_class_is_refused_by_name():
     """Whatever else diffusers has: none of its schedulers is read by a rule that is not its own."""
     others = [
-        name for name in dir(diffusers) if name.endswith("Scheduler") and name not in SCHEDULERS
+        name
+        for name in dir(diffusers)
+        if name.endswith("Scheduler") and name not in (*SCHEDULERS, *FLOWS)
     ]
     assert {"CogVideoXDDIMScheduler", "EDMEulerScheduler", "UnCLIPScheduler"} <= {*others}
     for name in others:
         for betas in ({}, CONFIG, {"trained_betas": [0.1, 0.2], "num_train_timesteps": 2}):
             with pytest.raises(ValueError, match=f"class {name} .*not supported"):
-                NoiseSchedule.from_config({"_class_name": name, **betas})
+                process_from_config({"_class_name": name, **betas})

@@ -71,21 +71,30 @@ class Process:
         """The x0 that a network's raw prediction stands for, float32: table (2)."""
         raise NotImplementedError
 
-    def time(self, train_step: float) -> float:
+    def time(self, train_step: int) -> int | float:
         """The time of a training step, 0 .. T-1: itself on a table, mapped to 0 .. 1 on a flow."""
         raise NotImplementedError
 
+    def earlier(self, t: Num[Array, " b"], train_steps: int) -> Num[Array, " b"]:
+        """The time a number of training steps before `t`, or `end` where that comes first."""
+        raise NotImplementedError
+
     @property
-    def start(self) -> float:
+    def time_dtype(self) -> np.dtype:
+        """Of arrays of times."""
+        return np.dtype(np.int32 if self.discrete else np.float32)
+
+    @property
+    def start(self) -> int | float:
         """The noisiest time, where sampling begins."""
         return self.time(self.num_train_timesteps - 1)
 
     @property
-    def end(self) -> float:
+    def end(self) -> int | float:
         """The cleanest time that the model knows."""
         return self.time(0)
 
-    def grid(self, steps: int, spacing: str = "trailing") -> tuple[float, ...]:
+    def grid(self, steps: int, spacing: str = "trailing") -> tuple[int | float, ...]:
         """The times of a sampler of many steps (Lin et al. 2023, arXiv 2305.08891, table 2).
 
         Args:
@@ -207,9 +216,23 @@ class DiscreteVP(Process):
         """See `Process`."""
         return jnp.asarray(self.sigmas)[t]
 
-    def time(self, train_step: float) -> int:
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, DiscreteVP)
+            and self.prediction_type == other.prediction_type
+            and np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.prediction_type, self.alphas_cumprod.tobytes()))
+
+    def time(self, train_step: int) -> int:
         """See `Process`: the index itself."""
-        return int(train_step)
+        return train_step
+
+    def earlier(self, t: Num[Array, " b"], train_steps: int) -> Num[Array, " b"]:
+        """See `Process`."""
+        return jnp.maximum(t - train_steps, 0)
 
     def to_x0(
         self, prediction: Float[Array, " b *latent"], z: Float[Array, " b *latent"],
@@ -243,6 +266,8 @@ class RectifiedFlow(Process):
     discrete: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps = {self.num_train_timesteps}: must be over 1")
         if not self.shift > 0:
             raise ValueError(f"shift = {self.shift}: must be greater than 0")
 
@@ -254,9 +279,15 @@ class RectifiedFlow(Process):
         """See `Process`."""
         return t.astype(jnp.float32)
 
-    def time(self, train_step: float) -> float:
+    def time(self, train_step: int) -> int | float:
         """See `Process`: equation (5)."""
-        u = float(train_step) / (self.num_train_timesteps - 1)
+        u = train_step / (self.num_train_timesteps - 1)
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def earlier(self, t: Num[Array, " b"], train_steps: int) -> Num[Array, " b"]:
+        """See `Process`: equation (5), solved for u."""
+        u = t / (self.shift - (self.shift - 1) * t) - train_steps / (self.num_train_timesteps - 1)
+        u = jnp.maximum(u, 0.0)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def to_x0(

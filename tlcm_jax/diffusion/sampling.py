@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, Num, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser, NullOf, guided
 from tlcm_jax.diffusion.process import Process
@@ -36,7 +36,7 @@ def sample(
     noise: Float[Array, " b *latent"],
     conditioning: PyTree[Array],
     timesteps: Sequence[int],
-    keys: PRNGKeyArray | None = None,
+    keys: Key[Array, " b"] | None = None,
     gamma: float = 1.0,
     noises: Float[Array, "renoisings b *latent"] | None = None,
 ) -> Float[Array, " b *latent"]:
@@ -91,7 +91,7 @@ def sample(
     return jax.lax.scan(advance, noise, xs)[0]
 
 
-def normal(keys: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, " b *latent"]:
+def normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, " b *latent"]:
     """Unit Gaussian noise, a key for each sample: `[b, *shape]`."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 

@@ -95,19 +95,30 @@ def process_from_config(config: Mapping[str, Any]) -> Process:
             _unsupported("prediction_type", prediction_type, " or ".join(PREDICTION_TYPES))
         )
     betas = _betas(config, steps)
-    alphas_cumprod = np.cumprod((1 - betas).astype(np.float64))
     if config.get("rescale_betas_zero_snr"):
         if prediction_type == "epsilon":
             reason = "at alpha = 0 an eps prediction does not determine x0; v_prediction does"
             raise ValueError(_unsupported("rescale_betas_zero_snr", True, f"false ({reason})"))
-        alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
-    return DiscreteVP(alphas_cumprod.astype(np.float32), prediction_type)
+        betas = _zero_terminal_snr(betas)
+    return DiscreteVP(_cumulated(betas), prediction_type)
 
 
-def _zero_terminal_snr(alphas_cumprod: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
-    """Equation (2)."""
-    root = np.sqrt(alphas_cumprod)
-    return np.square((root - root[-1]) * root[0] / (root[0] - root[-1]))
+def _cumulated(betas: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
+    """Equation (1)."""
+    return np.cumprod((1 - betas).astype(np.float64)).astype(np.float32)
+
+
+def _zero_terminal_snr(betas: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
+    """Betas whose abar is that of equation (2).
+
+    By way of float32 betas and in diffusers' order, whose rounding (1e-6) is part of the levels
+    that such models were trained on.
+    """
+    root = np.sqrt(_cumulated(betas))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alphas_cumprod = np.square(root)
+    alphas = np.concatenate([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+    return 1 - alphas
 
 
 def _betas(config: Mapping[str, Any], steps: int) -> Float[np.ndarray, " T"]:

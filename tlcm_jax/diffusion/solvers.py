@@ -12,8 +12,8 @@ element of the data given z_t. It is given back by lengthening the noise, of d e
 *Ancestral sampling* (Ho et al. 2020, arXiv 2006.11239; DDIM with eta = 1) is a first-order step of
 the reverse diffusion, the way back of the noise as it was added:
 
-    z_s = alpha_s x0 + sqrt(sigma_s^2 - n^2) eps + n xi,    xi ~ N(0, I),
-    n^2 = (sigma_s / sigma_t)^2 (1 - (alpha_t / alpha_s)^2).                      (2)
+    z_s = alpha_s x0 + c sigma_s eps + sqrt(1 - c^2) sigma_s xi,    xi ~ N(0, I),
+    c = (alpha_t / alpha_s) (sigma_s / sigma_t).                                  (2)
 """
 
 import jax.numpy as jnp
@@ -48,11 +48,10 @@ def ancestral_step(
     s: Num[Array, " b"],
 ) -> Float[Array, " b *latent"]:
     """Equation (2), with xi = `noise`; at s = t nothing moves."""
-    ratio = process.alpha(t) / process.alpha(s)
-    # Of sigma_s^2, the share that is fresh.
-    share = (1 - jnp.square(ratio)) / jnp.square(process.sigma(t))
+    ratio, _ = process.coefficients(t, s)
+    c = ratio * jnp.where(t == s, 1.0, process.alpha(t) / process.alpha(s))
     # As in process.py: r is 1 and k 0, exactly, where no time passes.
-    r = process.sigma(s) / process.sigma(t) * jnp.sqrt(1 - share)
+    r = c * ratio
     k = process.alpha(s) - r * process.alpha(t)
-    fresh = process.sigma(s) * jnp.sqrt(share)
+    fresh = process.sigma(s) * jnp.sqrt(1 - jnp.square(c))
     return bcast_right(r, z) * z + bcast_right(k, z) * x0 + bcast_right(fresh, z) * noise

@@ -14,7 +14,7 @@ in nor the devices that the batch lies on change it.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Int, Key, Num
 
 from tlcm_jax.diffusion.process import Process
 
@@ -67,7 +67,7 @@ def milestone_indices(segments: int, num_train_timesteps: int = 1000) -> tuple[i
 def milestones(process: Process, segments: int) -> Num[np.ndarray, " milestones"]:
     """Equation (1) in the process's own times: M + 1 of them, falling, int32 or float32."""
     times = [process.time(b) for b in milestone_indices(segments, process.num_train_timesteps)]
-    return np.asarray(times, np.int32 if process.discrete else np.float32)
+    return np.asarray(times, process.time_dtype)
 
 
 def shortest_segment(segments: int, num_train_timesteps: int = 1000) -> int:
@@ -84,7 +84,7 @@ def segment_lower_bound(process: Process, t: Num[Array, " b"], segments: int) ->
 
 def uniform_times(
     process: Process,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     low: Num[Array, " b"],
     high: Num[Array, " b"],
 ) -> Num[Array, " b"]:
@@ -99,13 +99,12 @@ def uniform_times(
 def earlier_times(
     process: Process, t: Num[Array, " b"], train_steps: int, floor: Num[Array, " b"]
 ) -> Num[Array, " b"]:
-    """max(t - skip, floor), the skip given in training steps."""
-    skip = train_steps if process.discrete else train_steps / (process.num_train_timesteps - 1)
-    return jnp.maximum(t - skip, floor)
+    """The times that many training steps before t, none below its floor."""
+    return jnp.maximum(process.earlier(t, train_steps), floor)
 
 
 def random_times(
-    process: Process, keys: PRNGKeyArray, segments: int
+    process: Process, keys: Key[Array, " b"], segments: int
 ) -> tuple[Int[Array, " b"], Num[Array, " b"]]:
     """Draws a segment s ~ U{0 .. M-1}, counted from the clean end, and t ~ U(b_s, b_{s+1}].
 
@@ -127,7 +126,7 @@ def random_times(
 
 
 def stratified_times(
-    process: Process, keys: PRNGKeyArray, segments: int, per_segment: int
+    process: Process, keys: Key[Array, " b"], segments: int, per_segment: int
 ) -> Num[Array, "b points"]:
     """Random stops of a batch of paths, stratified over the time axis.
 
