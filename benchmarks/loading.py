@@ -86,7 +86,7 @@ def load_ours(folder: Path) -> object:
     return lambda: _timed(
         lambda: (
             tensors := open_component(folder, "diffusion_pytorch_model"),
-            to_devices(names.matched(tensors, shapes, str(folder)), shapes, tensors.release),
+            to_devices(names.match_tensors(tensors, shapes, str(folder)), shapes, tensors.release),
         )[1]
     )
 

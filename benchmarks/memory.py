@@ -20,7 +20,7 @@ import jax
 from configs import sdxl
 from tlcm_jax.config.build import abstract_adapter, blueprints
 from tlcm_jax.config.schema import read
-from tlcm_jax.families.load import abstract_pipeline
+from tlcm_jax.families.load import abstract_model
 from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.training.state import create
 
@@ -37,7 +37,7 @@ def roles(model: Path) -> Mapping[str, tuple[int, int, int]]:
     last["terms"] = {"distribution_matching": {}, "adversarial": {}}
     config |= {"stages": {"endpoints": last}, "stage_order": ("endpoints",)}
     settings = read(config)
-    pipeline = abstract_pipeline(
+    pipeline = abstract_model(
         model, dtype=settings.model.dtype, param_dtype=settings.model.param_dtype
     )
     (plan,) = blueprints(settings, pipeline, make_mesh(settings.mesh))

@@ -31,11 +31,11 @@ def restrict_cores(threads: int) -> int:
 
 def ours(model: str, steps: int) -> Callable[[list[str]], object]:
     """A function that draws prompts with this library."""
-    from tlcm_jax.families.load import load_pipeline
-    from tlcm_jax.generation.generate import draw_student
+    from tlcm_jax.families.load import load_model
+    from tlcm_jax.generation.generate import generate
 
-    pipeline = load_pipeline(model)
-    return lambda prompts: draw_student(pipeline, prompts, steps, seed=0)
+    pipeline = load_model(model)
+    return lambda prompts: generate(pipeline, prompts, steps, seed=0)
 
 
 def theirs(model: str, steps: int, threads: int) -> Callable[[list[str]], object]:

@@ -16,12 +16,12 @@ import numpy as np
 
 from miniature.captions import wording
 from tlcm_jax.data.batches import whole_batches
-from tlcm_jax.families.load import load_pipeline
-from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.families.load import load_model
+from tlcm_jax.families.stable_diffusion import StableDiffusion
 
 
 def encode(
-    pipeline: Pipeline, data: Mapping[str, np.ndarray], batch: int = 64
+    pipeline: StableDiffusion, data: Mapping[str, np.ndarray], batch: int = 64
 ) -> dict[str, np.ndarray]:
     """Latents and captions, as `tlcm_jax.data.latents` reads them.
 
@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     with np.load(args.data) as file:
         data = {name: file[name] for name in file.files}
-    encoded = encode(load_pipeline(args.model), data)
+    encoded = encode(load_model(args.model), data)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(args.output, **encoded)
     print(f"{len(encoded['captions'])} latents of {list(encoded['latents'].shape[1:])}")

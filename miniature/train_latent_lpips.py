@@ -27,7 +27,7 @@ from PIL import Image
 from miniature.augment import blur
 from miniature.fit import cosine, fit
 from miniature.train_vae import perceptual_distance
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.io.latent_lpips_files import save_latent_lpips
 from tlcm_jax.models.latent_lpips import WIDTHS, LatentLPIPS
 
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     args = parser.parse_args()
 
-    pipeline = load_pipeline(args.model)
+    pipeline = load_model(args.model)
     channels = pipeline.vae.config.latent_channels
     if args.bapps:
         network = LatentLPIPS()

@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from miniature.fit import fit, trapezoid
 from tlcm_jax.diffusion.sampling import sample_teacher
-from tlcm_jax.families.load import abstract_params, load_pipeline
-from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.families.load import abstract_params, load_model
+from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.io import names
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.unet import UNet2DConditionModel
@@ -109,7 +109,9 @@ def save_unet(params: dict, folder: Path) -> None:
     )
 
 
-def encode_dataset(pipeline: Pipeline, data: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
+def encode_dataset(
+    pipeline: StableDiffusion, data: dict, rows: np.ndarray
+) -> dict[str, np.ndarray]:
     """Latents `[n, 8, 8, 4]` and, for each caption, text states and pooled embeddings."""
     encode = jax.jit(pipeline.encode_images)
     images = data["images"][rows]
@@ -168,7 +170,7 @@ def main() -> None:
     params = initial_params(unet)
     if not (args.output / "unet" / "diffusion_pytorch_model.safetensors").exists():
         save_unet(params, args.output)
-    pipeline = load_pipeline(args.output)
+    pipeline = load_model(args.output)
     data = np.load(args.data)
     encoded = encode_dataset(pipeline, data, np.flatnonzero(~data["composition"]))
     print(f"latents: deviation {encoded['latents'].std():.3f}", flush=True)
@@ -225,7 +227,7 @@ def initial_params(unet: UNet2DConditionModel) -> dict:
     return params
 
 
-def sample_reporter(pipeline: Pipeline, folder: Path):
+def sample_reporter(pipeline: StableDiffusion, folder: Path):
     """A function `(step, params)` that draws a sheet of pictures with the guided teacher."""
     objects = ("red apple", "cat face", "rocket", "sunflower", "fire engine", "grinning face",
                "octopus", "guitar")  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.config.run import distil
 from tlcm_jax.evaluation.final_eval import Ending, finish
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.workdir import load_adapter
 
@@ -82,7 +82,7 @@ def test_from_recipe_to_report(world, config, tmp_path):
     assert (tmp_path / "samples" / "prompts.png").is_file()
 
     # What was exported is what was trained, and the pipeline is the teacher with it merged in.
-    teacher = load_pipeline(world / "teacher")
+    teacher = load_model(world / "teacher")
     trained = flax.traverse_util.flatten_dict(run.adapter)
     exported = read_lora(tmp_path / "export" / "lora", teacher.params["unet"])
     for path, leaf in flax.traverse_util.flatten_dict(exported).items():

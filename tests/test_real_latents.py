@@ -6,17 +6,17 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
+from tlcm_jax.config.companions import Companions
 
 from configs import emoji_dmd2, emoji_hyper_sd, emoji_lcm, emoji_mcm, emoji_pcm, emoji_scott
 from tests.support.cut import cut_after
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import paths
 from tlcm_jax.config.build import blueprints
-from tlcm_jax.config.companions import Companions
 from tlcm_jax.config.run import PromptBatches, distil
 from tlcm_jax.config.schema import read
 from tlcm_jax.data.latents import read_latents
-from tlcm_jax.families.load import abstract_pipeline, load_pipeline
+from tlcm_jax.families.load import abstract_model, load_model
 from tlcm_jax.io.workdir import load_adapter
 from tlcm_jax.training.mesh import make_mesh
 
@@ -69,7 +69,7 @@ def config(world, **changes):
 
 def test_a_batch_holds_latents_beside_their_own_captions(world):
     settings = read(config(world))
-    pipeline, mesh = load_pipeline(world / "teacher"), make_mesh({"data": 8})
+    pipeline, mesh = load_model(world / "teacher"), make_mesh({"data": 8})
     latents = read_latents(settings.latents, pipeline.latent_shape())
     batches = PromptBatches(pipeline, ["a red icon"], mesh, settings, Companions(), latents)
     batch = batches.stage(0, settings.stages["only"])(3)
@@ -89,7 +89,7 @@ def test_a_batch_holds_latents_beside_their_own_captions(world):
 def test_every_relative_fits_the_miniature_teacher(recipe):
     settings = read(recipe.get_config().to_dict())
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    plans = blueprints(settings, abstract_pipeline(paths.EMOJI_XL), mesh)
+    plans = blueprints(settings, abstract_model(paths.EMOJI_XL), mesh)
     assert [plan.name for plan in plans] == list(settings.stages)
 
 

@@ -10,7 +10,7 @@ from tests.support.published import write_sdxl_configs
 from tlcm_jax import paths
 from tlcm_jax.config.build import abstract_adapter, blueprints
 from tlcm_jax.config.schema import read
-from tlcm_jax.families.load import abstract_pipeline
+from tlcm_jax.families.load import abstract_model
 from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.training.state import create
 
@@ -34,7 +34,7 @@ def recipe():
 )
 def test_lowers(tmp_path, recipe, variant, stage):
     settings = read(recipe(variant).to_dict())
-    pipeline = abstract_pipeline(
+    pipeline = abstract_model(
         write_sdxl_configs(tmp_path), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="blocks"
     )
     mesh = make_mesh(settings.mesh)

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from tlcm_jax.config.companions import load_companions
 
 from miniature.contrastive import ContrastiveNetwork, ContrastiveScorer, words
 from tests.support.cut import cut_after
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.config import companions
 from tlcm_jax.config.build import abstract_adapter, blueprints
-from tlcm_jax.config.companions import load_companions
 from tlcm_jax.config.run import distil
 from tlcm_jax.config.schema import read
-from tlcm_jax.families.load import abstract_pipeline, load_pipeline
+from tlcm_jax.families.load import abstract_model, load_model
 from tlcm_jax.io.latent_lpips_files import save_latent_lpips
 from tlcm_jax.models import lora
 from tlcm_jax.models.adapters import is_adapter
@@ -79,7 +79,7 @@ def config(world, **changes):
 
 def prepared(world, raw):
     settings = read(raw)
-    pipeline = abstract_pipeline(world / "teacher")
+    pipeline = abstract_model(world / "teacher")
     loaded = load_companions(settings)
     mesh = make_mesh({"data": 8})
     return settings, pipeline, loaded, blueprints(settings, pipeline, mesh, loaded)
@@ -182,7 +182,7 @@ def test_a_game_runs_resumes_and_trains_the_whole_network(world, tmp_path):
     for row in rows:
         assert all(np.isfinite(row[f"{who}/loss"]) for who in ("fake", "discriminator"))
         assert np.isfinite(row["loss"]) and row["preference/gradient"] > 0
-    teacher = load_pipeline(world / "teacher")
+    teacher = load_model(world / "teacher")
     student = lora.merge(teacher.params["unet"], run.adapter)
     moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), teacher.params["unet"], student)
     assert moved["conv_in"]["kernel"] and moved["conv_out"]["kernel"]

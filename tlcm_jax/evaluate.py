@@ -21,9 +21,9 @@ from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import check_steps, evaluate
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.evaluation.scorers.table import load_scorers
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.io.workdir import drawn_with, is_workdir, trained_resolution
-from tlcm_jax.sample import load_model
+from tlcm_jax.sample import load_with_adapter
 from tlcm_jax.training import compilation
 
 CACHE = "teacher"
@@ -65,10 +65,10 @@ def run(values: flags.FlagValues) -> None:
     steps = check_steps(values.steps)  # what is quickly checked, before anything is loaded
     prompt_sets = [read_prompt_set(path).first(values.limit) for path in values.prompts]
     scorers = load_scorers(values.scores)
-    pipeline, adapter, bare = load_model(values.model, values.lora)
+    pipeline, adapter, bare = load_with_adapter(values.model, values.lora)
     teacher = None if adapter is None and bare is pipeline else bare
     if values.teacher is not None:
-        teacher = load_pipeline(values.teacher)
+        teacher = load_model(values.teacher)
     home = Path(values.model if is_workdir(values.model) else values.output)
     result = evaluate(
         pipeline,

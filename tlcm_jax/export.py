@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.io.files import DTYPES
 from tlcm_jax.io.model_card import Recipe
 from tlcm_jax.io.products import LORAS, TARGETS, check_targets, export_products
 from tlcm_jax.io.verify import require_consumer, verify_products
 from tlcm_jax.io.workdir import load_adapter
-from tlcm_jax.models.adapters import extracted, is_adapter
+from tlcm_jax.models.adapters import is_adapter, svd_extract
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -53,7 +53,7 @@ def run(values: flags.FlagValues) -> None:
     if values.verify:
         require_consumer()
     config, trained = load_adapter(values.workdir, values.step)
-    pipeline = load_pipeline(config["model"]["path"], on_device=False)
+    pipeline = load_model(config["model"]["path"], on_device=False)
     recipe = Recipe.from_config(config, pipeline)
     adapter: Mapping | None = trained
     unet = None
@@ -61,7 +61,7 @@ def run(values: flags.FlagValues) -> None:
         adapter, unet = None, trained
         if LORAS.keys() & set(values.to):
             teacher = pipeline.params["unet"]
-            adapter, missed = extracted(teacher, trained, values.rank)
+            adapter, missed = svd_extract(teacher, trained, values.rank)
             recipe = dataclasses.replace(recipe, rank=values.rank, missed=missed)
             print(f"LoRA of rank {values.rank}, extracted: misses {missed:.2%} of the change")
     products = export_products(

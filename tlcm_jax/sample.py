@@ -19,10 +19,10 @@ from PIL import Image
 
 from tlcm_jax.data.prompts import warn_truncated
 from tlcm_jax.diffusion.timesteps import student_timesteps
-from tlcm_jax.families.load import load_pipeline
-from tlcm_jax.families.stable_diffusion import Pipeline
-from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher
-from tlcm_jax.io.lora_stack import put_on
+from tlcm_jax.families.load import load_model
+from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
+from tlcm_jax.io.lora_stack import apply_loras
 from tlcm_jax.io.workdir import drawn_with, is_workdir, load_adapter, trained_resolution
 from tlcm_jax.training import compilation
 
@@ -70,26 +70,24 @@ def run(values: flags.FlagValues) -> None:
     if not values.teacher:
         student_timesteps(steps)  # before anything is loaded
     targets = _targets(Path(values.output), len(values.prompt))
-    rendering = Rendering(
+    options = GenerationOptions(
         prompts_2=values.prompt_2,
         chunks=None if values.long_prompts else 1,
         resolution=values.resolution or trained_resolution(values.model),
         tile=values.tile,
     )
-    model = load_model(values.model, values.lora, adapted=not values.teacher)
+    model = load_with_adapter(values.model, values.lora, adapted=not values.teacher)
     pipeline, adapter = model.pipeline, model.adapter
     if not values.long_prompts:
         warn_truncated([*values.prompt, *(values.prompt_2 or ())], pipeline.tokenizers[0])
     if values.teacher:
         scale = drawn_with(values.model, "guidance_scale", 8.0, given=values.guidance_scale)
-        pictures = draw_teacher(pipeline, values.prompt, steps, scale, values.seed, rendering)
+        pictures = generate_teacher(pipeline, values.prompt, steps, scale, values.seed, options)
     else:
         if values.guidance_scale is not None:
             pipeline = _embed_guidance(pipeline, values.guidance_scale)
         gamma = drawn_with(values.model, "gamma", 1.0, given=values.gamma)
-        pictures = draw_student(
-            pipeline, values.prompt, steps, values.seed, adapter, gamma, rendering
-        )
+        pictures = generate(pipeline, values.prompt, steps, values.seed, adapter, gamma, options)
     for target, picture in zip(targets, pictures, strict=True):
         enlarged = picture.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
         Image.fromarray(np.ascontiguousarray(enlarged)).save(target)
@@ -105,16 +103,18 @@ class Model(NamedTuple):
       bare: the pipeline as it is without LoRAs, which may change its text encoders too.
     """
 
-    pipeline: Pipeline
+    pipeline: StableDiffusion
     adapter: Mapping[str, Any] | None
-    bare: Pipeline
+    bare: StableDiffusion
 
 
-def load_model(path: str, loras: Sequence[str] | None = None, *, adapted: bool = True) -> Model:
+def load_with_adapter(
+    path: str, loras: Sequence[str] | None = None, *, adapted: bool = True
+) -> Model:
     """A pipeline, and the adapter to draw with.
 
     Args:
-      path: what `load_pipeline` reads, or a workdir: its teacher, and its newest adapter.
+      path: what `load_model` reads, or a workdir: its teacher, and its newest adapter.
       loras: LoRAs of any dialect, `PATH` or `PATH:WEIGHT`, added up. With a workdir they stand in
         the trained adapter's place.
       adapted: False leaves a workdir's adapter out.
@@ -124,13 +124,13 @@ def load_model(path: str, loras: Sequence[str] | None = None, *, adapted: bool =
         config, trained = load_adapter(path)
         path = config["model"]["path"]
         adapter = trained if adapted else None
-    bare = pipeline = load_pipeline(path)
+    bare = pipeline = load_model(path)
     if loras:
-        pipeline, adapter = put_on(bare, loras)
+        pipeline, adapter = apply_loras(bare, loras)
     return Model(pipeline, adapter, bare)
 
 
-def _embed_guidance(pipeline: Pipeline, scale: float) -> Pipeline:
+def _embed_guidance(pipeline: StableDiffusion, scale: float) -> StableDiffusion:
     """The pipeline with the scale that its UNet is to draw as if guided by.
 
     Raises:

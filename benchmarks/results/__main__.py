@@ -25,7 +25,7 @@ from benchmarks.results.page import collect, commentary_beside, compared, page
 from benchmarks.results.queue import perform
 from benchmarks.results.runs import Plan, Run, plan
 from benchmarks.results.sheets import write_sheets
-from tlcm_jax.io.files import whole
+from tlcm_jax.io.files import atomic_write
 
 TABLES = (
     recipes.RECIPES,
@@ -89,7 +89,7 @@ def write(tables: Sequence[Table], planned: Plan, output: Path, words: Sequence[
         sheets=sheets,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole(output) as part:
+    with atomic_write(output) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -21,8 +21,8 @@ from benchmarks.results.runs import JOB, PICTURES, SCORES, STOPPED, TEACHER, Ask
 from tlcm_jax.config.run import distil
 from tlcm_jax.config.schema import Settings, read
 from tlcm_jax.evaluation.reporting.provenance import provenance
-from tlcm_jax.families.load import load_pipeline
-from tlcm_jax.io.files import whole
+from tlcm_jax.families.load import load_model
+from tlcm_jax.io.files import atomic_write
 from tlcm_jax.training import compilation
 
 REFERENCE = "reference.npz"
@@ -48,7 +48,7 @@ def work(folder: Path, teacher: Path) -> None:
     settings = read(job["config"])
     spent: dict[str, Any] = {}
     if job["name"] == TEACHER:
-        measured = measure(load_pipeline(settings.model.path), asked)
+        measured = measure(load_model(settings.model.path), asked)
         _save(folder / REFERENCE, {"pictures": measured.reference})
     else:
         with np.load(teacher / REFERENCE) as file:
@@ -60,7 +60,7 @@ def work(folder: Path, teacher: Path) -> None:
         measured = measure(run.pipeline, asked, lora=run.adapter, reference=reference)
     _save(folder / PICTURES, measured.pictures)
     found = _told(job, measured, spent, time.monotonic() - start)
-    with whole(folder / SCORES) as part:
+    with atomic_write(folder / SCORES) as part:
         part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
@@ -108,7 +108,7 @@ def _told(
 
 
 def _save(path: Path, arrays: Mapping[str, Any]) -> None:
-    with whole(path) as part:
+    with atomic_write(path) as part:
         with part.open("wb") as file:
             np.savez_compressed(file, **arrays)
 

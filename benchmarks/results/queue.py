@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.results.runs import FAILURE, JOB, LOG, SCORES, STOPPED, Run
 from tlcm_jax.evaluation.reporting.provenance import duration
-from tlcm_jax.io.files import whole
+from tlcm_jax.io.files import atomic_write
 
 # Shown of a finished run, with the step count that the tables share.
 HEADLINE = "4"
@@ -171,5 +171,5 @@ def _headline(run: Run) -> str:
 
 
 def _write(path: Path, value: dict) -> None:
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from benchmarks.results.experiment import Table
 from benchmarks.results.runs import PICTURES, Plan, Run
 from tlcm_jax.evaluation.reporting.contents import Kind, PictureGrid, PictureRow
 from tlcm_jax.evaluation.reporting.pictures import contact_sheet
-from tlcm_jax.io.files import whole
+from tlcm_jax.io.files import atomic_write
 
 LARGEST = 300_000
 # Twelve letters then fit over a column of 32-pixel pictures.
@@ -35,7 +35,7 @@ def write_sheets(tables: Sequence[Table], plan: Plan, folder: Path) -> dict[str,
             rows.append(_column(teacher, "teacher", 4))
             name = f"{table.name}-{steps}.png"
             prompts = (teacher.scores() or {})["shown"]
-            with whole(folder / name) as part:
+            with atomic_write(folder / name) as part:
                 _write(part, prompts, rows)
             links.setdefault(table.name, {})[steps] = f"{folder.name}/{name}"
     return links

@@ -17,7 +17,7 @@ from tlcm_jax.config.schema import read
 from tlcm_jax.diffusion.process import NoiseSchedule
 from tlcm_jax.distillation import registry as stages
 from tlcm_jax.evaluation.scorers.base import Measure
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 
 EXPERIMENTS = {e.name: e for table in command.TABLES for e in table.experiments}
 
@@ -57,7 +57,7 @@ def test_names_fit_over_a_column_and_mean_one_thing():
 
 def test_costs_are_those_that_the_stages_count(tmp_path):
     """With the terms of real networks in the stand-ins' place."""
-    pipeline = load_pipeline(write_tiny_pipeline(tmp_path))
+    pipeline = load_model(write_tiny_pipeline(tmp_path))
     settings = read(EXPERIMENTS["dmd2"].config())
     stage = settings.stages["endpoints"]
     roles = networks(pipeline, settings.adapter)

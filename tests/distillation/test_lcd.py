@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tlcm_jax.diffusion.prediction import eps_from_x0, predict_x0
 
 from tlcm_jax.diffusion import ddim, gaussian
 from tlcm_jax.diffusion import sampling as sampler
 from tlcm_jax.diffusion import trajectories as paths
 from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.prediction import eps_from_x0, predict_x0
 from tlcm_jax.distillation import lcd as endpoints
 from tlcm_jax.distillation.lcd import EndpointConsistencySettings, endpoint_consistency
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tlcm_jax.diffusion.prediction import eps_from_x0, predict_x0
 
 from tlcm_jax.diffusion import ddim, gaussian
 from tlcm_jax.diffusion import trajectories as paths
 from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.prediction import eps_from_x0, predict_x0
 from tlcm_jax.distillation.mlcd import SegmentConsistencySettings, segment_consistency
 from tlcm_jax.distillation.mlcd_pairs import literal_times
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tlcm_jax.diffusion.prediction import predict_x0
 
 from tlcm_jax.diffusion import ddim, gaussian, solvers
 from tlcm_jax.diffusion import trajectories as paths
 from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.prediction import predict_x0
 from tlcm_jax.distillation import registry as stages
 from tlcm_jax.distillation.mlcd import SegmentConsistencySettings, segment_consistency
 

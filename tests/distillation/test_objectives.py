@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tlcm_jax.diffusion.prediction import predict_x0
 
 from tlcm_jax.diffusion import ddim
-from tlcm_jax.diffusion.prediction import predict_x0
 from tlcm_jax.distillation import registry as stages
 from tlcm_jax.distillation.lcd import EndpointConsistencySettings
 from tlcm_jax.distillation.mlcd import SegmentConsistencySettings

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from tlcm_jax.diffusion.prediction import predict_x0
 
 from tlcm_jax.diffusion import ddim, gaussian, solvers
 from tlcm_jax.diffusion import trajectories as paths
-from tlcm_jax.diffusion.prediction import predict_x0
 from tlcm_jax.distillation import lcd as endpoints
 from tlcm_jax.distillation import mlcd as consistency
 from tlcm_jax.distillation import trajectory_kd as trajectories

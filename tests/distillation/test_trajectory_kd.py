@@ -2,11 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tlcm_jax.diffusion.prediction import eps_from_x0
 
 from tlcm_jax.diffusion import gaussian
 from tlcm_jax.diffusion import trajectories as paths
 from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.prediction import eps_from_x0
 from tlcm_jax.distillation import trajectory_kd as trajectories
 from tlcm_jax.distillation.trajectory_kd import TrajectoryRegressionSettings
 

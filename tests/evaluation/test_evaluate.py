@@ -16,8 +16,8 @@ from tlcm_jax.evaluation import evaluate as evaluation
 from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import evaluate
 from tlcm_jax.evaluation.scorers.base import Measure, Scorer
-from tlcm_jax.families.load import load_pipeline
-from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher
+from tlcm_jax.families.load import load_model
+from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.io.lora_files import write_lora
 from tlcm_jax.io.workdir import trained_resolution
 from tlcm_jax.models import lora
@@ -53,7 +53,7 @@ class Brightness(Scorer):
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    return load_pipeline(write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
+    return load_model(write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +93,11 @@ def test_pictures_are_those_of_the_samplers(pipeline, adapter, result):
     assert [(drawn.kind, drawn.steps) for drawn in result.sets[1].drawn] == order[1:3]
     np.testing.assert_array_equal(
         first.find("student", 4).pictures,
-        draw_student(pipeline, PROMPTS, 4, 5, adapter, 0.5, Rendering(batch_size=25)),
+        generate(pipeline, PROMPTS, 4, 5, adapter, 0.5, GenerationOptions(batch_size=25)),
     )
     np.testing.assert_array_equal(
         first.find("teacher", 4).pictures,
-        draw_teacher(pipeline, PROMPTS, 4, 2.0, 5, Rendering(batch_size=25)),
+        generate_teacher(pipeline, PROMPTS, 4, 2.0, 5, GenerationOptions(batch_size=25)),
     )
 
 
@@ -146,9 +146,9 @@ def test_the_teacher_is_drawn_once_for_the_same_weights(
 
     def counting(teacher, prompts, steps, *args, **options):
         drawn.append(steps)
-        return draw_teacher(teacher, prompts, steps, *args, **options)
+        return generate_teacher(teacher, prompts, steps, *args, **options)
 
-    monkeypatch.setattr(evaluation, "draw_teacher", counting)
+    monkeypatch.setattr(evaluation, "generate_teacher", counting)
     monkeypatch.setattr(evaluation, "TEACHER_STEPS", (2,))
 
     def run(teacher=pipeline, **options):
@@ -186,7 +186,7 @@ def test_without_scorer_or_teacher_there_are_pictures(pipeline, heldout, tmp_pat
 
 
 def test_what_cannot_be_evaluated_is_refused_before_drawing(pipeline, heldout, monkeypatch):
-    monkeypatch.setattr(evaluation, "draw_student", None)
+    monkeypatch.setattr(evaluation, "generate", None)
     plain = dataclasses.replace(heldout, annotations={})
     with pytest.raises(ValueError, match="needs a style"):
         evaluate(pipeline, [plain], scorers=[Brightness()])

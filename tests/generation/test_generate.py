@@ -9,20 +9,20 @@ import pytest
 
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
 from tlcm_jax.diffusion import sampling as sampler
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.generation import generate as drawing
-from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher
+from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.models import lora
 from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.training.sharding import place
 
-THREES = Rendering(batch_size=3)
+THREES = GenerationOptions(batch_size=3)
 PROMPTS = ["a red cat", "an icon", "a cat of ice", ""]
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    return load_pipeline(write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
+    return load_model(write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def adapter(pipeline):
 
 @pytest.fixture(scope="module")
 def two_steps(pipeline):
-    return draw_student(pipeline, PROMPTS, 2, seed=3)
+    return generate(pipeline, PROMPTS, 2, seed=3)
 
 
 def assert_same(first, second):
@@ -63,7 +63,7 @@ def test_the_student_is_the_sampler_s(pipeline):
         gamma=0.3,
         noises=jnp.stack(fresh),
     )
-    drawn = draw_student(pipeline, PROMPTS, 3, seed=3, gamma=0.3)
+    drawn = generate(pipeline, PROMPTS, 3, seed=3, gamma=0.3)
     assert drawn.shape == (4, 32, 32, 3) and drawn.dtype == np.uint8
     assert_same(drawn[1:2], decoded(pipeline, latents))
 
@@ -78,18 +78,18 @@ def test_the_teacher_is_the_sampler_s_from_the_same_noise(pipeline):
         steps=4,
         scale=3.0,
     )
-    drawn = draw_teacher(pipeline, PROMPTS, 4, 3.0, seed=3)
+    drawn = generate_teacher(pipeline, PROMPTS, 4, 3.0, seed=3)
     assert_same(drawn[1:2], decoded(pipeline, latents))
 
 
 def test_a_picture_depends_on_its_prompt_place_and_seed_only(pipeline, two_steps):
     assert two_steps.std() > 10
     # Two batches, of which the second has two unused places.
-    assert_same(draw_student(pipeline, PROMPTS, 2, seed=3, rendering=THREES), two_steps)
-    same_prompt = draw_student(pipeline, PROMPTS[:1] * 3, 2, seed=3, rendering=THREES)
+    assert_same(generate(pipeline, PROMPTS, 2, seed=3, options=THREES), two_steps)
+    same_prompt = generate(pipeline, PROMPTS[:1] * 3, 2, seed=3, options=THREES)
     assert_same(same_prompt[:1], two_steps[:1])
     assert np.any(same_prompt[0] != same_prompt[1])
-    other_seed = draw_student(pipeline, PROMPTS[:3], 2, seed=4, rendering=THREES)
+    other_seed = generate(pipeline, PROMPTS[:3], 2, seed=4, options=THREES)
     assert np.mean(other_seed != two_steps[:3]) > 0.5
 
 
@@ -97,28 +97,28 @@ def test_on_a_mesh_the_pictures_are_the_same(pipeline, two_steps):
     mesh = make_mesh({"data": 1, "fsdp": 2}, jax.devices()[:2])
     on_mesh = dataclasses.replace(pipeline, params=place(pipeline.params, mesh))
     # Three do not divide: the batch is filled up to four.
-    assert_same(draw_student(on_mesh, PROMPTS[:3], 2, seed=3), two_steps[:3])
+    assert_same(generate(on_mesh, PROMPTS[:3], 2, seed=3), two_steps[:3])
 
 
 def test_an_adapter_is_merged_and_one_of_zeros_changes_nothing(pipeline, adapter, two_steps):
     zeros = jax.tree.map(np.zeros_like, adapter)
-    np.testing.assert_array_equal(draw_student(pipeline, PROMPTS, 2, 3, zeros), two_steps)
-    adapted = draw_student(pipeline, PROMPTS, 2, 3, adapter)
+    np.testing.assert_array_equal(generate(pipeline, PROMPTS, 2, 3, zeros), two_steps)
+    adapted = generate(pipeline, PROMPTS, 2, 3, adapter)
     assert np.mean(adapted != two_steps) > 0.5
     effective = lora.merge(pipeline.params["unet"], adapter)
     whole = dataclasses.replace(pipeline, params={**pipeline.params, "unet": effective})
-    assert_same(draw_student(whole, PROMPTS, 2, 3), adapted)
+    assert_same(generate(whole, PROMPTS, 2, 3), adapted)
 
 
 def test_every_step_count_weights_and_seed_share_the_compiled_code(pipeline, adapter, two_steps):
     functions = drawing._encode, drawing._student_step, drawing._noise, drawing._decode
     compiled = [function._cache_size() for function in functions]
-    draw_student(pipeline, PROMPTS, 3, 5, adapter, gamma=0.4)
-    draw_student(load_pipeline(pipeline.source), PROMPTS, 1, 3)
+    generate(pipeline, PROMPTS, 3, 5, adapter, gamma=0.4)
+    generate(load_model(pipeline.source), PROMPTS, 1, 3)
     assert [function._cache_size() for function in functions] == compiled
-    draw_teacher(pipeline, PROMPTS, 2, 3.0, 3)
+    generate_teacher(pipeline, PROMPTS, 2, 3.0, 3)
     compiled = drawing._teacher_step._cache_size()
-    draw_teacher(pipeline, PROMPTS, 5, 3.0, 4)
+    generate_teacher(pipeline, PROMPTS, 5, 3.0, 4)
     assert drawing._teacher_step._cache_size() == compiled
 
 
@@ -126,7 +126,7 @@ def test_what_is_read_and_how_large(pipeline):
     text, long = PROMPTS[0], " ".join(["red", "cat"] * 60)
 
     def drawn(prompt=text, **options):
-        return draw_student(pipeline, [prompt], 1, 3, rendering=Rendering(**options))
+        return generate(pipeline, [prompt], 1, 3, options=GenerationOptions(**options))
 
     plain = drawn()
     assert_same(drawn(prompts_2=[text]), plain)
@@ -140,7 +140,7 @@ def test_what_is_read_and_how_large(pipeline):
 
 
 def test_the_teacher_reads_long_prompts_beside_a_null_as_long(pipeline):
-    long, options = " ".join(["red", "cat"] * 60), Rendering(chunks=None, resolution=48)
+    long, options = " ".join(["red", "cat"] * 60), GenerationOptions(chunks=None, resolution=48)
     conditioning = pipeline.encode([long], 48, chunks=None)
     null = pipeline.null_conditioning(48, chunks=2)
     assert conditioning.prompt_embeds.shape[1] == null.prompt_embeds.shape[1] == 154
@@ -149,24 +149,24 @@ def test_the_teacher_reads_long_prompts_beside_a_null_as_long(pipeline):
     latents = sampler.sample_teacher(
         pipeline.denoiser(), pipeline.schedule, noise, conditioning, null, steps=2, scale=3.0
     )
-    drawn = draw_teacher(pipeline, [long], 2, 3.0, seed=3, rendering=options)
+    drawn = generate_teacher(pipeline, [long], 2, 3.0, seed=3, options=options)
     assert_same(drawn, decoded(pipeline, latents))
 
 
 def test_bad_requests_are_refused_before_anything_is_drawn(pipeline):
     with pytest.raises(ValueError, match="steps = 9"):
-        draw_student(pipeline, PROMPTS, 9, seed=0)
+        generate(pipeline, PROMPTS, 9, seed=0)
     with pytest.raises(ValueError, match="gamma = 1.5"):
-        draw_student(pipeline, PROMPTS, 4, seed=0, gamma=1.5)
+        generate(pipeline, PROMPTS, 4, seed=0, gamma=1.5)
     with pytest.raises(ValueError, match="at least one prompt"):
-        draw_student(pipeline, [], 4, seed=0)
+        generate(pipeline, [], 4, seed=0)
     with pytest.raises(ValueError, match="resolution 30 must be a multiple of 4"):
-        draw_student(pipeline, PROMPTS, 4, seed=0, rendering=Rendering(resolution=30))
+        generate(pipeline, PROMPTS, 4, seed=0, options=GenerationOptions(resolution=30))
     with pytest.raises(ValueError, match="4 prompts, but 1 prompts_2"):
-        draw_student(pipeline, PROMPTS, 4, seed=0, rendering=Rendering(prompts_2=["an icon"]))
+        generate(pipeline, PROMPTS, 4, seed=0, options=GenerationOptions(prompts_2=["an icon"]))
     with pytest.raises(ValueError, match="batch_size = 0"):
-        Rendering(batch_size=0)
+        GenerationOptions(batch_size=0)
     with pytest.raises(ValueError, match="tile = -1"):
-        Rendering(tile=-1)
+        GenerationOptions(tile=-1)
     with pytest.raises(ValueError, match="steps = 1000"):
-        draw_teacher(pipeline, PROMPTS, 1000, 8.0, seed=0)
+        generate_teacher(pipeline, PROMPTS, 1000, 8.0, seed=0)

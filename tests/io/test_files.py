@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from tlcm_jax.io import files
-from tlcm_jax.io.files import cast, save_tensors, whole
+from tlcm_jax.io.files import atomic_write, cast, save_tensors
 
 
 def names(folder):
@@ -16,7 +16,7 @@ def names(folder):
 
 def test_file_appears_when_it_is_whole(tmp_path):
     target = tmp_path / "new" / "file"
-    with whole(target) as part:
+    with atomic_write(target) as part:
         part.write_text("content")
         assert not target.exists()
     assert target.read_text() == "content" and names(target.parent) == ["file"]
@@ -26,12 +26,12 @@ def test_what_was_there_stays_until_the_new_is_whole(tmp_path):
     target = tmp_path / "folder"
     target.mkdir()
     (target / "old").write_text("")
-    with pytest.raises(KeyboardInterrupt), whole(target, replace=True) as part:
+    with pytest.raises(KeyboardInterrupt), atomic_write(target, replace=True) as part:
         part.mkdir()
         (part / "new").write_text("")
         raise KeyboardInterrupt
     assert names(tmp_path) == ["folder"] and names(target) == ["old"]
-    with whole(target, replace=True) as part:
+    with atomic_write(target, replace=True) as part:
         part.mkdir()
         (part / "new").write_text("")
     assert names(tmp_path) == ["folder"] and names(target) == ["new"]
@@ -40,7 +40,10 @@ def test_what_was_there_stays_until_the_new_is_whole(tmp_path):
 def test_another_folder_is_not_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "diary").write_text("")
-    with pytest.raises(FileExistsError, match="already holds files"), whole(tmp_path / "folder"):
+    with (
+        pytest.raises(FileExistsError, match="already holds files"),
+        atomic_write(tmp_path / "folder"),
+    ):
         pass
     assert names(tmp_path / "folder") == ["diary"]
 
@@ -48,7 +51,7 @@ def test_another_folder_is_not_replaced(tmp_path):
 def test_leavings_of_a_killed_run_are_cleared(tmp_path):
     (tmp_path / ".folder.part").mkdir()
     (tmp_path / ".folder.part" / "half").write_text("")
-    with whole(tmp_path / "folder") as part:
+    with atomic_write(tmp_path / "folder") as part:
         part.mkdir()
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == []
 
@@ -61,7 +64,7 @@ def test_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="no space left .* nothing was left behind") as error:  # noqa: SIM117
-        with whole(tmp_path / "folder") as part:
+        with atomic_write(tmp_path / "folder") as part:
             part.mkdir()
             (part / "config.json").write_text("{}")
             save_tensors(part / "model.safetensors", {"a": np.zeros(3)})
@@ -73,7 +76,7 @@ def test_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(OSError, match="cannot write .*file/folder"),
-        whole(tmp_path / "file" / "folder"),
+        atomic_write(tmp_path / "file" / "folder"),
     ):
         pass
 

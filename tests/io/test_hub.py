@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from tlcm_jax.families.load import abstract_pipeline, load_pipeline
+from tlcm_jax.families.load import abstract_model, load_model
 from tlcm_jax.io import hub
 from tlcm_jax.io.hub import HubId, needed
 from tlcm_jax.io.model_card import Recipe
@@ -66,7 +66,7 @@ def tiny_hub(tiny, tmp_path, monkeypatch):
 
 
 def test_only_what_is_needed_of_one_commit(tiny_hub, tiny):
-    pipeline = load_pipeline(f"someone/tiny@{SHA}", on_device=False)
+    pipeline = load_model(f"someone/tiny@{SHA}", on_device=False)
     assert tiny_hub.revisions == [SHA]
     here = {p.relative_to(tiny).as_posix() for p in Path(tiny).rglob("*") if p.is_file()}
     assert set(tiny_hub.fetched) == here | {"README.md"}
@@ -74,12 +74,12 @@ def test_only_what_is_needed_of_one_commit(tiny_hub, tiny):
     recipe = Recipe.from_config({}, pipeline)
     assert (recipe.teacher, recipe.licence) == ("someone/tiny", "openrail++")
     tiny_hub.up = False  # now from the cache
-    load_pipeline("someone/tiny", on_device=False)
+    load_model("someone/tiny", on_device=False)
     assert tiny_hub.revisions == [SHA]
 
 
 def test_shapes_need_no_weights(tiny_hub):
-    abstract_pipeline("someone/tiny")
+    abstract_model("someone/tiny")
     assert not [name for name in tiny_hub.fetched if name.endswith(".safetensors")]
 
 
@@ -94,7 +94,7 @@ def test_shapes_need_no_weights(tiny_hub):
 def test_what_cannot_be_had(tiny_hub, path, up, message):
     tiny_hub.up = up
     with pytest.raises(FileNotFoundError, match=message):
-        load_pipeline(path)
+        load_model(path)
 
 
 def test_ids_and_paths(tmp_path, monkeypatch):

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.io.pipeline_folder import lcm_scheduler, write_pipeline
 from tlcm_jax.io.tensors import open_component
 
 
 @pytest.fixture(scope="module")
 def teacher(tiny):
-    return load_pipeline(tiny, on_device=False)
+    return load_model(tiny, on_device=False)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def copy(tiny, tmp_path):
 def test_round_trip_keeps_every_bit(teacher, tmp_path):
     unet = jax.tree.map(lambda x: x + np.float32(1e-3), teacher.params["unet"])
     folder = write_pipeline(teacher, tmp_path / "student", unet=unet, extra={"README.md": "card"})
-    student = load_pipeline(folder, on_device=False)
+    student = load_model(folder, on_device=False)
     jax.tree.map(np.testing.assert_array_equal, student.params, {**teacher.params, "unet": unet})
     np.testing.assert_array_equal(student.schedule.alphas, teacher.schedule.alphas)
     prompts = ["a red cat", ""]
@@ -63,7 +63,7 @@ def test_pickles_and_paths_are_left_behind(teacher, copy, tmp_path):
     (copy / "safety_checker").mkdir()
     (copy / "safety_checker" / "config.json").write_text("{}")
     (copy / "safety_checker" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    folder = write_pipeline(load_pipeline(copy, on_device=False), tmp_path / "student")
+    folder = write_pipeline(load_model(copy, on_device=False), tmp_path / "student")
     written = json.loads((folder / "model_index.json").read_text())
     assert written["safety_checker"] == [None, None]
     assert written["requires_safety_checker"] is False
@@ -72,7 +72,7 @@ def test_pickles_and_paths_are_left_behind(teacher, copy, tmp_path):
 
 
 def test_lost_source_leaves_nothing(copy, tmp_path):
-    pipeline = load_pipeline(copy, on_device=False)
+    pipeline = load_model(copy, on_device=False)
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(FileNotFoundError, match="tokenizer is missing"):
         write_pipeline(pipeline, tmp_path / "student")
@@ -91,13 +91,13 @@ def test_lost_source_leaves_nothing(copy, tmp_path):
 def test_half_a_folder(copy, part, message):
     (copy / part).unlink()
     with pytest.raises(FileNotFoundError, match=message):
-        load_pipeline(copy, on_device=False)
+        load_model(copy, on_device=False)
 
 
 def test_bad_json(copy):
     (copy / "unet" / "config.json").write_text('{"act_fn": ')
     with pytest.raises(ValueError, match="unet/config.json is not valid JSON"):
-        load_pipeline(copy, on_device=False)
+        load_model(copy, on_device=False)
 
 
 def test_components_that_cannot_be_opened(tmp_path):

@@ -12,15 +12,15 @@ from PIL import Image
 
 from tests.support.tiny_pipeline import random_adapter
 from tlcm_jax import export, sample
-from tlcm_jax.families.load import abstract_pipeline, load_pipeline
+from tlcm_jax.families.load import abstract_model, load_model
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.model_card import Recipe, model_card
-from tlcm_jax.io.names import matched
+from tlcm_jax.io.names import match_tensors
 from tlcm_jax.io.placement import to_host
 from tlcm_jax.io.tensors import open_component
 from tlcm_jax.io.workdir import CHECKPOINTS, load_adapter
 from tlcm_jax.models import lora
-from tlcm_jax.models.adapters import extracted
+from tlcm_jax.models.adapters import svd_extract
 from tlcm_jax.training.checkpoints import Checkpoints, Position
 from tlcm_jax.training.state import create
 
@@ -55,7 +55,7 @@ def workdir(tiny, tmp_path_factory):
 
 
 def adapter_of(folder):
-    unet = abstract_pipeline(folder).params["unet"]
+    unet = abstract_model(folder).params["unet"]
     shapes = jax.eval_shape(lambda key: lora.init(unet, lora.TARGETS, RANK, key), jax.random.key(0))
     return random_adapter(shapes, np.random.default_rng(3))
 
@@ -89,7 +89,7 @@ def test_export_command(workdir, tiny, tmp_path, capsys):
     arguments = ("--workdir", workdir, "--to", "lora,kohya,pipeline", "--output", tmp_path)
     run(export, *arguments, "--dtype", "fp32", "--step", 1)
     _, adapter = load_adapter(workdir, 1)
-    teacher = load_pipeline(tiny, on_device=False).params["unet"]
+    teacher = load_model(tiny, on_device=False).params["unet"]
     files = {
         "lora": tmp_path / "lora" / "pytorch_lora_weights.safetensors",
         "kohya": tmp_path / "kohya" / KOHYA_FILE,
@@ -98,7 +98,7 @@ def test_export_command(workdir, tiny, tmp_path, capsys):
     for target, path in files.items():
         assert f"{target}: {path}" in printed
         assert_trees_equal(read_lora(path, teacher), jax.tree.map(np.asarray, adapter))
-    student = load_pipeline(tmp_path / "pipeline", on_device=False)
+    student = load_model(tmp_path / "pipeline", on_device=False)
     merged = jax.tree.map(np.asarray, lora.merge(teacher, adapter))
     assert_trees_equal(student.params["unet"], merged)
     # Exported again, of the newest checkpoint: in the old one's place.
@@ -131,14 +131,16 @@ def test_cards(workdir, tmp_path):
 def test_single_file_and_unet_come_back_bit_for_bit(workdir, tiny, tmp_path):
     run(export, "--workdir", workdir, "--to", "unet,single-file,pipeline", "--output", tmp_path,
         "--dtype", "fp16")  # fmt: skip
-    pipeline = load_pipeline(tmp_path / "pipeline", on_device=False)
-    single = load_pipeline(tmp_path / "single-file" / SINGLE_FILE, on_device=False)
+    pipeline = load_model(tmp_path / "pipeline", on_device=False)
+    single = load_model(tmp_path / "single-file" / SINGLE_FILE, on_device=False)
     jax.tree.map(np.testing.assert_array_equal, single.params, pipeline.params)
     assert single.configs["scheduler"]["_class_name"] == "LCMScheduler"
     tensors = open_component(tmp_path / "unet", "diffusion_pytorch_model")
     assert_trees_equal(
         to_host(
-            matched(tensors, pipeline.params["unet"], "unet"), pipeline.params["unet"], lambda: None
+            match_tensors(tensors, pipeline.params["unet"], "unet"),
+            pipeline.params["unet"],
+            lambda: None,
         ),
         pipeline.params["unet"],
     )
@@ -153,7 +155,7 @@ def test_whole_weights_of_a_run(workdir, tiny, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text((workdir / "config.json").read_text())
-    teacher = load_pipeline(tiny, on_device=False).params["unet"]
+    teacher = load_model(tiny, on_device=False).params["unet"]
     tuned = lora.merge(teacher, adapter_of(tiny))
     tuned["conv_in"]["bias"] = tuned["conv_in"]["bias"] + np.float32(0.001)
     checkpoints = Checkpoints(folder / CHECKPOINTS)
@@ -163,12 +165,12 @@ def test_whole_weights_of_a_run(workdir, tiny, tmp_path, capsys):
     arguments = ("--workdir", folder, "--output", tmp_path, "--dtype", "fp32", "--rank", 3)
     run(export, *arguments, "--to", "lora,unet")
     tensors = open_component(tmp_path / "unet", "diffusion_pytorch_model")
-    views = matched(tensors, teacher, "unet")
+    views = match_tensors(tensors, teacher, "unet")
     assert_trees_equal(to_host(views, teacher, lambda: None), tuned)
     printed = capsys.readouterr().out
     missed = float(printed.split("misses ")[1].split("%")[0]) / 100
     read = read_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors", teacher)
-    expected, error = extracted(teacher, tuned, 3)
+    expected, error = svd_extract(teacher, tuned, 3)
     assert_trees_equal(lora.merge(teacher, read), lora.merge(teacher, expected))
     assert missed == pytest.approx(error, abs=6e-5) and 0 < missed < 0.1  # a rank-2 change, a bias
     card = (tmp_path / "lora" / "README.md").read_text()
@@ -215,11 +217,13 @@ def test_sample_command(workdir, tmp_path):
 
 def test_model_that_is_sampled(workdir, tiny, tmp_path):
     run(export, "--workdir", workdir, "--to", "kohya", "--output", tmp_path, "--dtype", "fp32")
-    trained = sample.load_model(str(workdir)).adapter
-    teacher, exported, _ = sample.load_model(str(tiny), [str(tmp_path / "kohya" / KOHYA_FILE)])
+    trained = sample.load_with_adapter(str(workdir)).adapter
+    teacher, exported, _ = sample.load_with_adapter(
+        str(tiny), [str(tmp_path / "kohya" / KOHYA_FILE)]
+    )
     assert_trees_equal(exported, jax.tree.map(np.asarray, trained))
     assert teacher.source == str(tiny)
-    assert sample.load_model(str(workdir), adapted=False).adapter is None
+    assert sample.load_with_adapter(str(workdir), adapted=False).adapter is None
 
 
 @pytest.mark.parametrize(

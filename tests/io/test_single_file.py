@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.support.published import write_sdxl_configs
 from tests.support.tiny_pipeline import write_tiny_pipeline
-from tlcm_jax.families.load import abstract_pipeline, load_pipeline
+from tlcm_jax.families.load import abstract_model, load_model
 from tlcm_jax.io import names
 from tlcm_jax.io.ldm_names import places
 from tlcm_jax.io.single_file import family_of, write_single_file
@@ -23,7 +23,7 @@ def family(request):
 @pytest.fixture(scope="module")
 def teacher(family, tmp_path_factory):
     folder = write_tiny_pipeline(tmp_path_factory.mktemp("teacher") / family, family=family)
-    return load_pipeline(folder, on_device=False)
+    return load_model(folder, on_device=False)
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def rewrite(path, change):
 
 
 def test_round_trip_keeps_every_bit(teacher, checkpoint):
-    again = load_pipeline(checkpoint, config=teacher.source)
+    again = load_model(checkpoint, config=teacher.source)
     jax.tree.map(np.testing.assert_array_equal, again.params, teacher.params)
     assert again.source == str(checkpoint) and again.folder == teacher.source
     (ours,), (theirs,) = (p.tokenize(["a red cat"])[:1] for p in (again, teacher))
     np.testing.assert_array_equal(ours, theirs)
-    shapes = abstract_pipeline(teacher.source, param_dtype=np.float16).params
-    half = load_pipeline(checkpoint, config=teacher.source, param_dtype=np.float16)
+    shapes = abstract_model(teacher.source, param_dtype=np.float16).params
+    half = load_model(checkpoint, config=teacher.source, param_dtype=np.float16)
     jax.tree.map(
         lambda leaf, shape, whole: np.testing.assert_array_equal(
             np.asarray(leaf), np.asarray(whole).astype(shape.dtype)
@@ -58,7 +58,7 @@ def test_round_trip_keeps_every_bit(teacher, checkpoint):
 
 def test_configs_beside_the_file(teacher, checkpoint):
     source = write_tiny_pipeline(checkpoint.parent / "config", family=_family(teacher))
-    assert load_pipeline(checkpoint, on_device=False).folder == str(source)
+    assert load_model(checkpoint, on_device=False).folder == str(source)
 
 
 def test_known_extras_and_unknown_ones(teacher, checkpoint):
@@ -70,10 +70,10 @@ def test_known_extras_and_unknown_ones(teacher, checkpoint):
         "conditioner.embedders.1.model.logit_scale",
     )  # fmt: skip
     rewrite(checkpoint, lambda tensors: tensors.update({b: np.zeros(3) for b in buffers}))
-    load_pipeline(checkpoint, config=teacher.source, on_device=False)
+    load_model(checkpoint, config=teacher.source, on_device=False)
     rewrite(checkpoint, lambda tensors: tensors.update({"v_pred": np.zeros(0)}))
     with pytest.raises(ValueError, match="does not fit its config: unexpected v_pred"):
-        load_pipeline(checkpoint, config=teacher.source, on_device=False)
+        load_model(checkpoint, config=teacher.source, on_device=False)
 
 
 def test_missing_and_misshaped_tensors_have_the_files_names(teacher, checkpoint):
@@ -83,7 +83,7 @@ def test_missing_and_misshaped_tensors_have_the_files_names(teacher, checkpoint)
 
     rewrite(checkpoint, damage)
     with pytest.raises(ValueError) as error:
-        load_pipeline(checkpoint, config=teacher.source, on_device=False)
+        load_model(checkpoint, config=teacher.source, on_device=False)
     assert str(error.value).endswith(
         "does not fit its config: missing model.diffusion_model.input_blocks.2.0.op.weight; "
         "model.diffusion_model.out.2.weight has shape (4, 32, 1, 1), expected (4, 32, 3, 3)"
@@ -97,21 +97,21 @@ def test_files_that_are_no_checkpoint(teacher, checkpoint, tmp_path):
 
     rewrite(checkpoint, lambda tensors: keep(tensors, "model."))
     with pytest.raises(ValueError, match="a UNet but not the autoencoder and text encoders"):
-        load_pipeline(checkpoint, config=teacher.source)
+        load_model(checkpoint, config=teacher.source)
     lora = tmp_path / "lora.safetensors"
     save_file({"unet.conv_in.lora_A.weight": np.zeros((1, 1))}, lora)
     with pytest.raises(
         ValueError, match="no model.diffusion_model.* tensors; it looks like a LoRA"
     ):
-        load_pipeline(lora)
+        load_model(lora)
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="model.ckpt is a pickle.*convert_weights .*model.ckpt"):
-        load_pipeline(pickle)
+        load_model(pickle)
     with pytest.raises(ValueError, match="is a single file, which has no variant 'fp16'"):
-        load_pipeline(checkpoint, variant="fp16")
+        load_model(checkpoint, variant="fp16")
     with pytest.raises(ValueError, match="is not a single file: it has configs of its own"):
-        load_pipeline(teacher.source, config=teacher.source)
+        load_model(teacher.source, config=teacher.source)
 
 
 def test_older_text_tower_and_linear_attention(checkpoint, teacher):
@@ -126,13 +126,13 @@ def test_older_text_tower_and_linear_attention(checkpoint, teacher):
                 value = np.ascontiguousarray(value[:, :, 0, 0])
             tensors[key.replace("transformer.text_model.", "transformer.")] = value
 
-    again = load_pipeline(rewrite(checkpoint, older), config=teacher.source, on_device=False)
+    again = load_model(rewrite(checkpoint, older), config=teacher.source, on_device=False)
     jax.tree.map(np.testing.assert_array_equal, again.params, teacher.params)
 
 
 def test_names_of_the_published_file(tmp_path):
     """SDXL base's own file: 1680 UNet names, and some of each kind, known by heart."""
-    sdxl = abstract_pipeline(write_sdxl_configs(tmp_path))
+    sdxl = abstract_model(write_sdxl_configs(tmp_path))
     found = {
         component: places(component, names.to_torch_names(tree), "sdxl")
         for component, tree in sdxl.params.items()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.io import names
 from tlcm_jax.io.placement import to_devices, to_host
 from tlcm_jax.io.tensors import TensorFile
@@ -23,7 +23,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def teacher(tiny):
-    return load_pipeline(tiny, on_device=False)
+    return load_model(tiny, on_device=False)
 
 
 @pytest.fixture
@@ -56,11 +56,11 @@ def shard(path, variant=""):
 def test_shards(copy, teacher, variant):
     shard(copy / UNET, variant)
     assert not (copy / UNET).exists()
-    again = load_pipeline(copy, on_device=False)
+    again = load_model(copy, on_device=False)
     jax.tree.map(np.testing.assert_array_equal, again.params["unet"], teacher.params["unet"])
     (copy / f"unet/diffusion_pytorch_model{variant}-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="00002-of-00002.safetensors is not a readable"):
-        load_pipeline(copy, on_device=False)
+        load_model(copy, on_device=False)
 
 
 def test_tensor_in_two_shards(tmp_path):
@@ -76,15 +76,15 @@ def test_variant(copy, teacher):
         save_file({key: 2 * value for key, value in load_file(path).items()}, other)
     jax.tree.map(
         lambda ours, plain: np.testing.assert_array_equal(ours, 2 * plain),
-        load_pipeline(copy, on_device=False, variant="ema").params, teacher.params,
+        load_model(copy, on_device=False, variant="ema").params, teacher.params,
     )  # fmt: skip
     jax.tree.map(
-        np.testing.assert_array_equal, load_pipeline(copy, on_device=False).params, teacher.params
+        np.testing.assert_array_equal, load_model(copy, on_device=False).params, teacher.params
     )
     with pytest.raises(
         FileNotFoundError, match=r"model.int8.safetensors \(it has .*model.ema.safet"
     ):
-        load_pipeline(copy, on_device=False, variant="int8")
+        load_model(copy, on_device=False, variant="int8")
 
 
 def test_ten_problems_of_every_kind_are_named(copy):
@@ -99,7 +99,7 @@ def test_ten_problems_of_every_kind_are_named(copy):
 
     rewrite(copy / UNET, damage)
     with pytest.raises(ValueError, match="unet does not fit its config: ") as error:
-        load_pipeline(copy)
+        load_model(copy)
     message = str(error.value)
     assert message.count("missing mid_block") == 6 and message.count("unexpected controlnet") == 3
     shapes = [m for m in ("conv_in.weight has shape", "conv_out.bias has shape") if m in message]
@@ -127,7 +127,7 @@ def test_older_and_newer_names(copy, teacher):
 
     rewrite(copy / "vae/diffusion_pytorch_model.safetensors", older)
     rewrite(copy / "text_encoder/model.safetensors", newer)
-    again = load_pipeline(copy, on_device=False)
+    again = load_model(copy, on_device=False)
     jax.tree.map(np.testing.assert_array_equal, again.params, teacher.params)
 
 
@@ -135,7 +135,7 @@ def test_older_and_newer_names(copy, teacher):
 def test_straight_to_devices_in_the_dtype_asked_for(tiny, teacher, axes):
     mesh = None if axes is None else make_mesh(axes)
     shardings = None if mesh is None else lambda tree: tree_shardings(tree, mesh)
-    pipeline = load_pipeline(tiny, param_dtype=jnp.bfloat16, shardings=shardings)
+    pipeline = load_model(tiny, param_dtype=jnp.bfloat16, shardings=shardings)
     if mesh is not None:
         wanted = tree_shardings(teacher.params, mesh)
         jax.tree.map(lambda leaf, where: _assert_lies(leaf, where), pipeline.params, wanted)
@@ -153,7 +153,7 @@ def _assert_lies(leaf, sharding):
 
 def test_weights_do_not_change_with_the_file(copy):
     path = copy / UNET
-    loaded = [load_pipeline(copy, on_device=on_device).params["unet"] for on_device in (0, 1)]
+    loaded = [load_model(copy, on_device=on_device).params["unet"] for on_device in (0, 1)]
     before = [jax.tree.map(lambda x: np.array(x, copy=True), params) for params in loaded]
     with path.open("r+b") as stream:
         stream.seek(path.stat().st_size // 2)
@@ -175,7 +175,7 @@ def test_loading_holds_one_tensor_beside_the_weights(tmp_path, place):
     for tree in ({"layer_0": shapes["layer_0"]}, shapes):
         save_file({f"{name}.weight": np.ones((columns, rows), np.float32) for name in tree}, path)
         tensors = TensorFile([path])
-        views = names.matched(tensors, tree, "test")
+        views = names.match_tensors(tensors, tree, "test")
         before = _reset_peak()
         params = place(views, tree, tensors.release)
         grown = _memory("VmHWM") - before
@@ -203,7 +203,7 @@ def test_small_tensors_do_not_add_up_to_more_than_the_large_one(tmp_path, large)
             path,
         )
         tensors = TensorFile([path])
-        views = names.matched(tensors, tree, "test")
+        views = names.match_tensors(tensors, tree, "test")
         before = _reset_peak()
         params = to_devices(views, tree, tensors.release)
         grown = _memory("VmHWM") - before

@@ -6,7 +6,7 @@ from miniature.captions import captions, wording
 from miniature.encode_latents import encode
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.data.latents import read_latents
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 
 STYLES = ("noto", "twemoji")
 
@@ -30,7 +30,7 @@ def dataset(count):
 
 
 def test_latents_of_the_pictures_that_distillation_may_see(tmp_path):
-    pipeline = load_pipeline(write_tiny_pipeline(tmp_path / "tiny"))
+    pipeline = load_model(write_tiny_pipeline(tmp_path / "tiny"))
     data = dataset(20)
     encoded = encode(pipeline, data, batch=8)
     np.savez(tmp_path / "latents.npz", **encoded)

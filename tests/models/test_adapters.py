@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tlcm_jax.models import lora
-from tlcm_jax.models.adapters import combined, extracted, is_adapter
+from tlcm_jax.models.adapters import concat_loras, is_adapter, svd_extract
 
 RNG = np.random.default_rng(0)
 
@@ -38,7 +38,7 @@ def assert_close(ours, expected):
 def test_extraction_of_a_low_rank_change_is_exact():
     trained = adapter(3)
     tuned = lora.merge(BASE, trained)
-    found, missed = extracted(BASE, tuned, 3, ("to_q", "conv1"))
+    found, missed = svd_extract(BASE, tuned, 3, ("to_q", "conv1"))
     assert missed < 1e-6
     assert_close(lora.merge(BASE, found), tuned)
     assert is_adapter(found) and not is_adapter(tuned)
@@ -46,7 +46,7 @@ def test_extraction_of_a_low_rank_change_is_exact():
 
 def test_what_extraction_misses_is_the_discarded_spectrum_and_the_other_layers():
     tuned = jax.tree.map(lambda x: x + normal(*x.shape), BASE)
-    found, missed = extracted(BASE, tuned, 4, ("to_q",))
+    found, missed = svd_extract(BASE, tuned, 4, ("to_q",))
     assert set(flax.traverse_util.flatten_dict(found)) == {("to_q", "lora_A"), ("to_q", "lora_B")}
     left = jax.tree.map(np.subtract, tuned, lora.merge(BASE, found))
     change = jax.tree.map(np.subtract, tuned, BASE)
@@ -55,7 +55,7 @@ def test_what_extraction_misses_is_the_discarded_spectrum_and_the_other_layers()
         return np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
     assert missed == pytest.approx(norm(left) / norm(change), rel=1e-5)
-    better, less = extracted(BASE, tuned, 10, ("to_q", "conv1"))
+    better, less = svd_extract(BASE, tuned, 10, ("to_q", "conv1"))
     assert less < missed
     # 10 is more than the convolution's 8 outputs: exact there, and of the same rank as the rest.
     assert better["conv1"]["lora_A"].shape == (3, 3, 4, 10)
@@ -66,19 +66,19 @@ def test_what_extraction_misses_is_the_discarded_spectrum_and_the_other_layers()
 
 def test_extraction_refuses():
     with pytest.raises(ValueError, match="equal the teacher's"):
-        extracted(BASE, BASE, 2)
+        svd_extract(BASE, BASE, 2)
     with pytest.raises(ValueError, match="their names differ"):
-        extracted(BASE, {"to_q": BASE["to_q"]}, 2)
+        svd_extract(BASE, {"to_q": BASE["to_q"]}, 2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        extracted(BASE, BASE, 0)
+        svd_extract(BASE, BASE, 0)
 
 
 def test_combined_adds_updates():
     first, second = adapter(2), {"to_q": adapter(5)["to_q"]}
-    both = combined([first, second], [1.0, -0.5])
+    both = concat_loras([first, second], [1.0, -0.5])
     assert both["to_q"]["lora_A"].shape == (12, 7)
     expected = lora.merge(lora.merge(BASE, first), second, -0.5)
     assert_close(lora.merge(BASE, both), expected)
-    assert combined([first], [1]) is first
+    assert concat_loras([first], [1]) is first
     with pytest.raises(ValueError, match="1 adapters need as many weights, got 2"):
-        combined([first], [1, 2])
+        concat_loras([first], [1, 2])

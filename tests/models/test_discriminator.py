@@ -11,7 +11,7 @@ import pytest
 from tests.support.tiny_pipeline import UNET, write_tiny_pipeline
 from tlcm_jax.config.build import networks
 from tlcm_jax.config.schema import AdapterSettings
-from tlcm_jax.families.load import abstract_pipeline
+from tlcm_jax.families.load import abstract_model
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.discriminator import Head, choose_layers
 from tlcm_jax.models.unet import UNet2DConditionModel, feature_widths
@@ -23,7 +23,7 @@ CONFIG = UNetConfig.from_dict(UNET)
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """Configs and shapes; nothing here computes with the network."""
-    return abstract_pipeline(write_tiny_pipeline(tmp_path_factory.mktemp("tiny")))
+    return abstract_model(write_tiny_pipeline(tmp_path_factory.mktemp("tiny")))
 
 
 def conditioning(batch):

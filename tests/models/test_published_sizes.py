@@ -4,13 +4,13 @@ import jax
 import pytest
 
 from tests.support.published import write_sdxl_configs
-from tlcm_jax.families.load import abstract_pipeline
+from tlcm_jax.families.load import abstract_model
 from tlcm_jax.models import lora
 
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    return abstract_pipeline(write_sdxl_configs(tmp_path_factory.mktemp("sdxl")))
+    return abstract_model(write_sdxl_configs(tmp_path_factory.mktemp("sdxl")))
 
 
 def size(tree):

@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers", reason=reason)
 pytest.importorskip("peft", reason=reason)
 
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline  # noqa: E402
-from tlcm_jax.families.load import load_pipeline  # noqa: E402
+from tlcm_jax.families.load import load_model  # noqa: E402
 from tlcm_jax.io.model_card import Recipe  # noqa: E402
 from tlcm_jax.io.pipeline_folder import lcm_scheduler, write_json  # noqa: E402
 from tlcm_jax.io.products import TARGETS, export_products  # noqa: E402
@@ -35,7 +35,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return load_pipeline(write_tiny_pipeline(tmp_path_factory.mktemp("teacher") / "tiny"))
+    return load_model(write_tiny_pipeline(tmp_path_factory.mktemp("teacher") / "tiny"))
 
 
 def student_of(pipeline):
@@ -67,8 +67,8 @@ def test_products_draw_our_latents(teacher, tmp_path):
 def test_products_of_sd15_draw_our_latents(tmp_path):
     """One text tower, convolutions for projections, and a teacher that is itself a single file."""
     folder = write_tiny_pipeline(tmp_path / "sd", family="sd")
-    first = export(load_pipeline(folder), ("single-file",), tmp_path / "first", "fp32")
-    teacher = load_pipeline(first["single-file"])
+    first = export(load_model(folder), ("single-file",), tmp_path / "first", "fp32")
+    teacher = load_model(first["single-file"])
     products = export(teacher, ("kohya", "single-file"), tmp_path / "second", "fp32")
     results = verify_products(products, teacher.source, steps=(2,))
     assert max(results["kohya"][2], results["single-file"][2]) < 1e-4
@@ -92,7 +92,7 @@ def test_lora_has_its_effect_in_diffusers(teacher, tmp_path, target):
 
 
 def test_product_that_fails_is_deleted_and_named(tmp_path):
-    teacher = load_pipeline(
+    teacher = load_model(
         write_tiny_pipeline(tmp_path / "tiny", prediction_type="v_prediction", seed=1)
     )
     good = export(teacher, ("pipeline",), tmp_path / "export", "bf16")["pipeline"]

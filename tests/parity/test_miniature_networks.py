@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch and
 diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
 
 from tlcm_jax.data.tokens import tokenize  # noqa: E402
-from tlcm_jax.families.load import load_pipeline  # noqa: E402
+from tlcm_jax.families.load import load_model  # noqa: E402
 from tlcm_jax.paths import EMOJI_XL  # noqa: E402
 
 PROMPTS = ["a 3D render of a red apple", "", "a flat icon of a fire engine, " * 20]
@@ -16,7 +16,7 @@ PROMPTS = ["a 3D render of a red apple", "", "a flat icon of a fire engine, " * 
 
 @pytest.fixture(scope="module")
 def ours():
-    return load_pipeline(EMOJI_XL)
+    return load_model(EMOJI_XL)
 
 
 @pytest.fixture(scope="module")

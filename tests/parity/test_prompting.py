@@ -17,7 +17,7 @@ diffusers = pytest.importorskip("diffusers", reason=reason)
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
 from tlcm_jax.diffusion.sampling import sample  # noqa: E402
 from tlcm_jax.diffusion.timesteps import student_timesteps  # noqa: E402
-from tlcm_jax.families.load import load_pipeline  # noqa: E402
+from tlcm_jax.families.load import load_model  # noqa: E402
 from tlcm_jax.io.pipeline_folder import lcm_scheduler  # noqa: E402
 
 PROMPTS, OTHERS = ["a red cat", "an icon"], ["ice", "a cat of red"]
@@ -27,7 +27,7 @@ PROMPTS, OTHERS = ["a red cat", "an icon"], ["ice", "a cat of red"]
 def models(tmp_path_factory):
     """A folder with LCM's UNet, read by both sides."""
     folder = tmp_path_factory.mktemp("models") / "lcm"
-    pipeline = load_pipeline(write_tiny_pipeline(folder, family="sdxl-lcm"))
+    pipeline = load_model(write_tiny_pipeline(folder, family="sdxl-lcm"))
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(str(folder))
     scheduler = lcm_scheduler(pipeline.configs["scheduler"])
     pipe.scheduler = diffusers.LCMScheduler.from_config(scheduler)

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason=reason)
 
 from tests.support.families import UNETS  # noqa: E402
 from tests.support.published import write_sdxl_configs  # noqa: E402
-from tlcm_jax.families.load import abstract_params, abstract_pipeline  # noqa: E402
+from tlcm_jax.families.load import abstract_model, abstract_params  # noqa: E402
 from tlcm_jax.io import names  # noqa: E402
 from tlcm_jax.models.unet import UNet2DConditionModel  # noqa: E402
 from tlcm_jax.models.unet_config import UNetConfig  # noqa: E402
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 def test_sdxl(folder, component, make, prefix):
     config = json.loads((folder / component / "config.json").read_text())
     expected = theirs(lambda: make(config), prefix)
-    assert ours(abstract_pipeline(folder).params[component]) == expected
+    assert ours(abstract_model(folder).params[component]) == expected
 
 
 # Parameters as their model cards give them, and to what.

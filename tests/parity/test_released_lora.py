@@ -20,7 +20,7 @@ peft = pytest.importorskip("peft", reason=reason)
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
 from tlcm_jax.diffusion.sampling import sample  # noqa: E402
 from tlcm_jax.diffusion.timesteps import student_timesteps  # noqa: E402
-from tlcm_jax.families.load import load_pipeline  # noqa: E402
+from tlcm_jax.families.load import load_model  # noqa: E402
 from tlcm_jax.io.lora_files import read_lora  # noqa: E402
 from tlcm_jax.models.conditioning import Conditioning  # noqa: E402
 from tlcm_jax.models.lora import scaled  # noqa: E402
@@ -74,7 +74,7 @@ def test_released_lora_samples_as_published(release):
     teacher, folder, unet = release
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 8)
-    pipeline = load_pipeline(teacher)
+    pipeline = load_model(teacher)
     adapter = read_lora(folder, pipeline.params["unet"])
     rng = np.random.default_rng(0)
     text = {

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file  # noqa: E402
 
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
 from tests.support.torch_networks import array, relative  # noqa: E402
-from tlcm_jax.families.load import load_pipeline  # noqa: E402
-from tlcm_jax.io.lora_stack import put_on  # noqa: E402
+from tlcm_jax.families.load import load_model  # noqa: E402
+from tlcm_jax.io.lora_stack import apply_loras  # noqa: E402
 
 RANK, ALPHA = 3, 6.0
 LAYERS = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -51,7 +51,7 @@ def write(path, dialect, widths):
 @pytest.fixture(scope="module", params=["sdxl", "sd"])
 def world(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / request.param
-    pipeline = load_pipeline(write_tiny_pipeline(folder, family=request.param))
+    pipeline = load_model(write_tiny_pipeline(folder, family=request.param))
     wanted = {
         (tower, f"text_model.encoder.layers.{i}.{layer}")
         for tower in TOWERS[request.param]
@@ -85,7 +85,7 @@ def test_prompts_are_encoded_as_in_diffusers(world, tmp_path, dialect):
     pipe.load_lora_weights(str(path))
     expected = encode(pipe, family)
 
-    adapted, adapter = put_on(pipeline, [str(path)])
+    adapted, adapter = apply_loras(pipeline, [str(path)])
     found = adapted.encode(["a red cat"])
     assert relative(found.prompt_embeds, expected[0]) < 1e-5
     assert relative(plain[0], expected[0]) > 1e-2
@@ -96,7 +96,7 @@ def test_prompts_are_encoded_as_in_diffusers(world, tmp_path, dialect):
     update = theirs.get_delta_weight(theirs.active_adapters[0])
     assert relative(down @ up, array(update).T) < 1e-5
     # Half as strong is half the update, of the text encoders too.
-    half, _ = put_on(pipeline, [f"{path}:0.5"])
+    half, _ = apply_loras(pipeline, [f"{path}:0.5"])
     pipe.set_adapters(pipe.get_active_adapters(), adapter_weights=0.5)
     weaker = half.encode(["a red cat"]).prompt_embeds
     assert relative(weaker, encode(pipe, family)[0]) < 1e-5
@@ -122,8 +122,8 @@ def test_text_encoders_alone(world, tmp_path):
     _, _, pipeline, widths = world
     path = tmp_path / "words.safetensors"
     write(path, "kohya", {key: shape for key, shape in widths.items() if key[0] != "unet"})
-    adapted, adapter = put_on(pipeline, [str(path)])
+    adapted, adapter = apply_loras(pipeline, [str(path)])
     assert adapter is None and adapted.params["unet"] is pipeline.params["unet"]
     write(path, "kohya", {("text_encoder", "text_model.encoder.layers.7.mlp.fc1"): (8, 32)})
     with pytest.raises(ValueError, match="match no layer of the model: lora_te_text_model_enc"):
-        put_on(pipeline, [str(path)])
+        apply_loras(pipeline, [str(path)])

@@ -2,7 +2,7 @@
 
     folder = write_tiny_pipeline(tmp_path / "tiny")     # six megabytes; family="sd" for SD 1.5's,
                                                         # "sdxl-lcm" for one with LCM's UNet
-    pipeline = load_pipeline(folder)                    # ours
+    pipeline = load_model(folder)                    # ours
     StableDiffusionXLPipeline.from_pretrained(folder)   # theirs
 
 UNet of 32 and 64 channels with one layer a level, cross-attention 32 wide, groups of 8; an f4

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 import toy_regression as toy
+from tlcm_jax.training.step import StepSettings, make_step
 
 from tlcm_jax.training import loop, sharding
 from tlcm_jax.training import mesh as meshes
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.metrics import MetricsWriter
 from tlcm_jax.training.state import create
-from tlcm_jax.training.step import StepSettings, make_step
 from tlcm_jax.training.update import AVERAGE
 
 DECAY = 0.75

@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 import toy_regression as toy
+from tlcm_jax.training.players import Player
+from tlcm_jax.training.step import StepSettings, make_step
 
 from tlcm_jax.training import loop, optimizers, sharding
 from tlcm_jax.training import mesh as meshes
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.metrics import MetricsWriter
-from tlcm_jax.training.players import Player
 from tlcm_jax.training.state import create
-from tlcm_jax.training.step import StepSettings, make_step
 
 UPDATES = {"chaser": 5, "slow": 2}
 

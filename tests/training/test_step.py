@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 import toy_regression as toy
+from tlcm_jax.training.step import StepSettings, make_step
 
 from tlcm_jax.training import mesh as meshes
 from tlcm_jax.training import sharding
 from tlcm_jax.training.state import create
-from tlcm_jax.training.step import StepSettings, make_step
 
 
 def run(on=None, steps=2, optimizer=None, objective=None, **settings):

@@ -20,7 +20,7 @@ from tlcm_jax.diffusion.timesteps import check_timesteps, student_timesteps
 from tlcm_jax.distillation.networks import BASE, DECODER, NULL, TERMS
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.io.workdir import CHECKPOINTS
 from tlcm_jax.models import lora
 from tlcm_jax.training import loop
@@ -143,7 +143,7 @@ def train(
 
 def load_teacher(model: ModelSettings, mesh: Mesh) -> LatentModel:
     """The model that a recipe names, its weights on a mesh."""
-    return load_pipeline(
+    return load_model(
         model.path,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),

@@ -19,8 +19,8 @@ from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.evaluation.reporting.contents import Kind
 from tlcm_jax.evaluation.scorers.base import Measure, Scorer
-from tlcm_jax.families.stable_diffusion import Pipeline
-from tlcm_jax.generation.generate import Rendering, draw_student, draw_teacher, merged
+from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher, merged
 from tlcm_jax.generation.image_cache import cached, weights_hash
 
 # The teacher as it is used, which is what the student is held against; and with as few steps as
@@ -137,11 +137,11 @@ def _set_metrics(result: SetResult) -> dict[str, Any]:
 
 
 def evaluate(
-    pipeline: Pipeline,
+    pipeline: StableDiffusion,
     prompt_sets: Sequence[PromptSet],
     *,
     lora: Mapping[str, Any] | None = None,
-    teacher: Pipeline | None = None,
+    teacher: StableDiffusion | None = None,
     steps: Sequence[int] = (1, 2, 3, 4, 8),
     further_steps: Sequence[int] | None = None,
     guidance_scale: float = 8.0,
@@ -187,10 +187,10 @@ def evaluate(
     for prompts in prompt_sets:
         for scorer in scorers:
             scorer.check(prompts.prompts, prompts.annotations)
-    rendering = Rendering(resolution=resolution, batch_size=batch_size, progress=progress)
-    samplers: dict[Kind, _Draw] = {"student": _student(pipeline, lora, seed, gamma, rendering)}
+    options = GenerationOptions(resolution=resolution, batch_size=batch_size, progress=progress)
+    samplers: dict[Kind, _Draw] = {"student": _student(pipeline, lora, seed, gamma, options)}
     if teacher is not None:
-        samplers["teacher"] = _teacher(teacher, guidance_scale, cache, seed, rendering)
+        samplers["teacher"] = _teacher(teacher, guidance_scale, cache, seed, options)
     stopwatch = _Stopwatch()
     results = []
     for prompts in prompt_sets:
@@ -226,29 +226,35 @@ def _plan(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[Kind, in
     return own + [("teacher", count) for count in teacher]
 
 
-def _student(pipeline: Pipeline, lora: Any, seed: int, gamma: float, rendering: Rendering) -> _Draw:
+def _student(
+    pipeline: StableDiffusion, lora: Any, seed: int, gamma: float, options: GenerationOptions
+) -> _Draw:
     student = pipeline
     if lora is not None:  # once for all step counts
         unet = merged(pipeline.params["unet"], lora)
         student = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
-    return lambda prompts, steps: draw_student(
-        student, prompts, steps, seed, gamma=gamma, rendering=rendering
+    return lambda prompts, steps: generate(
+        student, prompts, steps, seed, gamma=gamma, options=options
     )
 
 
 def _teacher(
-    teacher: Pipeline, scale: float, cache: Path | None, seed: int, rendering: Rendering
+    teacher: StableDiffusion,
+    scale: float,
+    cache: Path | None,
+    seed: int,
+    options: GenerationOptions,
 ) -> _Draw:
     fingerprint = weights_hash(teacher) if cache is not None else ""
 
     def draw(prompts: Sequence[str], steps: int) -> np.ndarray:
         description = [fingerprint, list(prompts), steps, float(scale), seed]
-        if rendering.resolution is not None:
-            description.append(rendering.resolution)
+        if options.resolution is not None:
+            description.append(options.resolution)
         return cached(
             cache,
             description,
-            lambda: draw_teacher(teacher, prompts, steps, scale, seed, rendering),
+            lambda: generate_teacher(teacher, prompts, steps, scale, seed, options),
         )
 
     return draw

@@ -11,7 +11,7 @@ from tlcm_jax.data.prompts import read_prompts
 from tlcm_jax.evaluation.reporting.contents import PictureGrid, PictureRow
 from tlcm_jax.evaluation.reporting.pictures import contact_sheet
 from tlcm_jax.families.base import LatentModel
-from tlcm_jax.generation.generate import Rendering, draw_student
+from tlcm_jax.generation.generate import GenerationOptions, generate
 from tlcm_jax.models import lora
 from tlcm_jax.training.checkpoints import Position
 from tlcm_jax.training.loop import Hook
@@ -39,7 +39,7 @@ def preview_hooks(settings: Settings, model: LatentModel, workdir: str | Path) -
     chosen = settings.evaluation
     prompts = read_prompts(settings.prompts if chosen is None else chosen.prompts)[:PROMPTS]
     gamma = 1.0 if chosen is None else chosen.gamma
-    options = Rendering(resolution=settings.model.resolution or None, batch_size=PROMPTS)
+    options = GenerationOptions(resolution=settings.model.resolution or None, batch_size=PROMPTS)
 
     def draw(position: Position, state: TrainState) -> None:
         adapter = lora.scaled(state.trained, settings.adapter.scale)
@@ -47,9 +47,7 @@ def preview_hooks(settings: Settings, model: LatentModel, workdir: str | Path) -
             PictureRow(
                 kind="student",
                 label=f"{steps} steps",
-                pictures=draw_student(
-                    model, prompts, steps, settings.seed, adapter, gamma, options
-                ),
+                pictures=generate(model, prompts, steps, settings.seed, adapter, gamma, options),
             )
             for steps in STEPS
         )

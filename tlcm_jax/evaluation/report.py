@@ -19,7 +19,7 @@ from tlcm_jax.evaluation.reporting.contents import (
 )
 from tlcm_jax.evaluation.reporting.pictures import contact_sheet
 from tlcm_jax.evaluation.reporting.report import relative_text, write_report
-from tlcm_jax.io.files import whole
+from tlcm_jax.io.files import atomic_write
 
 _TITLES = {"heldout": "held-out prompts", "composition": "unseen object-style pairs"}
 # The step count that headlines quote: the paper's own.
@@ -75,11 +75,11 @@ def save(folder: Path, evaluation: Evaluation, report: Report) -> None:
     samples = folder / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     for result, grid in zip(evaluation.sets, report.grids, strict=True):
-        with whole(samples / f"{result.prompts.name}.png") as part:
+        with atomic_write(samples / f"{result.prompts.name}.png") as part:
             contact_sheet(part, grid)
-    with whole(folder / "metrics.json") as part:
+    with atomic_write(folder / "metrics.json") as part:
         part.write_text(json.dumps(evaluation.metrics(), indent=2) + "\n", encoding="utf-8")
-    with whole(folder / "report.html") as part:
+    with atomic_write(folder / "report.html") as part:
         write_report(part, report)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import CLIPTokenizer
 
 from tlcm_jax.diffusion.scheduler_config import process_from_config
-from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.io import names
 from tlcm_jax.io.placement import Shardings, to_devices, to_host
 from tlcm_jax.io.sources import Source
@@ -24,7 +24,7 @@ from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 _PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionPipeline")
 
 
-def load_pipeline(
+def load_model(
     path: str | Path,
     *,
     dtype: Any = jnp.float32,
@@ -34,7 +34,7 @@ def load_pipeline(
     shardings: Shardings | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
-) -> Pipeline:
+) -> StableDiffusion:
     """Loads a pipeline, tensor by tensor.
 
     Args:
@@ -44,8 +44,8 @@ def load_pipeline(
       param_dtype: dtype the weights are kept in; `dtype` by default.
       remat: the UNet's rematerialisation policy.
       on_device: put the weights on devices; otherwise they stay in host memory.
-      shardings: where on devices: from the tree of shapes (`Pipeline.params` of
-        `abstract_pipeline`) to a tree of shardings. By default all is on the default device.
+      shardings: where on devices: from the tree of shapes (`LatentModel.params` of
+        `abstract_model`) to a tree of shardings. By default all is on the default device.
       variant: read `*.VARIANT.safetensors`, such as fp16; by default the files without one, else
         those of fp16.
       config: a pipeline folder or hub id whose configs and tokenizers a single file goes with. By
@@ -63,7 +63,7 @@ def load_pipeline(
     opened = {}
     for name, shapes in pipeline.params.items():
         tensors = source.component(name, shapes)
-        opened[name] = (tensors, names.matched(tensors, shapes, source.label(name)))
+        opened[name] = (tensors, names.match_tensors(tensors, shapes, source.label(name)))
     source.check_all_used()
     placed = None if shardings is None else shardings(pipeline.params)
     for name, (tensors, views) in opened.items():
@@ -81,19 +81,19 @@ def load_pipeline(
     )
 
 
-def abstract_pipeline(
+def abstract_model(
     path: str | Path, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
     remat: str = "none",
-) -> Pipeline:  # fmt: skip
+) -> StableDiffusion:  # fmt: skip
     """The pipeline that a folder's configs describe: shapes for weights, and no tokenizers.
 
-    Args and errors are those of `load_pipeline`.
+    Args and errors are those of `load_model`.
     """
     source = Source.find(path, weights=False)
     return _abstract(source, dtype=dtype, param_dtype=param_dtype, remat=remat)
 
 
-def _abstract(source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> Pipeline:
+def _abstract(source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> StableDiffusion:
     configs = _read_configs(source.folder)
     index = configs["model_index"]
     two_towers = "text_encoder_2" in configs
@@ -105,7 +105,7 @@ def _abstract(source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> Pi
         if name in configs
     }
     components: dict[str, Any] = {"unet": unet, "vae": vae, **towers}
-    return Pipeline(
+    return StableDiffusion(
         unet=unet,
         vae=vae,
         text_encoders=tuple(towers.values()),

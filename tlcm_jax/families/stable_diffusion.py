@@ -23,7 +23,7 @@ from tlcm_jax.models.vae_tiling import decode_tiled
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline(LatentModel):
+class StableDiffusion(LatentModel):
     """Everything that a diffusers pipeline folder describes.
 
     Attributes:
@@ -33,7 +33,7 @@ class Pipeline(LatentModel):
       configs: each component's own JSON, as on disk; exports write it back.
       zero_null: the null conditioning is zeros (SDXL) rather than the encoded empty prompt.
       embedded_guidance: the scale that a UNet with guidance embedding is given; others ignore it.
-      source: where the weights came from: what `load_pipeline` was given.
+      source: where the weights came from: what `load_model` was given.
       folder: the local folder, in diffusers' layout, with the configs and tokenizers.
     """
 

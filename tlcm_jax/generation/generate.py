@@ -23,14 +23,14 @@ from tlcm_jax.diffusion import sampling as sampler
 from tlcm_jax.diffusion.guidance import guided
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.diffusion.trajectories import teacher_path
-from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.models import lora as adapters
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.training.mesh import shard_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rendering:
+class GenerationOptions:
     """How prompts become pictures, besides the model and its sampler.
 
     Attributes:
@@ -57,14 +57,14 @@ class Rendering:
             raise ValueError(f"tile = {self.tile}: must be at least 1, or 0 for no tiles")
 
 
-def draw_student(
-    pipeline: Pipeline,
+def generate(
+    pipeline: StableDiffusion,
     prompts: Sequence[str],
     steps: int,
     seed: int,
     lora: Mapping[str, Any] | None = None,
     gamma: float = 1.0,
-    rendering: Rendering = Rendering(),
+    options: GenerationOptions = GenerationOptions(),
 ) -> np.ndarray:
     """Draws with a distilled model, without guidance.
 
@@ -78,7 +78,7 @@ def draw_student(
       seed: of the noise.
       lora: an adapter already scaled (`models.lora.scaled`), added to the UNet's weights.
       gamma: share of fresh noise between steps, 1 all of it, 0 none (`diffusion.sampler`).
-      rendering: resolution, batches, long prompts.
+      options: resolution, batches, long prompts.
 
     Returns:
       Pictures, uint8 `[n, h, w, 3]`, in the order of the prompts.
@@ -88,11 +88,11 @@ def draw_student(
     """
     timesteps = student_timesteps(steps)
     levels = sampler.levels(pipeline.process, timesteps, gamma).astype(np.float32)
-    tokens = _tokens(pipeline, prompts, rendering)
+    tokens = _tokens(pipeline, prompts, options)
     unet = pipeline.params["unet"]
     if lora is not None:
         unet = merged(unet, lora)
-    model = _Model.of(pipeline, rendering)
+    model = _Model.of(pipeline, options)
 
     def latents(conditioning: Conditioning, keys: Array) -> Array:
         z = _noise(model, keys, np.uint32(0))
@@ -101,16 +101,16 @@ def draw_student(
             z = _student_step(model, unet, z, *at, conditioning)
         return z
 
-    return _draw(pipeline, model, tokens, seed, rendering, latents, f"{steps} steps")
+    return _draw(pipeline, model, tokens, seed, options, latents, f"{steps} steps")
 
 
-def draw_teacher(
-    pipeline: Pipeline,
+def generate_teacher(
+    pipeline: StableDiffusion,
     prompts: Sequence[str],
     steps: int,
     guidance_scale: float,
     seed: int,
-    rendering: Rendering = Rendering(),
+    options: GenerationOptions = GenerationOptions(),
 ) -> np.ndarray:
     """Draws with the undistilled model: DDIM with classifier-free guidance.
 
@@ -121,7 +121,7 @@ def draw_teacher(
         scale as an input.
       guidance_scale: w.
       seed: of the noise; the same as the student's for the same seed.
-      rendering: resolution, batches, long prompts.
+      options: resolution, batches, long prompts.
 
     Returns:
       Pictures, uint8 `[n, h, w, 3]`.
@@ -130,14 +130,14 @@ def draw_teacher(
       ValueError: no prompts, or steps or resolution out of range.
     """
     timesteps = pipeline.process.grid(steps)
-    tokens = _tokens(pipeline, prompts, rendering)
+    tokens = _tokens(pipeline, prompts, options)
     scale = float(guidance_scale)
     if pipeline.guidance_is_embedded:
         pipeline = dataclasses.replace(pipeline, embedded_guidance=scale)
         scale = 1.0
-    model, unet = _Model.of(pipeline, rendering), pipeline.params["unet"]
+    model, unet = _Model.of(pipeline, options), pipeline.params["unet"]
     chunks = tokens[0][0].size // tokens[0].shape[-1]
-    null = pipeline.null_conditioning(rendering.resolution, chunks)
+    null = pipeline.null_conditioning(options.resolution, chunks)
 
     def latents(conditioning: Conditioning, keys: Array) -> Array:
         z = _noise(model, keys, np.uint32(0))
@@ -146,7 +146,7 @@ def draw_teacher(
             z = _teacher_step(model, unet, z, stops, conditioning, null, scale)
         return z
 
-    return _draw(pipeline, model, tokens, seed, rendering, latents, f"teacher, {steps} steps")
+    return _draw(pipeline, model, tokens, seed, options, latents, f"teacher, {steps} steps")
 
 
 @jax.jit
@@ -168,18 +168,18 @@ class _Model:
     embedded_guidance: float
     resolution: int
     tile: int
-    functions: Pipeline = dataclasses.field(compare=False, repr=False)
+    functions: StableDiffusion = dataclasses.field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, pipeline: Pipeline, rendering: Rendering) -> "_Model":
-        table, resolution = pipeline.process, rendering.resolution or pipeline.resolution
+    def of(cls, pipeline: StableDiffusion, options: GenerationOptions) -> "_Model":
+        table, resolution = pipeline.process, options.resolution or pipeline.resolution
         pipeline.latent_shape(resolution)  # a wrong resolution is found before anything is drawn
         return cls(
             networks=(pipeline.unet, pipeline.vae, *pipeline.text_encoders),
             process=(table.prediction_type, table.alphas_cumprod.tobytes()),
             embedded_guidance=pipeline.embedded_guidance,
             resolution=resolution,
-            tile=rendering.tile,
+            tile=options.tile,
             # Without its weights, so that jit's cache does not keep them alive.
             functions=dataclasses.replace(pipeline, params={}, tokenizers=()),
         )
@@ -248,40 +248,40 @@ def _noise(model: _Model, keys: Array, step: Array) -> Array:
 
 
 def _tokens(
-    pipeline: Pipeline, prompts: Sequence[str], rendering: Rendering
+    pipeline: StableDiffusion, prompts: Sequence[str], options: GenerationOptions
 ) -> tuple[np.ndarray, ...]:
     """Token ids for each text encoder, `[n, 77]` or `[n, chunks, 77]`."""
     if not prompts:
         raise ValueError("there is nothing to draw: give at least one prompt")
-    return pipeline.tokenize(prompts, rendering.prompts_2, rendering.chunks)
+    return pipeline.tokenize(prompts, options.prompts_2, options.chunks)
 
 
 def _draw(
-    pipeline: Pipeline,
+    pipeline: StableDiffusion,
     model: _Model,
     tokens: tuple[np.ndarray, ...],
     seed: int,
-    rendering: Rendering,
+    options: GenerationOptions,
     latents: Callable[[Conditioning, Array], Array],
     label: str,
 ) -> np.ndarray:
     """Encodes, samples by `latents(conditioning, keys)` and decodes, batch by batch."""
     count, mesh = len(tokens[0]), _mesh_of(pipeline)
     devices = 1 if mesh is None else mesh.devices.size
-    size = -(-min(rendering.batch_size, count) // devices) * devices
+    size = -(-min(options.batch_size, count) // devices) * devices
     towers = {k: v for k, v in pipeline.params.items() if k.startswith("text_encoder")}
     decoder = {"vae": pipeline.params["vae"]}
     keys = _prompt_keys(jax.random.key(seed), np.arange(count, dtype=np.uint32))
     pictures = []
     batches = list(whole_batches(count, size))
-    for rows in tqdm(batches, desc=label, unit="batch", disable=not rendering.progress):
+    for rows in tqdm(batches, desc=label, unit="batch", disable=not options.progress):
         ids, noise_keys = shard_batch(mesh, (tuple(t[rows] for t in tokens), keys[rows]))
         drawn = latents(_encode(model, towers, ids), noise_keys)
         pictures.append(np.asarray(_decode(model, decoder, drawn)))
     return np.concatenate(pictures)[:count]
 
 
-def _mesh_of(pipeline: Pipeline) -> Mesh | None:
+def _mesh_of(pipeline: StableDiffusion) -> Mesh | None:
     """The mesh that the UNet's weights lie on; None on a single device."""
     sharding = getattr(jax.tree.leaves(pipeline.params["unet"])[0], "sharding", None)
     mesh = getattr(sharding, "mesh", None)

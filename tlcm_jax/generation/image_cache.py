@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tlcm_jax.families.stable_diffusion import Pipeline
-from tlcm_jax.io.files import whole
+from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.io.files import atomic_write
 
 
-def weights_hash(pipeline: Pipeline) -> str:
+def weights_hash(pipeline: StableDiffusion) -> str:
     """A hash of all that a pipeline's pictures depend on: weights, configs, precision."""
     digest = hashlib.blake2b(digest_size=16)
     description = [pipeline.configs, np.dtype(pipeline.unet.dtype).name]
@@ -46,7 +46,7 @@ def cached(
         with np.load(path) as file:
             return file["pictures"]
     pictures = draw()
-    with whole(path) as part:
+    with atomic_write(path) as part:
         with part.open("wb") as file:
             np.savez_compressed(file, pictures=pictures)
     return pictures

@@ -43,7 +43,7 @@ def load_clip(
     shapes = clip_shapes(config)
     placed = _placed(tensors, names.to_torch_names(shapes))
     _check_sizes(scorer, str(path), placed, config)
-    views = names.matched(placed, shapes, str(path))
+    views = names.match_tensors(placed, shapes, str(path))
     return network, to_host(views, shapes, tensors.release), folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.io.hub import NETWORKS
 from tlcm_jax.io.pipeline_folder import is_component
 from tlcm_jax.io.products import product_kind
@@ -16,7 +16,7 @@ from tlcm_jax.io.sources import CONFIG_FOLDER
 from tlcm_jax.io.tensors import weights_name
 
 
-def load(path: Path, teacher: Pipeline) -> Any:
+def load(path: Path, teacher: StableDiffusion) -> Any:
     """The diffusers pipeline with a product in it, loaded as the model card says, in fp32.
 
     Args:
@@ -71,7 +71,7 @@ def _from_pretrained(folder: Path) -> Any:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     # What is fetched of a hub id leaves out what generation does without.
     absent = {k: None for k, v in index.items() if is_component(v) and not (folder / k).is_dir()}
-    # It takes what `load_pipeline` takes, but has to be told where there is only fp16.
+    # It takes what `load_model` takes, but has to be told where there is only fp16.
     name = weights_name([file.name for file in folder.glob("unet/*")], NETWORKS["unet"])
     variant = "fp16" if name is not None and ".fp16" in name else None
     return diffusers.DiffusionPipeline.from_pretrained(
@@ -79,7 +79,7 @@ def _from_pretrained(folder: Path) -> Any:
     )
 
 
-def _from_single_file(file: Path, config: Path, teacher: Pipeline) -> Any:
+def _from_single_file(file: Path, config: Path, teacher: StableDiffusion) -> Any:
     import diffusers
     import torch
     import transformers

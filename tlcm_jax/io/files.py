@@ -60,7 +60,7 @@ def save_tensors(
 
 
 @contextlib.contextmanager
-def whole(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_write(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary sibling to write, a file or a folder; it becomes `target` when all went well.
 
     Nothing half written is ever seen under the target's name, and what stood there before stays

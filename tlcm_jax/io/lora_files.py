@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from tlcm_jax.io import names
-from tlcm_jax.io.files import cast, save_tensors, whole
+from tlcm_jax.io.files import atomic_write, cast, save_tensors
 from tlcm_jax.io.ldm_names import unet_layers
 from tlcm_jax.io.names import Path_
 from tlcm_jax.io.tensors import TensorFile, refuse_pickle
@@ -110,7 +110,7 @@ def write_lora(
             raise ValueError(f"two layers are called {kohya_name(layer)} in kohya's names")
         tensors.update({key: cast(key, value, dtype) for key, value in stored.items()})
     path = Path(path)
-    with whole(path) as part:
+    with atomic_write(path) as part:
         save_tensors(part, tensors, metadata)
     return path
 
@@ -123,7 +123,7 @@ def read_lora(path: str | Path, unet: Mapping[str, Any]) -> dict:
       unet: the UNet's parameter tree (arrays or shapes), which says what layers there are.
 
     Returns:
-      The adapter, float32 numpy arrays, scaled: fit for `Pipeline.denoiser(lora=...)`.
+      The adapter, float32 numpy arrays, scaled: fit for `LatentModel.denoiser(lora=...)`.
 
     Raises:
       FileNotFoundError, ValueError: as of `read_networks`; layers of text encoders match nothing.

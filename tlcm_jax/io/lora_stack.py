@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.io.lora_files import read_networks
 from tlcm_jax.models import lora
-from tlcm_jax.models.adapters import combined
+from tlcm_jax.models.adapters import concat_loras
 
 
-def put_on(pipeline: Pipeline, specs: Sequence[str]) -> tuple[Pipeline, Mapping[str, Any] | None]:
+def apply_loras(
+    pipeline: StableDiffusion, specs: Sequence[str]
+) -> tuple[StableDiffusion, Mapping[str, Any] | None]:
     """Reads LoRAs for a pipeline.
 
     Args:
@@ -53,7 +55,7 @@ def read_loras(specs: Sequence[str], networks: Mapping[str, Any]) -> dict[str, M
     for path, weight in map(_split_weight, specs):
         for network, adapter in read_networks(path, networks).items():
             found.setdefault(network, []).append((adapter, weight))
-    return {network: combined(*zip(*pairs, strict=True)) for network, pairs in found.items()}
+    return {network: concat_loras(*zip(*pairs, strict=True)) for network, pairs in found.items()}
 
 
 def _split_weight(spec: str) -> tuple[str, float]:

@@ -51,7 +51,7 @@ class Recipe:
 
         Args:
           config: the recipe that was run.
-          pipeline: the teacher, an `interchange.Pipeline`.
+          pipeline: the teacher, an `LatentModel`.
         """
         stages = config.get("stages") or {}
         order = config.get("stage_order") or list(stages)

@@ -54,7 +54,7 @@ def to_torch_names(shapes: Mapping) -> list[str]:
     return [torch_key(path) for path in flax.traverse_util.flatten_dict(shapes)]
 
 
-def matched(tensors: Tensors, shapes: Mapping, source: str) -> dict[Path_, np.ndarray]:
+def match_tensors(tensors: Tensors, shapes: Mapping, source: str) -> dict[Path_, np.ndarray]:
     """Finds the tensor of every leaf of a tree; reads none of them.
 
     Names of older and newer libraries are known too: the autoencoder's former attention names, a

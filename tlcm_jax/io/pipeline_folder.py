@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from tlcm_jax.families.stable_diffusion import Pipeline
+from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.io import names
-from tlcm_jax.io.files import cast, save_tensors, whole
+from tlcm_jax.io.files import atomic_write, cast, save_tensors
 from tlcm_jax.io.hub import NETWORKS
 
 # What a component may consist of besides the weights written here. Anything else, pickles above
@@ -72,7 +72,7 @@ def write_component(
       OSError: the folder cannot be written.
     """
     stem = NETWORKS.get(folder.name, "diffusion_pytorch_model")
-    write_json(folder / "config.json", cleaned(config))
+    write_json(folder / "config.json", strip_local_paths(config))
     tensors = {
         name: cast(f"{folder.name} {name}", value, dtype)
         for name, value in names.to_torch(jax.tree.map(np.asarray, params)).items()
@@ -81,7 +81,7 @@ def write_component(
 
 
 def write_pipeline(
-    pipeline: Pipeline,
+    pipeline: StableDiffusion,
     folder: str | Path,
     *,
     unet: Mapping[str, Any] | None = None,
@@ -110,7 +110,7 @@ def write_pipeline(
     """
     folder = Path(folder)
     params = {**pipeline.params, "unet": pipeline.params["unet"] if unet is None else unet}
-    with whole(folder, replace=replace) as part:
+    with atomic_write(folder, replace=replace) as part:
         write_configs(pipeline, part)
         for name, tree in params.items():
             write_component(part / name, pipeline.configs[name], tree, dtype)
@@ -119,7 +119,7 @@ def write_pipeline(
     return folder
 
 
-def write_configs(pipeline: Pipeline, folder: Path) -> None:
+def write_configs(pipeline: StableDiffusion, folder: Path) -> None:
     """Writes a pipeline folder without the networks' weights: configs, scheduler, tokenizers.
 
     Args:
@@ -145,10 +145,10 @@ def write_configs(pipeline: Pipeline, folder: Path) -> None:
             if name == "safety_checker":
                 index["requires_safety_checker"] = False
     for name in pipeline.params:
-        write_json(folder / name / "config.json", cleaned(pipeline.configs[name]))
+        write_json(folder / name / "config.json", strip_local_paths(pipeline.configs[name]))
     scheduler = lcm_scheduler(pipeline.configs["scheduler"])
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", cleaned(index))
+    write_json(folder / "model_index.json", strip_local_paths(index))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -176,6 +176,6 @@ def _copy_data(source: Path, target: Path) -> bool:
     return True
 
 
-def cleaned(config: Mapping[str, Any]) -> dict[str, Any]:
+def strip_local_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without where it once lay: a path of the machine that saved it."""
     return {key: value for key, value in config.items() if key != "_name_or_path"}

@@ -25,7 +25,7 @@ def to_host(views: Mapping[Path_, np.ndarray], shapes: Mapping, release: Callabl
     """Copies into host memory.
 
     Args:
-      views: as `names.matched` returns them.
+      views: as `names.match_tensors` returns them.
       shapes: the tree of `jax.ShapeDtypeStruct`; its dtypes are those of the copies.
       release: called after every copy (`Tensors.release`).
 
@@ -50,7 +50,7 @@ def to_devices(
     """Copies to devices.
 
     Args:
-      views: as `names.matched` returns them.
+      views: as `names.match_tensors` returns them.
       shapes: as in `to_host`.
       release: as in `to_host`.
       shardings: a tree of `jax.sharding.Sharding`; by default all lies on the default device. Of

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlcm_jax.families.load import load_pipeline
-from tlcm_jax.families.stable_diffusion import Pipeline
-from tlcm_jax.io.files import DTYPES, whole
+from tlcm_jax.families.load import load_model
+from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.io.files import DTYPES, atomic_write
 from tlcm_jax.io.lora_files import write_lora
 from tlcm_jax.io.model_card import FILES, PROJECT, Recipe, model_card
 from tlcm_jax.io.pipeline_folder import write_component, write_configs, write_pipeline
@@ -35,7 +35,7 @@ def check_targets(targets: Sequence[str], dtype: str = "fp32") -> None:
 
 
 def export_products(
-    pipeline: Pipeline,
+    pipeline: StableDiffusion,
     adapter: Mapping[str, Any] | None,
     targets: Sequence[str],
     output: str | Path,
@@ -107,11 +107,11 @@ def export_products(
     return products
 
 
-def fp32(pipeline: Pipeline) -> Pipeline:
+def fp32(pipeline: StableDiffusion) -> StableDiffusion:
     """A pipeline with its weights read again from where they came, in fp32, into host memory."""
     single = Path(pipeline.source).is_file()
     config = pipeline.folder if single else None
-    return load_pipeline(pipeline.source, on_device=False, config=config)
+    return load_model(pipeline.source, on_device=False, config=config)
 
 
 def product_kind(path: Path) -> str:
@@ -127,7 +127,7 @@ def product_folder(path: Path) -> Path:
 
 
 def _write_folder(folder: Path, replace: bool, card: str, write: Callable[[Path], None]) -> None:
-    with whole(folder, replace=replace) as part:
+    with atomic_write(folder, replace=replace) as part:
         part.mkdir()
         write(part)
         (part / "README.md").write_text(card, encoding="utf-8")

@@ -83,7 +83,7 @@ def read_params(tensors: Tensors, network: nn.Module, inputs: tuple, source: str
       ValueError: a tensor is missing, left over or misshaped; the first ten are named.
     """
     shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
-    return to_host(names.matched(tensors, shapes, source), shapes, tensors.release)
+    return to_host(names.match_tensors(tensors, shapes, source), shapes, tensors.release)
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

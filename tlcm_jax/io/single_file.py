@@ -70,7 +70,7 @@ def family_of(configs: Mapping[str, Any]) -> str:
     """The layout, a key of `ldm_names.PREFIXES`, that a pipeline is written in.
 
     Args:
-      configs: `Pipeline.configs`.
+      configs: `LatentModel.configs`.
 
     Raises:
       ValueError: there is none for it.

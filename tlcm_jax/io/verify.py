@@ -23,7 +23,7 @@ from absl import logging
 
 from tlcm_jax.diffusion.sampling import sample
 from tlcm_jax.diffusion.timesteps import student_timesteps
-from tlcm_jax.families.load import load_pipeline
+from tlcm_jax.families.load import load_model
 from tlcm_jax.io import consumer, names
 from tlcm_jax.io.hub import NETWORKS
 from tlcm_jax.io.lora_files import read_lora
@@ -71,7 +71,7 @@ def verify_products(
 
     Args:
       products: as `export_products` returned them.
-      teacher: the teacher, as `load_pipeline` reads it, which LoRAs and UNets are loaded onto.
+      teacher: the teacher, as `load_model` reads it, which LoRAs and UNets are loaded onto.
       prompts: what is drawn.
       steps: step counts of METHOD.md's table.
       seed: of the noise.
@@ -111,7 +111,7 @@ class _Ours:
     """Our side: one compiled function a step count, for every product's weights."""
 
     def __init__(self, teacher: str | Path):
-        self.teacher = load_pipeline(teacher)
+        self.teacher = load_model(teacher)
         self._draw: dict[int, Callable] = {}
 
     def weights(self, path: Path) -> tuple[dict[str, Any], set[str]]:
@@ -122,9 +122,9 @@ class _Ours:
             return {**base, "unet": lora.merge(base["unet"], adapter)}, _layer_names(adapter)
         if kind == "unet":
             tensors = open_component(path, NETWORKS["unet"])
-            views = names.matched(tensors, base["unet"], str(path))
+            views = names.match_tensors(tensors, base["unet"], str(path))
             return {**base, "unet": to_devices(views, base["unet"], tensors.release)}, set()
-        product = load_pipeline(path)
+        product = load_model(path)
         ours, theirs = self.teacher.process, product.process
         if ours.prediction_type != theirs.prediction_type or not np.array_equal(
             ours.alphas_cumprod, theirs.alphas_cumprod

@@ -55,7 +55,7 @@ def load_adapter(
 
     Returns:
       The config as plain nested values, and the adapter as host arrays, scaled: fit for
-      `Pipeline.denoiser(lora=...)` and for export. A tree of whole weights is returned as it is
+      `LatentModel.denoiser(lora=...)` and for export. A tree of whole weights is returned as it is
       (`models.adapters.is_adapter` tells).
 
     Raises:

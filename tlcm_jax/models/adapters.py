@@ -23,7 +23,7 @@ def is_adapter(tree: Tree) -> bool:
     return any(path[-1] == "lora_A" for path in flax.traverse_util.flatten_dict(tree))
 
 
-def combined(adapters: Sequence[Tree], weights: Sequence[float]) -> Mapping:
+def concat_loras(adapters: Sequence[Tree], weights: Sequence[float]) -> Mapping:
     """Several adapters as one, equation (1).
 
     Args:
@@ -54,7 +54,7 @@ def combined(adapters: Sequence[Tree], weights: Sequence[float]) -> Mapping:
     )
 
 
-def extracted(
+def svd_extract(
     base: Tree, tuned: Tree, rank: int, targets: Sequence[str] = TARGETS
 ) -> tuple[dict, float]:
     """The adapter nearest to fully fine-tuned weights, equation (2).

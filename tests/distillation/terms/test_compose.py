@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tlcm_jax.training.players import Player
 
 from tests.support.roles import WISH, roles
 from tlcm_jax.distillation import registry as stages
@@ -23,7 +24,6 @@ from tlcm_jax.distillation.terms.distribution_matching import (
 from tlcm_jax.distillation.terms.latent_lpips import PerceptualSettings
 from tlcm_jax.distillation.terms.preference import PreferenceSettings
 from tlcm_jax.training import step as steps
-from tlcm_jax.training.players import Player
 from tlcm_jax.training.state import create
 
 ENDPOINTS = EndpointConsistencySettings(guidance_scale=2.0, states_per_rollout=2)
