@@ -13,7 +13,7 @@ whole sets, such as a Frechet distance, has `values` and `summarise` of its own 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -42,6 +42,7 @@ class Measure:
     higher_is_better: bool = True
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores images by how well they show texts, or sets of them.
 
