@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.support.tiny_pipeline import write_tiny_pipeline
+from tlcm_jax.config.outputs import load_outputs, write_outputs
 from tlcm_jax.config.run import distil
-from tlcm_jax.evaluation.final_eval import Ending, finish
+from tlcm_jax.config.schema import read
 from tlcm_jax.families.load import load_model
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.workdir import load_adapter
@@ -64,10 +65,10 @@ def config(world):
 
 
 def test_from_recipe_to_report(world, config, tmp_path):
-    ending = Ending.prepare(config)
+    wanted = load_outputs(read(config))
     run = distil(config, tmp_path, progress=False)
     assert run.completed
-    finish(run, ending, config, tmp_path, started=0.0, progress=False)
+    write_outputs(run, read(config), wanted, tmp_path, config, started=0.0, progress=False)
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["stage_step"]) for row in rows] == [
@@ -79,6 +80,9 @@ def test_from_recipe_to_report(world, config, tmp_path):
     assert set(metrics["sets"]["prompts"]["student"]) == {"1", "4"}
     page = (tmp_path / "report.html").read_text()
     assert "a red cat" in page and "data:image/png" in page
+    assert "Used in training, too: 3 of the 3 prompts of prompts." in page
+    card = (tmp_path / "export" / "lora" / "README.md").read_text()
+    assert "- Data: Prompts alone; no image was read." in card and "- Method: TLCM\n" in card
     assert (tmp_path / "samples" / "prompts.png").is_file()
 
     # What was exported is what was trained, and the pipeline is the teacher with it merged in.
@@ -136,4 +140,4 @@ def test_bad_input_is_found_before_anything_is_written(config, tmp_path, change,
 )
 def test_what_the_end_needs_is_checked_at_the_start(config, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        Ending.prepare(changed(config, **change))
+        load_outputs(read(changed(config, **change)))

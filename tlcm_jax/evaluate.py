@@ -1,12 +1,12 @@
-"""Draws and scores a distilled model at several step counts, beside its teacher.
+"""Generates with a distilled model and scores it at several step counts, beside its teacher.
 
     python -m tlcm_jax.evaluate --model runs/emoji --prompts miniature/prompts/heldout.txt \
         --steps 1,2,3,4,8 --scores miniature.judge --output evaluations/emoji
 
 PATH of --model is a diffusers pipeline folder, a single-file checkpoint, a hub id or the workdir of
 a run. Writes `metrics.json`, `report.html` and `samples/`. The teacher is the model without its
-adapter; a model that has none is compared with --teacher, if that is given. Its pictures are kept
-in `teacher/` of the workdir, or else of the output, so that it is drawn once.
+adapter; a model that has none is compared with --teacher, if that is given. Its images are kept in
+`teacher/` of the workdir, or else of the output, so that they are made once.
 """
 
 import sys
@@ -22,7 +22,7 @@ from tlcm_jax.evaluation.evaluate import check_steps, evaluate
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.load import load_model
-from tlcm_jax.io.workdir import drawn_with, is_workdir, trained_resolution
+from tlcm_jax.io.workdir import drawn_with, is_workdir, trained_resolution, trained_times
 from tlcm_jax.sample import load_with_adapter
 from tlcm_jax.training import compilation
 
@@ -43,7 +43,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
     flags.DEFINE_float("gamma", None, "Share of fresh noise; the run's own, or 1.", **here)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
-    flags.DEFINE_integer("batch_size", 25, "Pictures at a time.", lower_bound=1, **here)
+    flags.DEFINE_integer("batch_size", 25, "Images at a time.", lower_bound=1, **here)
     flags.DEFINE_integer("pictures", 12, "Prompts in the report.", lower_bound=1, **here)
     flags.DEFINE_string("output", None, "Folder to write into.", **must)
 
@@ -78,6 +78,7 @@ def run(values: flags.FlagValues) -> None:
         steps=steps,
         guidance_scale=drawn_with(values.model, "guidance_scale", 8.0, given=values.guidance_scale),
         gamma=drawn_with(values.model, "gamma", 1.0, given=values.gamma),
+        timesteps={} if values.lora else trained_times(values.model),
         seed=values.seed,
         resolution=trained_resolution(values.model),
         scorers=scorers,

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 
 from absl import app, flags, logging
 
+from tlcm_jax.config.describe import student_recipe
+from tlcm_jax.config.schema import read
 from tlcm_jax.families.load import load_model
 from tlcm_jax.io.files import DTYPES
-from tlcm_jax.io.model_card import Recipe
 from tlcm_jax.io.products import LORAS, TARGETS, check_targets, export_products
 from tlcm_jax.io.verify import require_consumer, verify_products
 from tlcm_jax.io.workdir import load_adapter
@@ -54,7 +55,7 @@ def run(values: flags.FlagValues) -> None:
         require_consumer()
     config, trained = load_adapter(values.workdir, values.step)
     pipeline = load_model(config["model"]["path"], on_device=False)
-    recipe = Recipe.from_config(config, pipeline)
+    recipe = student_recipe(read(config), pipeline)
     adapter: Mapping | None = trained
     unet = None
     if not is_adapter(trained):

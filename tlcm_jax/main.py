@@ -3,9 +3,12 @@
 The same command resumes a run that was stopped.
 """
 
+import functools
 import sys
 import time
 import traceback
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -33,59 +36,83 @@ _CACHE = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    """Runs the recipe, then evaluates, reports and exports its student."""
-    started = time.monotonic()
+    """Reads the flags, runs the recipe; what a user can cause is an error of one line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     # Before anything touches a backend.
     from tlcm_jax.training import distributed
 
     distributed.initialize()
-    import jax
-
     compilation.use_cache(_CACHE.value)
-    from tlcm_jax.config.run import train
-    from tlcm_jax.evaluation.final_eval import Ending, brought_home, finish
-    from tlcm_jax.evaluation.previews import preview_hooks
-    from tlcm_jax.training.profile import parse_steps
-
-    workdir = str(_WORKDIR.value)
     try:
-        if "://" in workdir:
-            raise ValueError(
-                f"--workdir {workdir} is no folder: mount the bucket (gcsfuse, as "
-                "launch/tpu_slice.sh does) and give the folder it is mounted on"
-            )
         config = _CONFIG.value.to_dict()
-        ending = Ending.prepare(config)
-        run = train(
-            config,
-            workdir,
-            progress=_PROGRESS.value,
-            profile_steps=parse_steps(_PROFILE.value),
-            make_hooks=lambda settings, model: preview_hooks(settings, model, workdir),
-        )
-        if not run.completed:
-            logging.warning("stopped on request; the same command resumes this run")
-            return
-        run = brought_home(run, ending.settings)
-        if jax.process_index() == 0:
-            finish(run, ending, config, workdir, started=started, progress=_PROGRESS.value)
-        # A process that ends before the others takes them with it after some minutes.
-        distributed.wait_for_all("finished")
+        run(config, _WORKDIR.value, progress=_PROGRESS.value, profile_steps=_PROFILE.value)
     except (ValueError, FileNotFoundError, OSError, RuntimeError) as error:
         if logging.level_debug():
             raise
         sys.exit(f"error: {error}")
 
 
+def run(
+    config: dict[str, Any], workdir: str | Path, *, progress: bool = True, profile_steps: str = ""
+) -> None:
+    """Trains a recipe's student, then evaluates, reports and exports it.
+
+    Args:
+      config: the recipe as plain nested values.
+      workdir: the run's folder.
+      progress: whether to draw progress bars.
+      profile_steps: `FIRST:LAST`, the steps of a profiler's trace; empty traces none.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input; the message says what to change.
+      RuntimeError: the loss is not finite any more.
+      OSError: the disk is full.
+    """
+    started = time.monotonic()
+    import jax
+
+    from tlcm_jax.config import outputs
+    from tlcm_jax.config.run import train
+    from tlcm_jax.config.schema import read
+    from tlcm_jax.training import distributed
+    from tlcm_jax.training.profile import parse_steps
+
+    if "://" in str(workdir):
+        raise ValueError(
+            f"--workdir {workdir} is no folder: mount the bucket (gcsfuse, as "
+            "launch/tpu_slice.sh does) and give the folder it is mounted on"
+        )
+    wanted = outputs.load_outputs(settings := read(config))
+    result = train(
+        config,
+        workdir,
+        progress=progress,
+        profile_steps=parse_steps(profile_steps),
+        make_hooks=functools.partial(outputs.preview_hooks, workdir=Path(workdir)),
+    )
+    if not result.completed:
+        logging.warning("stopped on request; the same command resumes this run")
+        return
+    result = outputs.gather_to_local(result, settings)
+    if jax.process_index() == 0:
+        outputs.write_outputs(
+            result, settings, wanted, Path(workdir), config, started=started, progress=progress
+        )
+    # A process that ends before the others takes them with it after some minutes.
+    distributed.wait_for_all("finished")
+
+
 def parse_flags(argv: list[str]) -> list[str]:
-    """Reads the flags; an override below a key that the recipe lacks is an error of one line.
+    """Reads the flags; an override that does not fit the recipe is an error of one line.
 
     What a recipe itself raises keeps its trace, which names the place.
     """
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        hint = "; --config.evaluation.prompts='()' leaves the evaluation out"
+        sys.exit(f"error: {error}{hint * ('config.evaluation=' in str(error))}")
     except (AttributeError, KeyError, TypeError) as error:
         if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
             raise

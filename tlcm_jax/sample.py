@@ -23,7 +23,13 @@ from tlcm_jax.families.load import load_model
 from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.io.lora_stack import apply_loras
-from tlcm_jax.io.workdir import drawn_with, is_workdir, load_adapter, trained_resolution
+from tlcm_jax.io.workdir import (
+    drawn_with,
+    is_workdir,
+    load_adapter,
+    trained_resolution,
+    trained_times,
+)
 from tlcm_jax.training import compilation
 
 
@@ -87,7 +93,10 @@ def run(values: flags.FlagValues) -> None:
         if values.guidance_scale is not None:
             pipeline = _embed_guidance(pipeline, values.guidance_scale)
         gamma = drawn_with(values.model, "gamma", 1.0, given=values.gamma)
-        pictures = generate(pipeline, values.prompt, steps, values.seed, adapter, gamma, options)
+        times = None if values.lora else trained_times(values.model).get(steps)
+        pictures = generate(
+            pipeline, values.prompt, steps, values.seed, adapter, gamma, options, times
+        )
     for target, picture in zip(targets, pictures, strict=True):
         enlarged = picture.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
         Image.fromarray(np.ascontiguousarray(enlarged)).save(target)

@@ -99,22 +99,22 @@ def measure(
     # The noise of a prompt depends on the seed and its place: the first draw is there already.
     further = [draw(some, asked.noise + i)[0] for i in range(1, asked.draws)]
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for drawn in result.drawn:
-        own = dict(drawn.scores)
-        if (drawn.kind, drawn.steps) != ("teacher", REFERENCE_STEPS):
-            to_teacher = pairwise.distances(distance, drawn.pictures, reference)
+    for one in result.generated:
+        own = dict(one.scores)
+        if (one.kind, one.steps) != ("teacher", REFERENCE_STEPS):
+            to_teacher = pairwise.distances(distance, one.images, reference)
             own[LPIPS_TO_TEACHER] = float(to_teacher.mean())
-        first = drawn.pictures[: len(some.prompts)]
-        draws = [first, *(_found(other, drawn.kind, drawn.steps) for other in further)]
+        first = one.images[: len(some.prompts)]
+        draws = [first, *(_found(other, one.kind, one.steps) for other in further)]
         own[DIVERSITY] = pairwise.diversity(distance, np.stack(draws))
-        scores.setdefault(drawn.kind, {})[str(drawn.steps)] = own
+        scores.setdefault(one.kind, {})[str(one.steps)] = own
     rows = chosen(prompts, asked.shown)
     return Measured(
         scores=scores,
         real=result.real,
         prompts=len(prompts.prompts),
         shown=tuple(prompts.prompts[i] for i in rows),
-        pictures={f"{d.kind}-{d.steps}": d.pictures[rows] for d in result.drawn},
+        pictures={f"{one.kind}-{one.steps}": one.images[rows] for one in result.generated},
         reference=reference if of_teacher else None,
         seconds=seconds,
     )
@@ -122,6 +122,6 @@ def measure(
 
 def _found(result: SetResult, kind: Kind, steps: int) -> np.ndarray:
     """The pictures of a sampler that was asked to draw."""
-    drawn = result.find(kind, steps)
-    assert drawn is not None
-    return drawn.pictures
+    found = result.find(kind, steps)
+    assert found is not None
+    return found.images

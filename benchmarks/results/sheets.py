@@ -8,8 +8,8 @@ from PIL import Image
 
 from benchmarks.results.experiment import Table
 from benchmarks.results.runs import PICTURES, Plan, Run
-from tlcm_jax.evaluation.reporting.contents import Kind, PictureGrid, PictureRow
-from tlcm_jax.evaluation.reporting.pictures import contact_sheet
+from tlcm_jax.evaluation.reporting.contents import ImageGrid, ImageRow, Kind
+from tlcm_jax.evaluation.reporting.images import contact_sheet
 from tlcm_jax.io.files import atomic_write
 
 LARGEST = 300_000
@@ -41,24 +41,24 @@ def write_sheets(tables: Sequence[Table], plan: Plan, folder: Path) -> dict[str,
     return links
 
 
-def _columns(table: Table, plan: Plan, steps: int) -> Iterator[PictureRow]:
+def _columns(table: Table, plan: Plan, steps: int) -> Iterator[ImageRow]:
     for experiment in table.experiments:
         for run in plan.runs.get(experiment.name, ()):
             if run.seed == plan.seeds[0] and run.scores() is not None:
                 yield _column(run, "student", steps, experiment.name)
 
 
-def _column(run: Run, kind: Kind, steps: int, label: str = "") -> PictureRow:
+def _column(run: Run, kind: Kind, steps: int, label: str = "") -> ImageRow:
     with np.load(run.folder / PICTURES) as file:
         pictures: Mapping[str, np.ndarray] = dict(file)
-    return PictureRow(label or f"{steps} steps", pictures[f"{kind}-{steps}"], kind)
+    return ImageRow(label or f"{steps} steps", pictures[f"{kind}-{steps}"], kind)
 
 
-def _write(path: Path, prompts: Sequence[str], rows: Sequence[PictureRow]) -> None:
+def _write(path: Path, prompts: Sequence[str], rows: Sequence[ImageRow]) -> None:
     """A sheet of as many prompts as fit into `LARGEST` bytes, in 256 colours."""
     for count in range(len(prompts), 0, -1):
-        first = [PictureRow(row.label, row.pictures[:count], row.kind) for row in rows]
-        contact_sheet(path, PictureGrid("rows", prompts[:count], first), scale=_SCALE)
+        first = [ImageRow(row.label, row.images[:count], row.kind) for row in rows]
+        contact_sheet(path, ImageGrid("rows", prompts[:count], first), scale=_SCALE)
         with Image.open(path) as full:
             image = full.quantize(256, dither=Image.Dither.NONE)
         image.save(path, format="PNG", optimize=True)

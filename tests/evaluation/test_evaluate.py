@@ -86,17 +86,17 @@ def result(pipeline, adapter, heldout, tmp_path_factory):
     )
 
 
-def test_pictures_are_those_of_the_samplers(pipeline, adapter, result):
+def test_images_are_those_of_the_samplers(pipeline, adapter, result):
     first = result.sets[0]
     order = [("student", 1), ("student", 4), ("teacher", 25), ("teacher", 4)]
-    assert [(drawn.kind, drawn.steps) for drawn in first.drawn] == order
-    assert [(drawn.kind, drawn.steps) for drawn in result.sets[1].drawn] == order[1:3]
+    assert [(one.kind, one.steps) for one in first.generated] == order
+    assert [(one.kind, one.steps) for one in result.sets[1].generated] == order[1:3]
     np.testing.assert_array_equal(
-        first.find("student", 4).pictures,
+        first.find("student", 4).images,
         generate(pipeline, PROMPTS, 4, 5, adapter, 0.5, GenerationOptions(batch_size=25)),
     )
     np.testing.assert_array_equal(
-        first.find("teacher", 4).pictures,
+        first.find("teacher", 4).images,
         generate_teacher(pipeline, PROMPTS, 4, 2.0, 5, GenerationOptions(batch_size=25)),
     )
 
@@ -104,7 +104,7 @@ def test_pictures_are_those_of_the_samplers(pipeline, adapter, result):
 def test_metrics_hold_every_score_and_its_ratio_to_the_teacher(result):
     metrics = json.loads(json.dumps(result.metrics()))
     assert set(metrics) == {"model", "seed", "guidance_scale", "gamma", "seconds", "sets"}
-    assert set(metrics["seconds"]) == {"drawing", "scoring"}
+    assert set(metrics["seconds"]) == {"generation", "scoring"}
     assert metrics["sets"]["other"]["real"] == {}
     heldout = metrics["sets"]["heldout"]
     assert heldout["prompts"] == 4 and heldout["real"] == {"grey": 0.75}
@@ -120,7 +120,7 @@ def test_report_and_files_show_all_samplers(result, tmp_path):
     report = evaluation_report.build_report(result, title="Tiny", pictures=3, summary="Small.")
     assert report.reference == "teacher, 25 steps"
     assert [row.kind for row in report.scores] == ["student"] * 2 + ["teacher"] * 2 + ["real"]
-    assert report.scores[1].scores["other/grey"] == result.sets[1].drawn[0].scores["grey"]
+    assert report.scores[1].scores["other/grey"] == result.sets[1].generated[0].scores["grey"]
     assert report.scores[0].score("other/grey") is None
     assert {column.key for column in report.columns if not column.higher_is_better} == {
         "heldout/contrast",
@@ -130,7 +130,7 @@ def test_report_and_files_show_all_samplers(result, tmp_path):
     # One of each style before a second of any.
     assert list(report.grids[0].prompts) == ["a red cat", "an icon", "a cat of ice"]
     np.testing.assert_array_equal(
-        report.grids[0].rows[2].pictures, result.sets[0].drawn[2].pictures[:3]
+        report.grids[0].rows[2].images, result.sets[0].generated[2].images[:3]
     )
     evaluation_report.save(tmp_path / "out", result, report)
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == result.metrics()
@@ -156,7 +156,7 @@ def test_the_teacher_is_drawn_once_for_the_same_weights(
         result = evaluate(
             pipeline, [prompts], teacher=teacher, steps=[1], cache=tmp_path, **options
         )
-        return result.sets[0].find("teacher", 2).pictures
+        return result.sets[0].find("teacher", 2).images
 
     first = run()
     np.testing.assert_array_equal(run(lora=adapter), first)
@@ -254,4 +254,4 @@ def test_a_run_s_own_resolution_is_what_is_drawn(pipeline, heldout, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"resolution": 64}}))
     assert trained_resolution(tmp_path) == 64 and trained_resolution(tmp_path / "other") is None
     found = evaluate(pipeline, [heldout], steps=(1,), resolution=64)
-    assert found.sets[0].drawn[0].pictures.shape == (4, 64, 64, 3)
+    assert found.sets[0].generated[0].images.shape == (4, 64, 64, 3)

@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from tlcm_jax.families.load import abstract_model, load_model
 from tlcm_jax.io import hub
 from tlcm_jax.io.hub import HubId, needed
-from tlcm_jax.io.model_card import Recipe
+from tlcm_jax.io.model_card import teacher_licence, teacher_name
 
 SHA = "462165984030d82259a11f4367a4eed129e94a7b"
 
@@ -71,8 +71,8 @@ def test_only_what_is_needed_of_one_commit(tiny_hub, tiny):
     here = {p.relative_to(tiny).as_posix() for p in Path(tiny).rglob("*") if p.is_file()}
     assert set(tiny_hub.fetched) == here | {"README.md"}
     assert pipeline.source == f"someone/tiny@{SHA}" and pipeline.folder == str(tiny_hub.cache)
-    recipe = Recipe.from_config({}, pipeline)
-    assert (recipe.teacher, recipe.licence) == ("someone/tiny", "openrail++")
+    assert teacher_name(pipeline.source) == "someone/tiny"
+    assert teacher_licence(Path(pipeline.folder)) == "openrail++"
     tiny_hub.up = False  # now from the cache
     load_model("someone/tiny", on_device=False)
     assert tiny_hub.revisions == [SHA]

@@ -39,7 +39,7 @@ def workdir(tiny, tmp_path_factory):
         "adapter": {"rank": RANK, "alpha": ALPHA},
         "stages": {
             "segments": {
-                "objective": "segment_consistency", "steps": 2, "batch_size": 4,
+                "objective": "mlcd", "steps": 2, "batch_size": 4,
                 "learning_rate": 1e-4, "settings": {"guidance_scale": 5.0},
             }
         },
@@ -111,14 +111,17 @@ def test_cards(workdir, tmp_path):
     run(export, "--workdir", workdir, "--to", "lora,kohya", "--output", tmp_path)
     card = (tmp_path / "lora" / "README.md").read_text()
     for wanted in (
-        "# tiny, distilled to 1-8 steps",
+        "# tiny, distilled to 1 to 8 steps by TLCM\n",
         "LoRA of rank 2",
         "Distilled from `tiny`",
         "| 4 | 999, 749, 499, 124 |",
         "guidance_scale=0",
         "load_lora_weights",
         "original_inference_steps=8",
-        "segment_consistency: 2 steps of 4 prompts, learning rate 0.0001, teacher's guidance 5.0",
+        "guidance_scale = 5,",
+        "steps = 2, batch_size = 4,",
+        "learning_rate = 0.0001",
+        "the teacher's, scale 5, is distilled in",
         "## Scale",
         "The teacher's licence applies",
     ):
@@ -186,7 +189,7 @@ def test_whole_weights_of_a_run(workdir, tiny, tmp_path, capsys):
     ],
 )
 def test_card_loads_its_teacher_as_it_was_given(teacher, call):
-    recipe = Recipe(name="tiny", teacher=teacher)
+    recipe = Recipe(name="tiny", teacher=teacher, method="TLCM", times={4: (999, 749, 499, 124)})
     assert f"StableDiffusionXLPipeline.{call})" in model_card(recipe, "lora")
     assert f"StableDiffusionXLPipeline.{call}, unet=unet)" in model_card(recipe, "unet")
 

@@ -46,7 +46,7 @@ def student_of(pipeline):
 
 
 def export(pipeline, targets, output, dtype):
-    recipe = Recipe(name="tiny", teacher="tiny")
+    recipe = Recipe(name="tiny", teacher="tiny", method="TLCM", times={4: (999, 749, 499, 124)})
     return export_products(pipeline, student_of(pipeline), targets, output, dtype, recipe)
 
 

@@ -107,7 +107,8 @@ class EvaluationSettings:
 
     Attributes:
       prompts: prompt files, the headline's first; a JSON file of the same name beside one says
-        what each prompt asks for, for the scorers that need it.
+        what each prompt asks for, for the scorers that need it. None of them leaves the evaluation
+        to the `evaluate` command, as `evaluation = None` does.
       scorers: each as NAME or NAME=PATH (`evaluation.scorers.table`); none draws without scoring.
       steps: the student's step counts.
       guidance_scale: of the undistilled teacher.
@@ -125,8 +126,6 @@ class EvaluationSettings:
     limit: int = 0
 
     def __post_init__(self) -> None:
-        if not self.prompts:
-            raise ValueError("prompts is empty: name a file of them, or set `evaluation` to None")
         check_gamma(self.gamma)
         for name in ("guidance_scale", "pictures", "limit"):
             check_at_least(name, getattr(self, name), 0)

@@ -1,19 +1,20 @@
-"""Draws and scores a student at several step counts, beside its teacher.
+"""Generates with a student at several step counts, beside its teacher, and scores the images.
 
-Student and teacher draw the same prompts from the same noise. Every score is meant to be read
-beside two others: the teacher's at 25 steps, which the student imitates, and that of real
-pictures, where the scorer knows it.
+Student and teacher see the same prompts and noise. Every score is meant to be read beside two
+others: the teacher's at 25 steps, which the student imitates, and that of real images, where the
+scorer knows it.
 """
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 
 from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion.timesteps import student_timesteps
@@ -28,24 +29,21 @@ from tlcm_jax.generation.image_cache import cached, weights_hash
 REFERENCE_STEPS = 25
 TEACHER_STEPS = (REFERENCE_STEPS, 4)
 
-# Pictures of prompts in a number of steps.
-_Draw = Callable[[Sequence[str], int], np.ndarray]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawn:
-    """The pictures of one prompt set by one sampler.
+class Generated:
+    """The images of one prompt set by one sampler.
 
     Attributes:
       kind: whose they are.
       steps: in how many steps.
-      pictures: uint8 `[n, h, w, 3]`.
+      images: one a prompt.
       scores: by `Measure.key`; empty without scorers.
     """
 
     kind: Kind
     steps: int
-    pictures: np.ndarray
+    images: UInt8[np.ndarray, "n h w 3"]
     scores: Mapping[str, float]
 
     @property
@@ -56,46 +54,47 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SetResult:
-    """All that was drawn from one prompt set.
+    """All that was generated from one prompt set.
 
     Attributes:
       prompts: the set.
-      drawn: the student's by steps, then the teacher's.
-      real: scores of as many real pictures; empty where they are not known.
+      generated: the student's by steps, then the teacher's.
+      real: scores of as many real images; empty where they are not known.
     """
 
     prompts: PromptSet
-    drawn: tuple[Drawn, ...]
+    generated: tuple[Generated, ...]
     real: Mapping[str, float]
 
-    def find(self, kind: Kind, steps: int) -> Drawn | None:
-        """What was drawn by this sampler, if it was."""
-        return next((d for d in self.drawn if (d.kind, d.steps) == (kind, steps)), None)
+    def find(self, kind: Kind, steps: int) -> Generated | None:
+        """What this sampler generated, if it did."""
+        found = (one for one in self.generated if (one.kind, one.steps) == (kind, steps))
+        return next(found, None)
 
-    def relative(self, drawn: Drawn) -> dict[str, float]:
-        """Scores as multiples of the 25-step teacher's; empty without one."""
+    def relative(self, one: Generated) -> dict[str, float]:
+        """Scores as multiples of the 25-step teacher's; empty without one, and for itself."""
         teacher = self.find("teacher", REFERENCE_STEPS)
-        if teacher is None:
+        if teacher is None or one is teacher:
             return {}
         return {
             key: value / teacher.scores[key]
-            for key, value in drawn.scores.items()
+            for key, value in one.scores.items()
             if teacher.scores[key]
         }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """Pictures and scores of a student and its teacher.
+    """Images and scores of a student and its teacher.
 
     Attributes:
       model: where the weights came from.
       seed: of the noise.
-      guidance_scale: of the teacher; None where no teacher was drawn.
+      guidance_scale: of the teacher; None where there was none.
       gamma: share of fresh noise between the student's steps.
       measures: what was scored, in the order in which it is shown.
       sets: one result a prompt set.
-      seconds: what `drawing` and `scoring` took.
+      seconds: what `generation` and `scoring` took.
     """
 
     model: str
@@ -114,26 +113,25 @@ class Evaluation:
           `prompts` (how many), `real`, and `student` and `teacher`: by steps, the scores and,
           beside those of the 25-step teacher, `relative` to them.
         """
+        sets = {}
+        for result in self.sets:
+            entries: dict[str, dict] = {"student": {}, "teacher": {}}
+            for one in result.generated:
+                relative = result.relative(one)
+                entries[one.kind][str(one.steps)] = {
+                    **one.scores,
+                    **({"relative": relative} if relative else {}),
+                }
+            count = len(result.prompts.prompts)
+            sets[result.prompts.name] = {"prompts": count, "real": dict(result.real), **entries}
         return {
             "model": self.model,
             "seed": self.seed,
             "guidance_scale": self.guidance_scale,
             "gamma": self.gamma,
             "seconds": {key: round(value, 1) for key, value in self.seconds.items()},
-            "sets": {result.prompts.name: _set_metrics(result) for result in self.sets},
+            "sets": sets,
         }
-
-
-def _set_metrics(result: SetResult) -> dict[str, Any]:
-    """One prompt set of `Evaluation.metrics`."""
-    entries: dict[str, dict] = {"student": {}, "teacher": {}}
-    for drawn in result.drawn:
-        entry: dict[str, Any] = dict(drawn.scores)
-        relative = result.relative(drawn)
-        if relative and (drawn.kind, drawn.steps) != ("teacher", REFERENCE_STEPS):
-            entry["relative"] = relative
-        entries[drawn.kind][str(drawn.steps)] = entry
-    return {"prompts": len(result.prompts.prompts), "real": dict(result.real), **entries}
 
 
 def evaluate(
@@ -146,69 +144,100 @@ def evaluate(
     further_steps: Sequence[int] | None = None,
     guidance_scale: float = 8.0,
     gamma: float = 1.0,
+    timesteps: Mapping[int, Sequence[int]] | None = None,
     seed: int = 0,
     resolution: int | None = None,
     scorers: Sequence[Scorer] = (),
     cache: Path | None = None,
-    # Divides the miniature's 400 and 300 prompts; on a CPU larger ones cost more a picture.
+    # Divides the miniature's 400 and 300 prompts; on a CPU larger ones cost more an image.
     batch_size: int = 25,
     progress: bool = False,
 ) -> Evaluation:
-    """Draws prompt sets with a student and its teacher, and scores the pictures.
+    """Generates from prompt sets with a student and its teacher, and scores the images.
 
     Args:
       pipeline: the student, or what its adapter belongs to.
       prompt_sets: of different names, at least one.
       lora: the student's adapter, already scaled.
-      teacher: the undistilled model; None draws no teacher. `pipeline` itself if that, without
+      teacher: the undistilled model; None leaves it out. `pipeline` itself if that, without
         the adapter, is the teacher.
       steps: the student's step counts, each 1 to 8.
-      further_steps: those on the sets after the first, where the teacher is then drawn at 25
-        steps only: a shorter evaluation. As on the first by default.
+      further_steps: those on the sets after the first, where the teacher then has 25 steps only:
+        a shorter evaluation. As on the first by default.
       guidance_scale: the teacher's.
       gamma: share of fresh noise between the student's steps, 0 to 1.
+      timesteps: the student's times by its number of steps, where they are not those of the
+        authors' release.
       seed: of the noise.
-      resolution: side of the pictures in pixels; the model's own by default.
-      scorers: none draws pictures only.
-      cache: folder where the teacher's pictures are kept, so that they are drawn once for a
-        model, prompts, scale and seed; None keeps none.
-      batch_size: pictures at a time.
+      resolution: side of the images in pixels; the model's own by default.
+      scorers: none generates only.
+      cache: folder where the teacher's images are kept, so that they are made once for a model,
+        prompts, scale and seed; None keeps none.
+      batch_size: images at a time.
       progress: draw progress bars.
 
     Raises:
       ValueError: steps out of range, no prompts, two sets of one name, or prompts that a scorer
-        cannot score; before anything is drawn.
+        cannot score; before anything is generated.
     """
-    plan = _plan(steps, TEACHER_STEPS if teacher else ())
-    further = plan
+
+    def samplers(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[Kind, int]]:
+        own: list[tuple[Kind, int]] = [("student", count) for count in check_steps(student)]
+        return own + [("teacher", count) for count in teacher]
+
+    first = further = samplers(steps, TEACHER_STEPS if teacher else ())
     if further_steps is not None:
-        further = _plan(further_steps, TEACHER_STEPS[:1] if teacher else ())
-    check_names(prompt_sets)
-    for prompts in prompt_sets:
-        for scorer in scorers:
-            scorer.check(prompts.prompts, prompts.annotations)
+        further = samplers(further_steps, TEACHER_STEPS[:1] if teacher else ())
+    check_prompt_sets(prompt_sets, scorers)
     options = GenerationOptions(resolution=resolution, batch_size=batch_size, progress=progress)
-    samplers: dict[Kind, _Draw] = {"student": _student(pipeline, lora, seed, gamma, options)}
-    if teacher is not None:
-        samplers["teacher"] = _teacher(teacher, guidance_scale, cache, seed, options)
-    stopwatch = _Stopwatch()
+    student = pipeline
+    if lora is not None:  # once for all step counts
+        unet = merged(pipeline.params["unet"], lora)
+        student = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
+    fingerprint = weights_hash(teacher) if teacher is not None and cache is not None else ""
+
+    def images_of(kind: Kind, prompts: Sequence[str], count: int) -> UInt8[np.ndarray, "n h w 3"]:
+        if kind == "student":
+            return generate(
+                student,
+                prompts,
+                count,
+                seed,
+                gamma=gamma,
+                options=options,
+                timesteps=(timesteps or {}).get(count),
+            )
+        assert teacher is not None
+        depends_on = [fingerprint, list(prompts), count, float(guidance_scale), seed]
+        if resolution is not None:
+            depends_on.append(resolution)
+        return cached(
+            cache,
+            depends_on,
+            lambda: generate_teacher(teacher, prompts, count, guidance_scale, seed, options),
+        )
+
+    seconds: dict[str, float] = defaultdict(float)
     results = []
     for prompts in prompt_sets:
-        drawn = []
-        for kind, count in plan if prompts is prompt_sets[0] else further:
-            with stopwatch("drawing"):
-                pictures = samplers[kind](prompts.prompts, count)
-            with stopwatch("scoring"):
-                scores = _score(scorers, pictures, prompts)
-            drawn.append(Drawn(kind, count, pictures, scores))
+        generated: list[Generated] = []
+        real: dict[str, float] = {}
+        for kind, count in first if prompts is prompt_sets[0] else further:
+            start = time.monotonic()
+            images = images_of(kind, prompts.prompts, count)
+            seconds["generation"] += time.monotonic() - start
+            start = time.monotonic()
+            scores: dict[str, float] = {}
+            for scorer in scorers:
+                values = scorer.values(images, prompts.prompts, prompts.annotations)
+                scores |= scorer.summarise(values)
+            seconds["scoring"] += time.monotonic() - start
+            generated.append(Generated(kind, count, images, scores))
             shown = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
-            logging.info("%s, %s: %s", prompts.name, drawn[-1].label, shown or "drawn")
-        real = {
-            key: value
-            for scorer in scorers
-            for key, value in scorer.real_data_score(prompts.name, len(prompts.prompts)).items()
-        }
-        results.append(SetResult(prompts, tuple(drawn), real))
+            logging.info("%s, %s: %s", prompts.name, generated[-1].label, shown or "generated")
+        for scorer in scorers:
+            real |= scorer.real_data_score(prompts.name, len(prompts.prompts))
+        results.append(SetResult(prompts, tuple(generated), real))
     return Evaluation(
         model=pipeline.source,
         seed=seed,
@@ -216,55 +245,18 @@ def evaluate(
         gamma=float(gamma),
         measures=tuple(measure for scorer in scorers for measure in scorer.measures),
         sets=tuple(results),
-        seconds=stopwatch.seconds,
+        seconds=dict(seconds),
     )
 
 
-def _plan(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[Kind, int]]:
-    """Who draws, in how many steps."""
-    own: list[tuple[Kind, int]] = [("student", count) for count in check_steps(student)]
-    return own + [("teacher", count) for count in teacher]
-
-
-def _student(
-    pipeline: StableDiffusion, lora: Any, seed: int, gamma: float, options: GenerationOptions
-) -> _Draw:
-    student = pipeline
-    if lora is not None:  # once for all step counts
-        unet = merged(pipeline.params["unet"], lora)
-        student = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
-    return lambda prompts, steps: generate(
-        student, prompts, steps, seed, gamma=gamma, options=options
-    )
-
-
-def _teacher(
-    teacher: StableDiffusion,
-    scale: float,
-    cache: Path | None,
-    seed: int,
-    options: GenerationOptions,
-) -> _Draw:
-    fingerprint = weights_hash(teacher) if cache is not None else ""
-
-    def draw(prompts: Sequence[str], steps: int) -> np.ndarray:
-        description = [fingerprint, list(prompts), steps, float(scale), seed]
-        if options.resolution is not None:
-            description.append(options.resolution)
-        return cached(
-            cache,
-            description,
-            lambda: generate_teacher(teacher, prompts, steps, scale, seed, options),
-        )
-
-    return draw
-
-
-def check_names(prompt_sets: Sequence[PromptSet]) -> None:
-    """Raises a ValueError unless there are prompt sets, each of its own name."""
+def check_prompt_sets(prompt_sets: Sequence[PromptSet], scorers: Sequence[Scorer]) -> None:
+    """Raises a ValueError unless there are prompt sets, each named once, that can be scored."""
     names = [prompts.name for prompts in prompt_sets]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"prompt sets {names}: give at least one, each with its own name")
+    for prompts in prompt_sets:
+        for scorer in scorers:
+            scorer.check(prompts.prompts, prompts.annotations)
 
 
 def check_steps(steps: Sequence[int | str]) -> list[int]:
@@ -284,24 +276,3 @@ def check_steps(steps: Sequence[int | str]) -> list[int]:
     for count in counts:
         student_timesteps(count)
     return sorted(counts)
-
-
-def _score(scorers: Sequence[Scorer], pictures: np.ndarray, prompts: PromptSet) -> dict:
-    scores: dict[str, float] = {}
-    for scorer in scorers:
-        values = scorer.values(pictures, prompts.prompts, prompts.annotations)
-        scores |= scorer.summarise(values)
-    return scores
-
-
-class _Stopwatch:
-    """Adds up what parts of the work take."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, part: str):
-        start = time.monotonic()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - start

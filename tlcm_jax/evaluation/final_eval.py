@@ -1,146 +1,151 @@
-"""The end of a run: scores and pictures of the student, the report, and its exports."""
+"""What a run ends with: the student's images and scores beside the teacher's, and the report."""
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import logging
-from jax.experimental import multihost_utils
 
-from tlcm_jax.config.run import TrainResult, load_teacher
-from tlcm_jax.config.schema import Settings, read
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
 from tlcm_jax.evaluation import report as evaluation_report
-from tlcm_jax.evaluation.evaluate import check_names, check_steps, evaluate
+from tlcm_jax.evaluation.evaluate import Evaluation, check_prompt_sets, check_steps, evaluate
 from tlcm_jax.evaluation.reporting.contents import Curve
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.evaluation.scorers.table import load_scorers
-from tlcm_jax.io.model_card import Recipe
-from tlcm_jax.io.products import check_targets, export_products
-from tlcm_jax.training.mesh import make_mesh
-from tlcm_jax.training.sharding import place
+from tlcm_jax.families.stable_diffusion import StableDiffusion
 
-EXPORT = "export"
 TEACHER_CACHE = "teacher"
 
 
-@dataclasses.dataclass(frozen=True)
-class Ending:
-    """What the end of a run needs besides its student, loaded before the run begins.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinalEval:
+    """What is generated and scored when a run has ended; loaded before it begins.
 
     Attributes:
-      settings: the recipe.
-      sets: prompts to draw.
-      scorers: what scores the pictures.
+      prompt_sets: the headline's first.
+      scorers: of the images.
+      steps: the student's step counts.
+      guidance_scale: of the teacher.
+      gamma: share of fresh noise between the student's steps.
+      pictures: prompts of each set whose images the report shows.
+      name: of the student.
+      seed: of the noise.
+      resolution: side of the images in pixels; None is the model's own.
+      timesteps: the student's times by its number of steps.
+      trained_on: all texts of the training.
     """
 
-    settings: Settings
-    sets: tuple[PromptSet, ...]
+    prompt_sets: tuple[PromptSet, ...]
     scorers: tuple[Scorer, ...]
+    steps: tuple[int, ...]
+    guidance_scale: float
+    gamma: float
+    pictures: int
+    name: str
+    seed: int
+    resolution: int | None
+    timesteps: Mapping[int, Sequence[int]]
+    trained_on: Collection[str]
 
     @classmethod
-    def prepare(cls, config: Mapping[str, Any]) -> "Ending":
-        """Loads what a recipe names, so that what is missing is found before any training.
+    def load(
+        cls, *, prompts: Sequence[str], scorers: Sequence[str], steps: Sequence[int], limit: int,
+        **rest: Any,
+    ) -> "FinalEval":  # fmt: skip
+        """Reads and loads what a recipe's `evaluation` names, so that what is missing is found now.
+
+        Args:
+          prompts: files of them.
+          scorers: each as NAME or NAME=PATH.
+          steps: the student's step counts.
+          limit: prompts used of each file; 0 takes all.
+          **rest: the other attributes, as they are.
 
         Raises:
-          FileNotFoundError, ValueError: a prompt file, a scorer or a product that there is not.
+          FileNotFoundError, ValueError: a prompt file or a scorer that there is not, or prompts
+            that a scorer cannot score.
         """
-        settings = read(config)
-        if settings.export:
-            check_targets(settings.export)
-        chosen = settings.evaluation
-        if chosen is None:
-            return cls(settings, (), ())
-        check_steps(chosen.steps)
-        sets = tuple(read_prompt_set(path).first(chosen.limit) for path in chosen.prompts)
-        check_names(sets)
-        scorers = load_scorers(chosen.scorers)
-        for prompts in sets:
-            for scorer in scorers:
-                scorer.check(prompts.prompts, prompts.annotations)
-        return cls(settings, sets, scorers)
+        steps = tuple(check_steps(steps))
+        sets = tuple(read_prompt_set(path).first(limit) for path in prompts)
+        loaded = load_scorers(scorers)
+        check_prompt_sets(sets, loaded)
+        return cls(prompt_sets=sets, scorers=loaded, steps=steps, **rest)
 
 
-def brought_home(run: TrainResult, settings: Settings) -> TrainResult:
-    """A run of several processes with its weights on this process's own devices.
-
-    Each process then draws and exports by itself. All of them must call this: what is cut over
-    them is gathered, and what they held together is given up first, to make room.
-    """
-    if jax.process_count() == 1:
-        return run
-    trained = multihost_utils.process_allgather(run.adapter, tiled=True)
-    for leaf in jax.tree.leaves((run.adapter, run.model.params)):
-        leaf.delete()
-    mesh = make_mesh({"fsdp": -1}, jax.local_devices())
-    return dataclasses.replace(
-        run, model=load_teacher(settings.model, mesh), adapter=place(trained, mesh)
-    )
-
-
-def finish(
-    run: TrainResult,
-    ending: Ending,
-    config: Mapping[str, Any],
-    workdir: str | Path,
+def final_eval(
+    wanted: FinalEval,
+    pipeline: StableDiffusion,
+    adapter: Mapping[str, Any],
+    workdir: Path,
     *,
+    history: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
     started: float,
     progress: bool = True,
-) -> None:
-    """Exports the student, then draws, scores and reports it, into the workdir.
+) -> Evaluation:
+    """Generates, scores and reports, into a workdir.
 
     Args:
-      run: a completed run.
-      ending: as prepared from the same recipe.
-      config: the recipe as plain nested values.
-      workdir: the run's folder.
-      started: `time.monotonic()` at the start of the process.
+      wanted: what.
+      pipeline: the teacher.
+      adapter: what was trained, scaled.
+      workdir: the folder of `metrics.json`, `report.html` and `samples/`.
+      history: the rows of the training's metrics.
+      config: the recipe, shown in the report.
+      started: `time.monotonic()` when the run began.
       progress: whether to draw progress bars.
     """
-    settings, workdir = ending.settings, Path(workdir)
-    if settings.export:
-        recipe = Recipe.from_config(config, run.model)
-        products = export_products(
-            run.model, run.adapter, settings.export, workdir / EXPORT, "fp16", recipe
-        )
-        for target, path in products.items():
-            logging.info("exported %s: %s", target, path)
-    chosen = settings.evaluation
-    if chosen is None:
-        return
     result = evaluate(
-        run.model,
-        ending.sets,
-        lora=run.adapter,
-        teacher=run.model,
-        steps=chosen.steps,
-        guidance_scale=chosen.guidance_scale,
-        gamma=chosen.gamma,
-        seed=settings.seed,
-        resolution=settings.model.resolution or None,
-        scorers=ending.scorers,
+        pipeline,
+        wanted.prompt_sets,
+        lora=adapter,
+        teacher=pipeline,
+        steps=wanted.steps,
+        guidance_scale=wanted.guidance_scale,
+        gamma=wanted.gamma,
+        timesteps=wanted.timesteps,
+        seed=wanted.seed,
+        resolution=wanted.resolution,
+        scorers=wanted.scorers,
         cache=workdir / TEACHER_CACHE,
         progress=progress,
     )
+    steps = f"{wanted.steps[0]} to {wanted.steps[-1]}" if len(wanted.steps) > 1 else wanted.steps[0]
     report = evaluation_report.build_report(
         result,
-        title=f"{settings.name}: distilled to 1 to 8 steps",
-        summary="The same prompts and noise by the student and by its teacher with guidance. "
-        "No prompt shown here was used in training.",
-        pictures=chosen.pictures,
-        curves=curves(run.history),
+        title=f"{wanted.name}: distilled, in {steps} steps",
+        summary="The same prompts and noise by the student and by its teacher with guidance "
+        f"{wanted.guidance_scale:g}. {overlap_note(wanted.prompt_sets, wanted.trained_on)}",
+        pictures=wanted.pictures,
+        curves=curves(history),
         config=config,
         provenance=provenance(time.monotonic() - started),
     )
     evaluation_report.save(workdir, result, report)
     logging.info("report: %s", workdir / "report.html")
+    return result
 
 
-def curves(history: list[dict]) -> list[Curve]:
+def overlap_note(prompt_sets: Sequence[PromptSet], trained_on: Collection[str]) -> str:
+    """How many of the prompts were trained on, by their text; white space and case aside."""
+
+    def plain(text: str) -> str:
+        return " ".join(text.casefold().split())
+
+    trained, notes = {plain(text) for text in trained_on}, []
+    for prompts in prompt_sets:
+        shared = sum(plain(prompt) in trained for prompt in prompts.prompts)
+        if shared:
+            notes.append(f"{shared} of the {len(prompts.prompts)} prompts of {prompts.name}")
+    if not notes:
+        return "None of the prompts was used in training."
+    return f"Used in training, too: {', '.join(notes)}."
+
+
+def curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """Loss, gradient norm and throughput of every stage."""
     shown = (
         ("loss", "loss", "", True),

@@ -11,17 +11,18 @@ from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.evaluation.evaluate import REFERENCE_STEPS, Evaluation, SetResult
 from tlcm_jax.evaluation.reporting.contents import (
     Curve,
-    PictureGrid,
-    PictureRow,
+    ImageGrid,
+    ImageRow,
     Report,
     ScoreColumn,
     ScoreRow,
 )
-from tlcm_jax.evaluation.reporting.pictures import contact_sheet
+from tlcm_jax.evaluation.reporting.images import contact_sheet
 from tlcm_jax.evaluation.reporting.report import relative_text, write_report
 from tlcm_jax.io.files import atomic_write
 
-_TITLES = {"heldout": "held-out prompts", "composition": "unseen object-style pairs"}
+# What a prompt set may say of its prompts, by which those that are shown are chosen.
+_STYLE = "style"
 # The step count that headlines quote: the paper's own.
 _HEADLINE_STEPS = 4
 
@@ -40,7 +41,7 @@ def build_report(
     """The report of an evaluation, and of the run that it closes.
 
     Args:
-      evaluation: what was drawn and scored.
+      evaluation: what was generated and scored.
       title: heading of the page.
       summary: a sentence or two under it.
       highlights: label -> short text, shown after the evaluation's own.
@@ -56,7 +57,7 @@ def build_report(
         title=title,
         summary=summary,
         highlights={**_highlights(evaluation), **(highlights or {})},
-        grids=[picture_grid(evaluation, result, pictures) for result in evaluation.sets],
+        grids=[image_grid(evaluation, result, pictures) for result in evaluation.sets],
         scores=rows,
         columns=list(_columns(evaluation)),
         reference=reference if reference in labels else None,
@@ -83,27 +84,29 @@ def save(folder: Path, evaluation: Evaluation, report: Report) -> None:
         write_report(part, report)
 
 
-def picture_grid(evaluation: Evaluation, result: SetResult, count: int) -> PictureGrid:
+def image_grid(evaluation: Evaluation, result: SetResult, count: int) -> ImageGrid:
     """Some prompts of a set, by every sampler."""
     shown = chosen(result.prompts, count)
     scale = evaluation.guidance_scale
     guidance = "" if scale is None else f"; the teacher with guidance {scale:g}"
-    return PictureGrid(
-        title=_title(result).capitalize(),
+    fresh = "" if evaluation.gamma == 1 else f"; the student with gamma {evaluation.gamma:g}"
+    turn = ", each style in turn" if _STYLE in result.prompts.annotations else ""
+    return ImageGrid(
+        title=result.prompts.name,
         prompts=[result.prompts.prompts[i] for i in shown],
         rows=[
-            PictureRow(f"{d.steps} step{'s' if d.steps > 1 else ''}", d.pictures[shown], d.kind)
-            for d in result.drawn
+            ImageRow(f"{one.steps} step{'s' if one.steps > 1 else ''}", one.images[shown], one.kind)
+            for one in result.generated
         ],
-        note="The first prompts of the file, each style in turn. All pictures of a row start from "
-        f"the same noise (seed {evaluation.seed}){guidance}.",
+        note=f"The first {len(shown)} of {len(result.prompts.prompts)} prompts{turn}. All images "
+        f"of a row start from the same noise (seed {evaluation.seed}){guidance}{fresh}.",
     )
 
 
 def chosen(prompts: PromptSet, count: int) -> np.ndarray:
     """Which prompts are shown: the first ones, of each style in turn where styles are known."""
     total = len(prompts.prompts)
-    styles = list(prompts.annotations.get("style", [""] * total))
+    styles = list(prompts.annotations.get(_STYLE, [""] * total))
     turn: dict[Any, int] = {}
     order = []
     for index, style in enumerate(styles):
@@ -112,36 +115,32 @@ def chosen(prompts: PromptSet, count: int) -> np.ndarray:
     return np.array([index for _, index in sorted(order)[:count]])
 
 
-def _title(result: SetResult) -> str:
-    return _TITLES.get(result.prompts.name, result.prompts.name)
-
-
 def _columns(evaluation: Evaluation) -> Iterator[ScoreColumn]:
     for result in evaluation.sets:
         for measure in evaluation.measures:
             yield ScoreColumn(
                 f"{result.prompts.name}/{measure.key}",
                 measure.title,
-                _title(result),
+                result.prompts.name,
                 measure.percent,
                 measure.higher_is_better,
             )
 
 
 def _score_rows(evaluation: Evaluation) -> Iterator[ScoreRow]:
-    """One row a sampler, with its scores on every set; then real pictures."""
+    """One row a sampler, with its scores on every set; then real images."""
     if not evaluation.measures:
         return
-    for first in evaluation.sets[0].drawn:
+    for first in evaluation.sets[0].generated:
         scores = {}
         for result in evaluation.sets:
-            drawn = result.find(first.kind, first.steps)
-            for key, value in drawn.scores.items() if drawn else ():
+            same = result.find(first.kind, first.steps)
+            for key, value in same.scores.items() if same else ():
                 scores[f"{result.prompts.name}/{key}"] = value
         yield ScoreRow(first.label, scores, first.kind)
     real = {f"{r.prompts.name}/{k}": v for r in evaluation.sets for k, v in r.real.items()}
     if real:
-        yield ScoreRow("real pictures", real, "real")
+        yield ScoreRow("real images", real, "real")
 
 
 def _highlights(evaluation: Evaluation) -> dict[str, str]:

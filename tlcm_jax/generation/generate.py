@@ -65,6 +65,7 @@ def generate(
     lora: Mapping[str, Any] | None = None,
     gamma: float = 1.0,
     options: GenerationOptions = GenerationOptions(),
+    timesteps: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Draws with a distilled model, without guidance.
 
@@ -79,6 +80,7 @@ def generate(
       lora: an adapter already scaled (`models.lora.scaled`), added to the UNet's weights.
       gamma: share of fresh noise between steps, 1 all of it, 0 none (`diffusion.sampler`).
       options: resolution, batches, long prompts.
+      timesteps: the times of the steps; the table of the authors' release by default.
 
     Returns:
       Pictures, uint8 `[n, h, w, 3]`, in the order of the prompts.
@@ -86,7 +88,7 @@ def generate(
     Raises:
       ValueError: no prompts, or steps, gamma or resolution out of range.
     """
-    timesteps = student_timesteps(steps)
+    timesteps = tuple(timesteps or student_timesteps(steps))
     levels = sampler.levels(pipeline.process, timesteps, gamma).astype(np.float32)
     tokens = _tokens(pipeline, prompts, options)
     unet = pipeline.params["unet"]

@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.io.hub import HubId
 
 PROJECT = "tlcm_jax"
@@ -22,62 +21,58 @@ _PIPELINE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a card says of how a student was made.
+    """What a card says of how a student was made; `config.describe` reads it off a run's settings.
 
     Attributes:
       name: of the student.
       teacher: folder or hub id it was distilled from.
-      licence: the teacher's, in words.
+      method: of the distillation, by name.
+      times: at which the student is called, by the number of steps.
+      gamma: share of fresh noise between the student's steps.
+      guidance_scales: of the teacher.
+      ingredients: what was taken from which method, a line each.
+      data: what the distillation has read, a sentence.
+      trained: what was trained, in words.
       rank: of the adapter; 0 if not known.
       missed: of a LoRA extracted from full weights, the part of their change that it misses; 0
         for one that was trained as such.
       stages: one line for each stage of the recipe.
       sdxl: whether the pipeline is SDXL's.
+      licence: the teacher's, in words.
     """
 
     name: str
     teacher: str
-    licence: str = "not stated"
+    method: str
+    times: Mapping[int, tuple[int, ...]]
+    gamma: float = 1.0
+    guidance_scales: tuple[float, ...] = ()
+    ingredients: tuple[str, ...] = ()
+    data: str = "not known."
+    trained: str = "not known"
     rank: int = 0
     missed: float = 0.0
     stages: tuple[str, ...] = ()
     sdxl: bool = True
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], pipeline: Any) -> "Recipe":
-        """Reads a run's config (`config.json`, plain nested values).
-
-        Args:
-          config: the recipe that was run.
-          pipeline: the teacher, an `LatentModel`.
-        """
-        stages = config.get("stages") or {}
-        order = config.get("stage_order") or list(stages)
-        return cls(
-            name=str(config.get("name", "student")),
-            teacher=_teacher(pipeline.source),
-            licence=teacher_licence(Path(pipeline.folder)),
-            rank=int((config.get("adapter") or {}).get("rank", 0)),
-            stages=tuple(_stage_line(stages[name]) for name in order),
-            sdxl=len(pipeline.text_encoders) == 2,
-        )
+    licence: str = "not stated"
 
     def metadata(self) -> dict[str, str]:
         """The card in short, for the header of a safetensors file."""
         return {
-            "title": f"{self.name} TLCM",
+            "title": f"{self.name}, {self.method}",
             "teacher": self.teacher,
             "licence": self.licence,
             "recipe": "; ".join(self.stages),
-            "timesteps": "; ".join(f"{n}: {_times(n, ' ')}" for n in range(1, 9)),
+            "timesteps": "; ".join(f"{n}: {_join(times, ' ')}" for n, times in self.times.items()),
+            "gamma": f"{self.gamma:g}",
             "guidance_scale": "0",
             "made_with": PROJECT,
         }
 
 
-def _teacher(source: str) -> str:
+def teacher_name(source: str) -> str:
     """A hub id, or a folder's own name: where it lay when it was used is nobody's business."""
     hub_id = HubId.parse(source)
     return Path(source).name if hub_id is None else hub_id.repository
@@ -104,8 +99,12 @@ def model_card(recipe: Recipe, product: str) -> str:
       recipe: how the student was made.
       product: one of `products.TARGETS`.
     """
-    stages = "\n".join(f"{i}. {line}" for i, line in enumerate(recipe.stages, 1))
-    table = "\n".join(f"| {n} | {_times(n)} |" for n in range(1, 9))
+    stages = "\n".join(f"{i}. `{line}`" for i, line in enumerate(recipe.stages, 1))
+    ingredients = "\n".join(f"- {line}" for line in recipe.ingredients)
+    table = "\n".join(f"| {n} | {_join(times)} |" for n, times in recipe.times.items())
+    tags = [name.strip().lower().replace(" ", "-") for name in recipe.method.split("+")]
+    scales = " and ".join(f"{scale:g}" for scale in recipe.guidance_scales)
+    guidance = f"the teacher's, scale {scales}, is" if scales else "the teacher's is"
     rank = f" of rank {recipe.rank}" if recipe.rank else ""
     form = {
         "lora": f"a LoRA{rank} in diffusers' names",
@@ -117,28 +116,35 @@ def model_card(recipe: Recipe, product: str) -> str:
     }[product]
     return f"""---
 library_name: diffusers
-tags: [text-to-image, distillation, tlcm]
+tags: [{", ".join(["text-to-image", "distillation", *tags])}]
 ---
-# {recipe.name}, distilled to 1-8 steps
+# {recipe.name}, distilled to {min(recipe.times)} to {max(recipe.times)} steps by {recipe.method}
 
-{form[0].upper() + form[1:]}. Distilled from `{recipe.teacher}` with {PROJECT}, a JAX implementation
-of TLCM (arXiv 2406.05768), from prompts alone.
+{form[0].upper() + form[1:]}. Distilled from `{recipe.teacher}` with {PROJECT}.
 
 ## Use
 ```python
 {_snippet(recipe, product)}
 ```
 
-**Guidance is off** (`guidance_scale=0`): the teacher's guidance is distilled in; guiding again
-over-saturates. **Pass the timesteps**: this is the grid that the student was made for, and a
-scheduler's own may miss it.
+**Guidance is off** (`guidance_scale=0`): {guidance} distilled in.
+**Pass the timesteps**: the student was trained at them, and a scheduler's own may miss them.
+{_sampler(recipe).remark}
 
 | steps | `timesteps` |
 |---|---|
 {table}
 {_advice(recipe, product)}
 ## Recipe
-Teacher: `{recipe.teacher}`, frozen; no images.
+- Teacher: `{recipe.teacher}`, frozen
+- Trained: {recipe.trained}
+- Data: {recipe.data}
+- Method: {recipe.method}
+
+{ingredients}
+
+Stages, in order:
+
 {stages}
 
 ## Licence
@@ -146,38 +152,69 @@ The teacher's licence applies to its students: {recipe.licence}.
 """
 
 
+class _Sampler(NamedTuple):
+    """How diffusers draws as the student is drawn: a scheduler, and what goes with the call."""
+
+    scheduler: str
+    options: str
+    call: str
+    remark: str
+
+
+def _sampler(recipe: Recipe) -> _Sampler:
+    if recipe.gamma == 1:
+        remark = "Every step's noise is fresh (gamma 1), as `LCMScheduler` has it."
+        return _Sampler("LCMScheduler", "original_inference_steps=8", "", remark)
+    if recipe.gamma == 0:
+        remark = (
+            "No step adds noise (gamma 0): on these times that is `EulerDiscreteScheduler`, which "
+            "is DDIM to x0."
+        )
+        return _Sampler("EulerDiscreteScheduler", 'timestep_spacing="leading"', "", remark)
+    remark = (
+        f"A share of the noise is fresh (gamma {recipe.gamma:g}), as `TCDScheduler` has it with "
+        f"that `eta`; its last step ends at time 0, where {PROJECT}'s ends at x0, so images differ "
+        "by a trace of noise."
+    )
+    return _Sampler("TCDScheduler", "", f" eta={recipe.gamma:g},", remark)
+
+
 def _snippet(recipe: Recipe, product: str) -> str:
-    kind = _PIPELINE[recipe.sdxl]
+    kind, sampler = _PIPELINE[recipe.sdxl], _sampler(recipe)
+    # Four steps, as the paper's headline; or as many as there are.
+    times = recipe.times[min(4, max(recipe.times))]
     draw = f"""image = pipe(
-    "a prompt", timesteps=[{_times(4)}], guidance_scale=0,
+    "a prompt", timesteps=[{_join(times)}], guidance_scale=0,{sampler.call}
     generator=torch.Generator().manual_seed(0),
 ).images[0]"""
     here, base = "path/to/this/folder", _loading(recipe.teacher)
+    names = f"{sampler.scheduler}, {kind}"
+    options = f", {sampler.options}" if sampler.options else ""
+    scheduler = f"pipe.scheduler = {sampler.scheduler}.from_config(pipe.scheduler.config{options})"
     if product == "pipeline":
-        names, load = kind, f'pipe = {kind}.from_pretrained("{here}")'
+        load = f'pipe = {kind}.from_pretrained("{here}")'
     elif product == "single-file":
-        file = FILES[product]
-        names = kind
-        load = f'pipe = {kind}.from_single_file("{here}/{file}", config="{here}/config")'
-    else:
-        names, load = f"LCMScheduler, {kind}", f"pipe = {kind}.{base})"
-        scheduler = (
-            "pipe.scheduler = LCMScheduler.from_config("
-            "pipe.scheduler.config, original_inference_steps=8)"
+        load = f'pipe = {kind}.from_single_file("{here}/{FILES[product]}", config="{here}/config")'
+    elif product == "unet":
+        names += ", UNet2DConditionModel"
+        load = (
+            f'unet = UNet2DConditionModel.from_pretrained("{here}")\n'
+            f"pipe = {kind}.{base}, unet=unet)"
         )
-        if product == "unet":
-            names += ", UNet2DConditionModel"
-            load = (
-                f'unet = UNet2DConditionModel.from_pretrained("{here}")\n'
-                f"pipe = {kind}.{base}, unet=unet)\n{scheduler}"
-            )
-        else:
-            load += f'\n{scheduler}\npipe.load_lora_weights("{here}/{FILES[product]}")'
-    return f"""import torch
-from diffusers import {names}
-
-{load}
-{draw}"""
+    else:
+        load = f'pipe = {kind}.{base})\npipe.load_lora_weights("{here}/{FILES[product]}")'
+    if product in ("pipeline", "single-file") and sampler.scheduler == "LCMScheduler":
+        names, scheduler = kind, ""  # it is the folder's own
+    return "\n".join(
+        [
+            "import torch",
+            f"from diffusers import {names}",
+            "",
+            load,
+            *([scheduler] if scheduler else []),
+            draw,
+        ]
+    )
 
 
 def _loading(teacher: str) -> str:
@@ -200,23 +237,11 @@ misses {recipe.missed:.1%} of it: the other products are the student itself.
     )
     return f"""{extracted}
 ## Scale
-Alpha equals the rank, so the scale is 1, which is right for the teacher. On fine-tunes of the
-teacher start at 1; if pictures look over-sharp or over-saturated, try 0.7 to 0.9
-(`pipe.set_adapters`, or the strength in your tool) and a step or two more. Other LoRAs can be
-loaded beside it.
+Alpha equals the rank, so the scale is 1, which is what was trained. On other fine-tunes of the
+teacher begin with 1, and lower it (`pipe.set_adapters`, or the strength in your tool) where images
+look over-sharp or over-saturated.
 """
 
 
-def _times(steps: int, separator: str = ", ") -> str:
-    return separator.join(str(t) for t in student_timesteps(steps))
-
-
-def _stage_line(stage: Mapping[str, Any]) -> str:
-    settings = stage.get("settings") or {}
-    line = (
-        f"{stage.get('objective')}: {stage.get('steps')} steps of {stage.get('batch_size')} prompts"
-        f", learning rate {stage.get('learning_rate')}"
-    )
-    if "guidance_scale" in settings:
-        line += f", teacher's guidance {settings['guidance_scale']}"
-    return line
+def _join(times: Sequence[int], separator: str = ", ") -> str:
+    return separator.join(str(t) for t in times)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tlcm_jax.config.describe import sampling_times
 from tlcm_jax.config.schema import read
 from tlcm_jax.models import lora
 from tlcm_jax.training.checkpoints import Checkpoints
@@ -35,6 +36,11 @@ def drawn_with(path: str | Path, setting: str, default: float, given: float | No
 def trained_resolution(path: str | Path) -> int | None:
     """Side in pixels of the pictures that a run was trained for; None for the model's own."""
     return _config(path).get("model", {}).get("resolution") or None
+
+
+def trained_times(path: str | Path) -> dict[int, tuple[int, ...]]:
+    """The times that a run's student samples at, by its number of steps; empty if it is no run."""
+    return sampling_times(read(_config(path))) if is_workdir(path) else {}
 
 
 def _config(path: str | Path) -> dict[str, Any]:

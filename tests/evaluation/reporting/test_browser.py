@@ -12,8 +12,8 @@ from PIL import Image
 from tlcm_jax.evaluation.reporting import report
 from tlcm_jax.evaluation.reporting.contents import (
     Curve,
-    PictureGrid,
-    PictureRow,
+    ImageGrid,
+    ImageRow,
     Report,
     ScoreRow,
 )
@@ -73,12 +73,12 @@ def browse(tmp_path, page: str, *options: str) -> tuple[str, list[str]]:
 def page() -> str:
     red = np.broadcast_to(RED, (2, 32, 32, 3)).copy()
     large = np.broadcast_to(RED, (2, 100, 100, 3)).copy()
-    rows = [PictureRow(f"{n} steps", red) for n in (1, 2, 3, 4, 8)]
-    rows += [PictureRow("4 steps", large, "teacher"), PictureRow("25 steps", red, "teacher")]
+    rows = [ImageRow(f"{n} steps", red) for n in (1, 2, 3, 4, 8)]
+    rows += [ImageRow("4 steps", large, "teacher"), ImageRow("25 steps", red, "teacher")]
     return report.render(
         Report(
             title="A report",
-            grids=[PictureGrid("Pictures", ["a <b>fox", "word" * 60], rows)],
+            grids=[ImageGrid("Pictures", ["a <b>fox", "word" * 60], rows)],
             scores=[
                 ScoreRow("student, 4 steps", {"object_top1": 0.7, "frechet_distance": 3.0}),
                 ScoreRow("teacher", {"object_top1": 0.8, "frechet_distance": 2.0}, "teacher"),

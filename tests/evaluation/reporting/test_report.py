@@ -11,31 +11,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlcm_jax.evaluation.reporting import contents, report
+from tlcm_jax.evaluation.reporting import report
 from tlcm_jax.evaluation.reporting.contents import (
     Curve,
-    PictureGrid,
-    PictureRow,
+    ImageGrid,
+    ImageRow,
     Report,
+    ScoreColumn,
     ScoreRow,
 )
 
 HOSTILE = """<script>alert('p0wned')</script>"&'</td><img src=//evil.example/x.png onerror=go()>"""
 
 
-def pictures(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
+def pixels(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 def full_report(text: str = "a red fox") -> Report:
     """A report with every part, and `text` in every place that takes text."""
-    grid = PictureGrid(
+    grid = ImageGrid(
         text,
         [text, "second prompt"],
         [
-            PictureRow(text, pictures(2, seed=1)),
-            PictureRow("4 steps", pictures(2, size=100, seed=2)),
-            PictureRow("25 steps", pictures(2, seed=3), "teacher"),
+            ImageRow(text, pixels(2, seed=1)),
+            ImageRow("4 steps", pixels(2, size=100, seed=2)),
+            ImageRow("25 steps", pixels(2, seed=3), "teacher"),
         ],
         text,
     )
@@ -49,6 +50,11 @@ def full_report(text: str = "a red fox") -> Report:
             ScoreRow("teacher, 4 steps", {"object_top1": float("nan")}, "teacher"),
             ScoreRow("teacher, 25 steps", {"object_top1": 0.8, "frechet_distance": 3.0}, "teacher"),
             ScoreRow("real pictures", {"object_top1": 0.95}, "real"),
+        ],
+        columns=[
+            ScoreColumn("object_top1", "object top-1", percent=True),
+            ScoreColumn("object_top5", "object top-5", percent=True),
+            ScoreColumn("frechet_distance", "Fréchet", higher_is_better=False),
         ],
         reference="teacher, 25 steps",
         curves=[
@@ -110,16 +116,16 @@ def test_pictures_come_back_exactly():
         kind, data = attributes["src"].split(";base64,")
         decoded = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         assert attributes["alt"] == f"{row.label}: {grid.prompts[index]}"
-        if row.pictures.shape[1] == 32:
+        if row.images.shape[1] == 32:
             assert kind == "data:image/png" and attributes["width"] == "96"
-            np.testing.assert_array_equal(decoded, row.pictures[index])
+            np.testing.assert_array_equal(decoded, row.images[index])
         else:
             assert kind == "data:image/webp" and attributes["width"] == "128"
             assert decoded.shape == (100, 100, 3)
 
 
 def test_large_pictures_are_reduced():
-    uri = report.data_uri(pictures(1, size=1024)[0])
+    uri = report.data_uri(pixels(1, size=1024)[0])
     size = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))).size
     assert size == (384, 384)
 
@@ -194,13 +200,13 @@ def test_write_report(tmp_path):
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: PictureRow("4 steps", np.zeros((2, 8, 8, 3), np.float32)), "uint8 [n, h, w, 3]"),
-        (lambda: PictureRow("4 steps", np.zeros((8, 8, 3), np.uint8)), "'4 steps' must be"),
+        (lambda: ImageRow("4 steps", np.zeros((2, 8, 8, 3), np.float32)), "uint8 [n, h, w, 3]"),
+        (lambda: ImageRow("4 steps", np.zeros((8, 8, 3), np.uint8)), "'4 steps' must be"),
         (
-            lambda: PictureGrid("fox", ["a", "b"], [PictureRow("4 steps", pictures(3))]),
-            "2 prompts, but row '4 steps' has 3 pictures",
+            lambda: ImageGrid("fox", ["a", "b"], [ImageRow("4 steps", pixels(3))]),
+            "2 prompts, but row '4 steps' has 3 images",
         ),
-        (lambda: PictureGrid("fox", [], []), "at least one prompt"),
+        (lambda: ImageGrid("fox", [], []), "at least one prompt"),
         (lambda: Curve("stage 1", "loss", [1, 2], [0.5]), "2 steps and 1 values"),
         (
             lambda: Report(title="x", scores=[ScoreRow("a", {})], reference="b"),
@@ -211,8 +217,3 @@ def test_write_report(tmp_path):
 def test_mistakes_are_named(build, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         build()
-
-
-def test_default_columns_have_distinct_keys():
-    keys = [column.key for column in contents.SCORE_COLUMNS]
-    assert len(keys) == len(set(keys))

@@ -1,4 +1,4 @@
 """What a run shows to people: a self-contained report.html and contact sheets.
 
-Everything here takes plain data (numpy pictures, numbers, text) and computes nothing about models.
+Everything here takes plain data (numpy images, numbers, text) and computes nothing about models.
 """

@@ -1,4 +1,4 @@
-"""The parts of a report as plain frozen data: pictures, scores, curves, and the report of them.
+"""The parts of a report as plain frozen data: images, scores, curves, and the report of them.
 
 Checked when built, so that a mistake is found where it is made and not in a browser.
 """
@@ -9,56 +9,57 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import UInt8
 
 Kind = Literal["student", "teacher", "real"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PictureRow:
-    """Pictures of all prompts of a grid by one sampler, drawn as one column of the report.
+class ImageRow:
+    """Images of all prompts of a grid by one sampler, one column of the report.
 
     Attributes:
         label: the sampler, for example "4 steps".
-        pictures: uint8 [n, h, w, 3], picture i for prompt i.
-        kind: whose pictures they are; neighbours of different kinds are set apart.
+        images: image i for prompt i.
+        kind: whose images they are; neighbours of different kinds are set apart.
     """
 
     label: str
-    pictures: np.ndarray
+    images: UInt8[np.ndarray, "n h w 3"]
     kind: Kind = "student"
 
     def __post_init__(self) -> None:
-        shape, dtype = np.shape(self.pictures), getattr(self.pictures, "dtype", None)
+        shape, dtype = np.shape(self.images), getattr(self.images, "dtype", None)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise ValueError(
-                f"pictures of {self.label!r} must be uint8 [n, h, w, 3]; got {dtype} {shape}"
+                f"images of {self.label!r} must be uint8 [n, h, w, 3]; got {dtype} {shape}"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PictureGrid:
+class ImageGrid:
     """The same prompts and seeds by several samplers.
 
     Attributes:
         title: heading of the grid.
         prompts: n prompts; any text, it is escaped where it is drawn.
-        rows: one a sampler, each with n pictures.
+        rows: one a sampler, each with n images.
         note: a sentence under the heading, for example the seeds.
     """
 
     title: str
     prompts: Sequence[str]
-    rows: Sequence[PictureRow]
+    rows: Sequence[ImageRow]
     note: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.rows:
             raise ValueError(f"grid {self.title!r} needs at least one prompt and one row")
         for row in self.rows:
-            if len(row.pictures) != len(self.prompts):
+            if len(row.images) != len(self.prompts):
                 raise ValueError(
                     f"grid {self.title!r} has {len(self.prompts)} prompts, but row "
-                    f"{row.label!r} has {len(row.pictures)} pictures"
+                    f"{row.label!r} has {len(row.images)} images"
                 )
 
 
@@ -77,26 +78,13 @@ class ScoreColumn:
     key: str
     title: str
     group: str = ""
-    percent: bool = True
+    percent: bool = False
     higher_is_better: bool = True
-
-
-SCORE_COLUMNS = (
-    ScoreColumn("object_top1", "object top-1", "held-out prompts"),
-    ScoreColumn("object_top5", "object top-5", "held-out prompts"),
-    ScoreColumn("style_accuracy", "style", "held-out prompts"),
-    ScoreColumn(
-        "frechet_distance", "Fréchet", "held-out prompts", percent=False, higher_is_better=False
-    ),
-    ScoreColumn("composition_object_top1", "object top-1", "unseen object-style pairs"),
-    ScoreColumn("composition_object_top5", "object top-5", "unseen object-style pairs"),
-    ScoreColumn("composition_style_accuracy", "style", "unseen object-style pairs"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRow:
-    """The scores of one sampler, or of real pictures (the judge's ceiling).
+    """The scores of one sampler, or of real images.
 
     Attributes:
         label: for example "student, 4 steps".
@@ -150,7 +138,7 @@ class Report:
         title: heading of the page.
         summary: one or two sentences under it.
         highlights: label -> short text, drawn large at the top.
-        grids: pictures.
+        grids: images.
         scores: rows of the score table, in order.
         columns: columns of the table; those in which no row has a score are left out.
         reference: label of the row that the others are compared with (the teacher), or None.
@@ -162,9 +150,9 @@ class Report:
     title: str
     summary: str = ""
     highlights: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    grids: Sequence[PictureGrid] = ()
+    grids: Sequence[ImageGrid] = ()
     scores: Sequence[ScoreRow] = ()
-    columns: Sequence[ScoreColumn] = SCORE_COLUMNS
+    columns: Sequence[ScoreColumn] = ()
     reference: str | None = None
     curves: Sequence[Curve] = ()
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -13,11 +13,12 @@ from typing import Any
 import jinja2
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from markupsafe import Markup
 
 from tlcm_jax.evaluation.reporting.contents import Report, ScoreColumn, ScoreRow
 from tlcm_jax.evaluation.reporting.curves import curve_svg
-from tlcm_jax.evaluation.reporting.pictures import data_uri
+from tlcm_jax.evaluation.reporting.images import data_uri
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -61,7 +62,7 @@ def _score_table(report: Report) -> dict[str, Any]:
 
     def cell(row: ScoreRow, column: ScoreColumn) -> tuple[str, str]:
         value = row.score(column.key)
-        # Real pictures are a ceiling, no rival: "184 % of the teacher" would say nothing.
+        # Real images are what to reach, no rival: "184 % of the teacher" would say nothing.
         compared = reference is not None and row is not reference and row.kind != "real"
         against = reference.score(column.key) if reference is not None and compared else None
         return _score_text(column, value), relative_text(column, value, against)
@@ -84,9 +85,9 @@ def _stages(report: Report) -> list[tuple[str, list[tuple[str, str, Markup]]]]:
     return list(stages.items())
 
 
-def _shown_size(pictures: np.ndarray) -> int:
-    """Width on the page in CSS px: small pictures at a whole multiple, so pixels stay even."""
-    width = pictures.shape[2]
+def _shown_size(images: UInt8[np.ndarray, "n h w 3"]) -> int:
+    """Width on the page in CSS px: small images at a whole multiple, so pixels stay even."""
+    width = images.shape[2]
     return width * max(1, round(96 / width)) if width <= 64 else 128
 
 

@@ -1,6 +1,6 @@
-"""How far apart pictures are, pair by pair: from a reference, and from each other.
+"""How far apart images are, pair by pair: from a reference, and from each other.
 
-With d a distance of two pictures, such as LPIPS (Zhang et al., arXiv 1801.03924),
+With d a distance of two images, such as LPIPS (Zhang et al., arXiv 1801.03924),
 
     fidelity  = mean_i d(x_i, y_i),                      x_i and y_i from the same noise,       (1)
     diversity = mean_i mean_{j<k} d(x_ij, x_ik),         prompt i under the noises j and k.     (2)
@@ -15,38 +15,38 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float, UInt8
 
 from tlcm_jax.data.batches import whole_batches
 
-# Pictures in -1..1, `[b, h, w, 3]` twice to `[b]`; traceable.
+# Images in -1..1, `[b, h, w, 3]` twice to `[b]`; traceable.
 Distance = Callable[[Array, Array], Array]
 
 
 def distances(
-    distance: Distance, first: np.ndarray, second: np.ndarray, batch: int = 50
-) -> np.ndarray:
+    distance: Distance,
+    first: UInt8[np.ndarray, "n h w 3"],
+    second: UInt8[np.ndarray, "n h w 3"],
+    batch: int = 50,
+) -> Float[np.ndarray, " n"]:
     """The distance of each pair, in batches of one compiled shape.
 
     Args:
-      distance: of two batches of pictures.
-      first: uint8 `[n, h, w, 3]`, n at least 1.
-      second: the same.
+      distance: of two batches of images.
+      first: n images, at least 1.
+      second: as many.
       batch: pairs at a time.
-
-    Returns:
-      float32 `[n]`.
 
     Raises:
       ValueError: other shapes or values.
     """
-    for pictures in (first, second):
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or not len(pictures):
+    for images in (first, second):
+        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
             raise ValueError(
-                f"pictures must be uint8 [n, h, w, 3], not {pictures.dtype} {pictures.shape}"
+                f"images must be uint8 [n, h, w, 3], not {images.dtype} {images.shape}"
             )
     if first.shape != second.shape:
-        raise ValueError(f"pictures must pair up: {first.shape} and {second.shape} do not")
+        raise ValueError(f"images must pair up: {first.shape} and {second.shape} do not")
     compiled = jax.jit(distance)
     found = []
     for rows in whole_batches(len(first), batch):
@@ -55,20 +55,22 @@ def distances(
     return np.concatenate(found)[: len(first)]
 
 
-def diversity(distance: Distance, pictures: np.ndarray, batch: int = 50) -> float:
+def diversity(
+    distance: Distance, images: UInt8[np.ndarray, "draws n h w 3"], batch: int = 50
+) -> float:
     """Equation (2).
 
     Args:
-      distance: of two batches of pictures.
-      pictures: uint8 `[draws, n, h, w, 3]`: n prompts, each under so many noises.
+      distance: of two batches of images.
+      images: of n prompts, each under so many noises.
       batch: pairs at a time.
 
     Raises:
       ValueError: fewer than two draws.
     """
-    if len(pictures) < 2:
-        raise ValueError(f"diversity needs at least 2 draws of a prompt, not {len(pictures)}")
-    pairs = list(itertools.combinations(range(len(pictures)), 2))
-    first = np.concatenate([pictures[j] for j, _ in pairs])
-    second = np.concatenate([pictures[k] for _, k in pairs])
+    if len(images) < 2:
+        raise ValueError(f"diversity needs at least 2 draws of a prompt, not {len(images)}")
+    pairs = list(itertools.combinations(range(len(images)), 2))
+    first = np.concatenate([images[j] for j, _ in pairs])
+    second = np.concatenate([images[k] for _, k in pairs])
     return float(distances(distance, first, second, batch).mean())

@@ -87,7 +87,7 @@ def check_gradient(name: str, scorer: Scorer) -> None:
       ValueError: it cannot be differentiated, or its gradient in the image is 0.
     """
     images = 0.5 + 0.1 * jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
-    texts = scorer.texts(["a picture"])
+    texts = scorer.texts(["an image"])
 
     def total(images: Array) -> Array:
         return jnp.sum(scorer.score(scorer.params, images, texts))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tlcm_jax.evaluation.reporting.contents import PictureGrid, PictureRow
-from tlcm_jax.evaluation.reporting.pictures import contact_sheet
+from tlcm_jax.evaluation.reporting.contents import ImageGrid, ImageRow
+from tlcm_jax.evaluation.reporting.images import contact_sheet
 
 RED, GREEN, BLUE, BLACK = ([255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0])
 
@@ -23,10 +23,10 @@ def places(sheet: np.ndarray, color) -> tuple[slice, slice]:
 
 
 def test_pictures_stand_by_prompt_and_sampler(tmp_path):
-    grid = PictureGrid(
+    grid = ImageGrid(
         "t",
         ["a red fox", "a " + "very " * 200 + "long prompt"],
-        [PictureRow("1 step", flat(RED, GREEN)), PictureRow("25", flat(BLUE, BLACK), "teacher")],
+        [ImageRow("1 step", flat(RED, GREEN)), ImageRow("25", flat(BLUE, BLACK), "teacher")],
     )
     contact_sheet(tmp_path / "sheet.png", grid, scale=4)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
@@ -41,19 +41,19 @@ def test_pictures_stand_by_prompt_and_sampler(tmp_path):
 
 
 def test_default_scale_makes_pictures_readable(tmp_path):
-    contact_sheet(tmp_path / "s.png", PictureGrid("t", ["a"], [PictureRow("1", flat(RED))]))
+    contact_sheet(tmp_path / "s.png", ImageGrid("t", ["a"], [ImageRow("1", flat(RED))]))
     place = places(np.asarray(Image.open(tmp_path / "s.png")), RED)
     assert place[0].stop - place[0].start == 128
 
 
 def test_one_size_only(tmp_path):
-    rows = [PictureRow("1", flat(RED)), PictureRow("2", flat(RED)[:, :16])]
+    rows = [ImageRow("1", flat(RED)), ImageRow("2", flat(RED)[:, :16])]
     with pytest.raises(ValueError, match=r"one size; got \[\(16, 32\), \(32, 32\)\]"):
-        contact_sheet(tmp_path / "s.png", PictureGrid("t", ["a"], rows))
+        contact_sheet(tmp_path / "s.png", ImageGrid("t", ["a"], rows))
 
 
 def test_scale_must_enlarge(tmp_path):
     with pytest.raises(ValueError, match="scale must be at least 1; got 0"):
         contact_sheet(
-            tmp_path / "s.png", PictureGrid("t", ["a"], [PictureRow("1", flat(RED))]), scale=0
+            tmp_path / "s.png", ImageGrid("t", ["a"], [ImageRow("1", flat(RED))]), scale=0
         )

@@ -1,4 +1,4 @@
-"""Pictures for people: data URIs for the report, and contact sheets as PNG files."""
+"""Images for people: data URIs for the report, and contact sheets as PNG files."""
 
 import base64
 import io
@@ -9,27 +9,28 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from tlcm_jax.evaluation.reporting.contents import PictureGrid
+from tlcm_jax.evaluation.reporting.contents import ImageGrid
 
-# Larger pictures are reduced for the report: a hundred of 1024 px would make it 150 MB.
+# Larger images are reduced for the report: a hundred of 1024 px would make it 150 MB.
 LARGEST_EMBEDDED = 384
 _INK = "#1c1d20"
 _COLORS = {"student": "#3457d5", "teacher": "#a35d00", "real": "#23764a"}
 
 
-def data_uri(picture: np.ndarray) -> str:
-    """Encodes a picture as a data URI that a browser draws without a request.
+def data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
+    """Encodes an image as a data URI that a browser draws without a request.
 
     Args:
-        picture: uint8 [h, w, 3].
+        pixels: the image.
 
     Returns:
         "data:image/png;base64,..." exactly as given up to 64 px, else a WebP of at most
         `LARGEST_EMBEDDED` px.
     """
-    image = Image.fromarray(np.ascontiguousarray(picture))
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     buffer = io.BytesIO()
     if max(image.size) <= 64:
         image.save(buffer, format="PNG", optimize=True)
@@ -48,28 +49,28 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     )
 
 
-def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
-    image = Image.fromarray(np.ascontiguousarray(picture))
+def _enlarged(pixels: UInt8[np.ndarray, "h w 3"], scale: int) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(pixels))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.LANCZOS)
 
 
 def contact_sheet(
-    path: str | os.PathLike, grid: PictureGrid, *, scale: int | None = None, margin: int = 8
+    path: str | os.PathLike, grid: ImageGrid, *, scale: int | None = None, margin: int = 8
 ) -> None:
     """Writes a grid as one PNG: a row for each prompt, a column for each sampler.
 
     Args:
         path: file to write; a gs:// path where its file system is installed.
-        grid: pictures of equal size.
-        scale: whole factor by which pictures are enlarged; None: to about 128 px.
-        margin: pixels between pictures.
+        grid: images of equal size.
+        scale: whole factor by which images are enlarged; None: to about 128 px.
+        margin: pixels between images.
 
     Raises:
-        ValueError: the pictures differ in size, or the scale is not positive.
+        ValueError: the images differ in size, or the scale is not positive.
     """
-    sizes = {np.shape(row.pictures)[1:3] for row in grid.rows}
+    sizes = {np.shape(row.images)[1:3] for row in grid.rows}
     if len(sizes) > 1:
-        raise ValueError(f"a contact sheet needs pictures of one size; got {sorted(sizes)}")
+        raise ValueError(f"a contact sheet needs images of one size; got {sorted(sizes)}")
     height, width = next(iter(sizes))
     if scale is None:
         scale = max(1, round(128 / max(height, width)))
@@ -97,8 +98,8 @@ def contact_sheet(
         draw.text((middle, margin), row.kind, _COLORS[row.kind], font=text, anchor="mt")
         label = textwrap.shorten(row.label, max(6, width // 8), placeholder="…")
         draw.text((middle, margin + line), label, _INK, font=text, anchor="mt")
-        for index, picture in enumerate(row.pictures):
-            sheet.paste(_enlarged(picture, scale), (left, head + index * (height + margin)))
+        for index, pixels in enumerate(row.images):
+            sheet.paste(_enlarged(pixels, scale), (left, head + index * (height + margin)))
     for index, prompt in enumerate(grid.prompts):
         lines = textwrap.wrap(prompt, letters) or [""]
         room = max(1, height // line)
