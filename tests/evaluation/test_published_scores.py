@@ -9,6 +9,7 @@ from absl import flags
 from tests.support.scorer_files import write_scorers
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import evaluate as command
+from tlcm_jax.evaluation.scorers import feature_distance
 
 
 def run_command(*arguments):
@@ -26,7 +27,8 @@ def given(tmp_path_factory):
     return folder, (f"--model={model}", f"--prompts={folder / 'few.txt'}", "--steps=1,2")
 
 
-def test_every_score_is_told(given, tmp_path):
+def test_every_score_is_told(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_distance, "_BATCH", 4)
     folder, arguments = given
     scores = write_scorers(folder / "scorers")
     told = ",".join(f"{name}={path}" for name, path in scores.items())

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from PIL import Image
 
 from tests.support.tiny_pipeline import random_params, write_tokenizers
 from tlcm_jax.io import names
@@ -16,6 +17,8 @@ from tlcm_jax.io.pipeline_folder import write_json
 from tlcm_jax.models.aesthetic import LinearChain
 from tlcm_jax.models.blip import BLIPConfig, ImageRewardModel
 from tlcm_jax.models.clip import CLIPConfig
+from tlcm_jax.models.dinov2 import DINOv2, DINOv2Config
+from tlcm_jax.models.inception import FIDInception
 from tlcm_jax.models.mps import CrossConfig, MPSModel
 
 # The vocabulary of the tiny pipeline; real CLIPs have 49408.
@@ -98,7 +101,40 @@ def write_scorers(folder: Path) -> dict[str, Path]:
     network = MPSModel(config, CrossConfig(layers=1, heads=2, head_width=8))
     write_network(folder / "mps" / "model.safetensors", network, pixels, ids, ids, prefix="mps.")
     write_image_reward(folder / "image_reward")
+    write_inception(folder / "fid")
+    write_dinov2(folder / "fd_dinov2")
+    write_clip(folder / "fd_clip")
+    for name in ("fid", "fd_dinov2", "fd_clip"):
+        write_images(folder / name / "real")
     return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def write_inception(folder: Path) -> None:
+    """Writes the FID's network at a sixteenth of its widths."""
+    folder.mkdir(parents=True)
+    images = jax.ShapeDtypeStruct((1, 75, 75, 3), np.float32)
+    file = folder / "pt_inception-2015-12-05-6726825d.safetensors"
+    params = write_network(file, FIDInception(16), images)
+    tensors = names.to_torch(params)
+    positive = {k: np.abs(v) + 0.5 for k, v in tensors.items() if k.endswith("running_var")}
+    save_tensors(file, tensors | positive)
+
+
+def write_dinov2(folder: Path) -> None:
+    """Writes a DINOv2 of one layer."""
+    folder.mkdir(parents=True)
+    config = DINOv2Config(hidden_size=64, num_hidden_layers=1, patch_size=2, trained_grid=5)
+    images = jax.ShapeDtypeStruct((1, 10, 10, 3), np.float32)
+    write_network(folder / "model.safetensors", DINOv2(config), images)
+
+
+def write_images(folder: Path, count: int = 4, size: tuple[int, int] = (40, 36)) -> None:
+    """Writes random pictures, each a little larger than the one before."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(count):
+        pixels = random.integers(0, 256, (size[0] + i, size[1], 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
 def write_image_reward(folder: Path) -> None:

@@ -234,6 +234,10 @@ class CLIPModel(nn.Module):
         """The u of equation (1), not normalised."""
         return self.visual_projection(self.vision_model(pixels)[1])
 
+    def class_token(self, pixels: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
+        """The picture tower's output after its norm, not projected."""
+        return self.vision_model(pixels)[1]
+
     def encode_text(self, ids: Int[Array, "b n"]) -> Float[Array, "b e"]:
         """The v of equation (1), not normalised."""
         return self.text_projection(self._text(ids)[1])

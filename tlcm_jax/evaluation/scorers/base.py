@@ -65,12 +65,14 @@ class Scorer(Protocol):
 
     def texts(self, prompts: Sequence[str]) -> PyTree[np.ndarray]:
         """Prompts as `score` reads them: token ids or the like, `[n, ...]` each."""
+        del prompts
         raise NotImplementedError(f"scorer {self.name!r} reads no texts: it scores whole sets")
 
     def score(
         self, params: PyTree, images: Float[Array, "n h w 3"], texts: PyTree
     ) -> Float[Array, " n"]:
         """Equation (1), of images in 0..1 of any size; traceable."""
+        del params, images, texts
         raise NotImplementedError(f"scorer {self.name!r} scores whole sets, not single images")
 
     @property
@@ -105,13 +107,18 @@ def image_scores(
     prompts: Sequence[str],
     batch_size: int = 50,
 ) -> Float[np.ndarray, " n"]:
-    """Equation (1) of images with their own prompts, in batches of one compiled shape."""
+    """Equation (1) of images with their own prompts, in batches of one compiled shape.
+
+    At full precision, also on accelerators, whose products of fp32 matrices are bf16's by default.
+    """
     texts, score = scorer.texts(prompts), _compiled(scorer)
+    params = jax.device_put(scorer.params)
     found = []
-    for rows in whole_batches(len(images), batch_size):
-        chosen = jax.tree.map(lambda x, rows=rows: x[rows], texts)
-        scores = score(scorer.params, images[rows].astype(np.float32) / 255, chosen)
-        found.append(np.asarray(scores, np.float32))
+    with jax.default_matmul_precision("highest"):
+        for rows in whole_batches(len(images), min(batch_size, len(images))):
+            chosen = jax.tree.map(lambda x, rows=rows: x[rows], texts)
+            scores = score(params, images[rows].astype(np.float32) / 255, chosen)
+            found.append(np.asarray(scores, np.float32))
     return np.concatenate(found)[: len(images)]
 
 

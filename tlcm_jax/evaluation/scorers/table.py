@@ -11,13 +11,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tlcm_jax.evaluation.scorers import aesthetic, clip, hps, image_reward, mps, pickscore
+from tlcm_jax.evaluation.scorers import (
+    aesthetic,
+    clip,
+    feature_distance,
+    hps,
+    image_reward,
+    mps,
+    pickscore,
+)
 from tlcm_jax.evaluation.scorers.base import Scorer
 
 # Name -> loader, given the file or folder of the weights; "" where none was given.
 SCORERS: Mapping[str, Callable[[str], Scorer]] = {
     **clip.LOADERS,
     **aesthetic.LOADERS,
+    **feature_distance.LOADERS,
     **hps.LOADERS,
     "image_reward": image_reward.load,
     "mps": mps.load,
