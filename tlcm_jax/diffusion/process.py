@@ -32,7 +32,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, Shaped
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -75,8 +75,11 @@ class Process:
         """The time of a training step, 0 .. T-1: itself on a table, mapped to 0 .. 1 on a flow."""
         raise NotImplementedError
 
-    def earlier(self, t: Num[Array, " b"], train_steps: int) -> Num[Array, " b"]:
-        """The time a number of training steps before `t`, or `end` where that comes first."""
+    def earlier(self, t: Num[Array, " b"], train_steps: int | Int[Array, " b"]) -> Num[Array, " b"]:
+        """The time a number of training steps before `t`, after it where negative.
+
+        None lies outside `end` .. `start`.
+        """
         raise NotImplementedError
 
     @property
@@ -230,9 +233,9 @@ class DiscreteVP(Process):
         """See `Process`: the index itself."""
         return train_step
 
-    def earlier(self, t: Num[Array, " b"], train_steps: int) -> Num[Array, " b"]:
+    def earlier(self, t: Num[Array, " b"], train_steps: int | Int[Array, " b"]) -> Num[Array, " b"]:
         """See `Process`."""
-        return jnp.maximum(t - train_steps, 0)
+        return jnp.clip(t - train_steps, 0, self.num_train_timesteps - 1)
 
     def to_x0(
         self, prediction: Float[Array, " b *latent"], z: Float[Array, " b *latent"],
@@ -284,10 +287,10 @@ class RectifiedFlow(Process):
         u = train_step / (self.num_train_timesteps - 1)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
-    def earlier(self, t: Num[Array, " b"], train_steps: int) -> Num[Array, " b"]:
+    def earlier(self, t: Num[Array, " b"], train_steps: int | Int[Array, " b"]) -> Num[Array, " b"]:
         """See `Process`: equation (5), solved for u."""
         u = t / (self.shift - (self.shift - 1) * t) - train_steps / (self.num_train_timesteps - 1)
-        u = jnp.maximum(u, 0.0)
+        u = jnp.clip(u, 0.0, 1.0)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def to_x0(

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, Num
 
 from tlcm_jax.diffusion.guidance import Denoiser, nfe
 from tlcm_jax.diffusion.process import Process, bcast_right
@@ -119,7 +119,7 @@ class LCD(Objective):
         return NFE(rollout=rollout, teacher=teacher, target=1.0, student=1.0)
 
     def sample_pairs(
-        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: PRNGKeyArray
+        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: Key[Array, " b"]
     ) -> Pairs:
         """See `Objective`."""
         chosen, networks = self.settings, self.networks
@@ -174,7 +174,7 @@ class LCD(Objective):
         weight = self.weight * losses.min_snr_weight(snr, self.settings.snr_limit)
         return weight * mse_x0, {"mse_x0": mse_x0}
 
-    def renoise(self, pairs: Pairs, keys: PRNGKeyArray) -> Pairs:
+    def renoise(self, pairs: Pairs, keys: Key[Array, " n"]) -> Pairs:
         """Other milestones with fresh noise on the same z0."""
         process = self.networks.process
         time_keys, state_keys = split(keys, 2)
@@ -186,7 +186,7 @@ class LCD(Objective):
 
 
 def _renoised(
-    process: Process, z0: Array, t: Num[Array, " n"], keys: PRNGKeyArray
+    process: Process, z0: Array, t: Num[Array, " n"], keys: Key[Array, " n"]
 ) -> Float[Array, " n *latent"]:
     """Equation (2)."""
     noise = normal(keys, z0.shape[1:])
@@ -194,7 +194,7 @@ def _renoised(
     return jnp.where(at_start, noise, process.add_noise(z0, noise, t))
 
 
-def milestone_choices(keys: PRNGKeyArray, segments: int, states: int) -> Int[Array, "b states"]:
+def milestone_choices(keys: Key[Array, " b"], segments: int, states: int) -> Int[Array, "b states"]:
     """Draws `states` different non-zero milestones a rollout, evenly spread round the time axis.
 
     Returns:

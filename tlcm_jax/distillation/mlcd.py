@@ -33,7 +33,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from tlcm_jax.diffusion.guidance import Denoiser, nfe
 from tlcm_jax.diffusion.process import bcast_right
@@ -148,7 +148,7 @@ class MLCD(Objective):
         return NFE(teacher=nfe(chosen.guidance_scale) * calls, target=1.0, student=1.0)
 
     def sample_pairs(
-        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: PRNGKeyArray
+        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: Key[Array, " b"]
     ) -> Pairs:
         """See `Objective`; the student has no part in them."""
         del trainable

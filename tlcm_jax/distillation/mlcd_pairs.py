@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, Num, PyTree
 
 from tlcm_jax.diffusion import solvers, timesteps
 from tlcm_jax.diffusion.guidance import guided_and_plain
@@ -70,7 +70,7 @@ def sample_mlcd_pairs(
     options: PairOptions,
     frozen: Frozen,
     batch: Mapping[str, Any],
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
 ) -> Pairs:
     """Pairs of stage 1, without gradients.
 
@@ -126,8 +126,8 @@ def _path_states(
     options: PairOptions,
     frozen: Frozen,
     conditioning: PyTree[Array],
-    noise_keys: PRNGKeyArray,
-    time_keys: PRNGKeyArray,
+    noise_keys: Key[Array, " b"],
+    time_keys: Key[Array, " b"],
 ) -> tuple[Float[Array, " n *latent"], Num[Array, " n"], Float[Array, " n *latent"]]:
     """Latents on the teacher's own paths, their times, and the guided x0 there."""
     process, segments = networks.process, options.segments
@@ -150,7 +150,7 @@ def _path_states(
     return z, t, x0
 
 
-def paper_times(process: Process, keys: PRNGKeyArray, segments: int) -> Num[Array, "b stops"]:
+def paper_times(process: Process, keys: Key[Array, " b"], segments: int) -> Num[Array, "b stops"]:
     """The paper's paths: to a random t_m, in as many equal steps as segments lie above its bound.
 
     A segment s and t_m inside it (`timesteps.random_times`), reached from the noisiest time in
@@ -173,7 +173,7 @@ def solver_step(
     t: Num[Array, " n"],
     s: Num[Array, " n"],
     data: Float[Array, " n *latent"] | None,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " n"],
 ) -> Float[Array, " n *latent"]:
     """One sub-step of the teacher, whose guided and conditional x0 are given."""
     if solver == "sde":
@@ -183,6 +183,6 @@ def solver_step(
     return process.step(z, x0, t, s)
 
 
-def _spread(keys: PRNGKeyArray, copies: int) -> PRNGKeyArray:
+def _spread(keys: Key[Array, " b"], copies: int) -> Key[Array, " n"]:
     """Keys for the `copies` pairs of each prompt, side by side: `[b]` to `[b * copies]`."""
     return jax.vmap(lambda key: jax.random.split(key, copies))(keys).reshape(-1)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, Num, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser
 from tlcm_jax.distillation.networks import Frozen, Networks, Params
@@ -113,7 +113,7 @@ class Objective:
         raise NotImplementedError
 
     def sample_pairs(
-        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: PRNGKeyArray
+        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: Key[Array, " b"]
     ) -> Pairs:
         """Pairs of a batch of b prompts, without gradients.
 
@@ -150,7 +150,7 @@ class Objective:
         """The consistency loss of each pair, and metrics, scalars or `[n]`."""
         raise NotImplementedError
 
-    def renoise(self, pairs: Pairs, keys: PRNGKeyArray) -> Pairs:
+    def renoise(self, pairs: Pairs, keys: Key[Array, " n"]) -> Pairs:
         """The pairs with fresh noise in z_m, as far as that is possible, for auxiliary networks."""
         del keys
         return pairs
@@ -166,6 +166,6 @@ def repeat(tree: PyTree[Array], times: int) -> PyTree[Array]:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), tree)
 
 
-def split(keys: PRNGKeyArray, parts: int) -> tuple[PRNGKeyArray, ...]:
+def split(keys: Key[Array, " b"], parts: int) -> tuple[Key[Array, " b"], ...]:
     """Splits each sample's key, `[b]`, into `parts` keys `[b]` that are each used once."""
     return tuple(jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, parts))(keys), 1, 0))

@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, Num, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser, nfe
 from tlcm_jax.diffusion.process import bcast_right
@@ -115,7 +115,7 @@ class TrajectoryKD(Objective):
         return NFE(rollout=rollout, teacher=teacher, student=1.0)
 
     def sample_pairs(
-        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: PRNGKeyArray
+        self, trainable: Params, frozen: Frozen, batch: Mapping[str, Any], keys: Key[Array, " b"]
     ) -> Pairs:
         """See `Objective`."""
         chosen, networks, conditioning = self.settings, self.networks, batch["conditioning"]
@@ -147,7 +147,7 @@ class TrajectoryKD(Objective):
         noise: Float[Array, " b *latent"],
         times: Num[Array, "b stops"],
         conditioning: PyTree[Array],
-        keys: PRNGKeyArray,
+        keys: Key[Array, " b"],
     ) -> tuple[Float[Array, " b *latent"], Num[Array, "b stops"]]:
         """The share of (3) in place of as many of the paths from noise."""
         chosen, process = self.settings, self.networks.process

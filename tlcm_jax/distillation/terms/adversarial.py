@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Key, Num, PRNGKeyArray
 
 from tlcm_jax.diffusion.process import bcast_right
 from tlcm_jax.diffusion.sampling import normal
@@ -166,7 +166,7 @@ class Adversarial(Term):
         return losses.generator_loss(maps, self.settings.loss), {}  # (2)
 
     def _discriminator_loss(
-        self, psi: Params, frozen: Frozen, outputs: StudentOutputs, keys: PRNGKeyArray
+        self, psi: Params, frozen: Frozen, outputs: StudentOutputs, keys: Key[Array, " n"]
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         """Equation (1)."""
         time_keys, real_keys, fake_keys = split(keys, 3)
@@ -194,18 +194,17 @@ class Adversarial(Term):
             return outputs.x0, outputs.sample, clean
         return outputs.jump, outputs.target, outputs.target_time
 
-    def _times(self, level: Num[Array, " n"], keys: PRNGKeyArray) -> Num[Array, " n"]:
-        process = self.networks.process
-        above = jnp.asarray([process.time(step) for step in self.settings.times])
+    def _times(self, level: Num[Array, " n"], keys: Key[Array, " n"]) -> Num[Array, " n"]:
+        above = jnp.asarray(self.settings.times)
         chosen = jax.vmap(lambda key: jax.random.choice(key, above))(keys)
-        return jnp.minimum(level + chosen, process.start).astype(level.dtype)
+        return self.networks.process.earlier(level, -chosen)
 
     def _renoised(
         self,
         z: Float[Array, " n *latent"],
         level: Num[Array, " n"],
         t: Num[Array, " n"],
-        keys: PRNGKeyArray,
+        keys: Key[Array, " n"],
     ) -> Float[Array, " n *latent"]:
         """Equation (3)."""
         process = self.networks.process

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, Num, PyTree
 
 from tlcm_jax.distillation.checks import check_at_least, check_positive
 from tlcm_jax.distillation.networks import AuxNetwork, Networks
@@ -54,7 +54,7 @@ class Context(NamedTuple):
     params: PyTree[Array]
     inputs: Mapping[str, PyTree[Array]]
     aux_params: Mapping[str, PyTree[Array]]
-    keys: PRNGKeyArray
+    keys: Key[Array, " n"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from tlcm_jax.diffusion.process import bcast_right
 from tlcm_jax.distillation.losses import norm_per_sample
@@ -116,7 +116,7 @@ class StageLoss:
         trainable: Params,
         frozen: Frozen,
         pairs: Pairs,
-        keys: PRNGKeyArray,
+        keys: Key[Array, " n"],
         others: Mapping[str, Params],
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         """Equation (1), to be differentiated in `trainable`.
@@ -174,7 +174,7 @@ class StageLoss:
         return jax.lax.stop_gradient(total) + surrogate, metrics
 
     def aux_batch(
-        self, trainable: Params, frozen: Frozen, pairs: Pairs, keys: PRNGKeyArray
+        self, trainable: Params, frozen: Frozen, pairs: Pairs, keys: Key[Array, " n"]
     ) -> StudentOutputs:
         """What auxiliary networks are shown of a batch, with fresh noise where it can be."""
         objective = self.objective

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, PRNGKeyArray
+from jaxtyping import Array, Float, Key, Num, PRNGKeyArray
 
 from tlcm_jax.diffusion.guidance import Denoiser, nfe
 from tlcm_jax.diffusion.sampling import normal
@@ -131,7 +131,7 @@ class DistributionMatching(Term):
         return 0.5 * losses.mean_per_sample(jnp.square(gradient)) + surrogate, {}
 
     def _fake_score_loss(
-        self, phi: Params, frozen: Frozen, outputs: StudentOutputs, keys: PRNGKeyArray
+        self, phi: Params, frozen: Frozen, outputs: StudentOutputs, keys: Key[Array, " n"]
     ) -> tuple[Float[Array, " n"], dict[str, Array]]:
         """Equation (3)."""
         z, t, noise = self._renoised(outputs.x0, keys)
@@ -139,7 +139,7 @@ class DistributionMatching(Term):
         return losses.mse(self.networks.process.to_eps(z, x0, t), noise), {}
 
     def _renoised(
-        self, x: Float[Array, " n *latent"], keys: PRNGKeyArray
+        self, x: Float[Array, " n *latent"], keys: Key[Array, " n"]
     ) -> tuple[Array, Num[Array, " n"], Array]:
         """Equation (1): noisy latents, their times, and the noise."""
         process, (time_keys, noise_keys) = self.networks.process, split(keys, 2)
