@@ -4,167 +4,178 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tlcm_jax.diffusion.prediction import eps_from_x0, predict_x0
 
-from tlcm_jax.diffusion import ddim, gaussian
+from tests.support.gaussian_world import constant_student, keys
+from tests.support.noise import times as times_of
+from tlcm_jax.diffusion import gaussian
 from tlcm_jax.diffusion import sampling as sampler
-from tlcm_jax.diffusion import trajectories as paths
-from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.distillation import lcd as endpoints
-from tlcm_jax.distillation.lcd import EndpointConsistencySettings, endpoint_consistency
+from tlcm_jax.diffusion.process import bcast_right
+from tlcm_jax.diffusion.sampling import normal
+from tlcm_jax.diffusion.timesteps import milestone_indices, milestones
+from tlcm_jax.distillation import lcd
+from tlcm_jax.distillation.lcd import LCDSettings
+from tlcm_jax.distillation.objective import split
 
 
 def make(world, student=None, **changes):
     networks = world.networks
     if student is not None:
         networks = dataclasses.replace(networks, student=student)
-    settings = EndpointConsistencySettings(guidance_scale=2.0, **changes)
-    return endpoint_consistency(networks, world.schedule, world.shape, settings)
-
-
-def pairs_of(world, objective, batch):
-    arguments = (world.trainable(), world.frozen, {"conditioning": world.conditioning(batch)})
-    return jax.jit(objective.produce)(*arguments, jax.random.key(0))
-
-
-def loss_of(world, objective, pairs, trainable=None):
-    return jax.jit(objective.loss)(trainable, world.frozen, pairs, jax.random.key(0))
-
-
-def constant_student(world, value):
-    """Sees the same x0 everywhere: the rollout's z0 is then known."""
-
-    def student(trainable, frozen):
-        return lambda z, t, c: eps_from_x0(world.schedule, z, jnp.full_like(z, value), t)
-
-    return student
+    return LCDSettings(guidance_scale=2.0, **changes).build(networks)
 
 
 def test_the_paper_s_values_are_the_defaults():
-    default = EndpointConsistencySettings()
+    default = LCDSettings()
     assert (default.segments, default.teacher_substeps, default.guidance_scale) == (8, 3, 8.0)
     assert default.rollout_timesteps == (999, 749, 499, 249)
     assert default.rollout == "renoise"
-    assert default.states_per_rollout == 1
+    assert (default.states_per_rollout, default.snr_limit, default.weight) == (1, 1.0, 1.0)
 
 
-def test_states_are_rollouts_at_random_milestones(world):
-    """z_m has the level's mean and noise; at 999 it is pure noise."""
-    pairs = pairs_of(world, make(world, constant_student(world, 3.0)), 4000)
-    falling = np.asarray(paths.milestones(8))
+def test_states_are_rollouts_at_random_milestones(any_world):
+    """z_m has the milestone's mean and noise; at the start it is pure noise."""
+    process = any_world.process
+    pairs = any_world.pairs(make(any_world, constant_student(3.0)), 4000)
+    falling = milestones(process, 8)
     t_m = np.asarray(pairs.t_m)
     np.testing.assert_array_equal(pairs.t_n, falling[np.searchsorted(-falling, -t_m) + 1])
+    np.testing.assert_array_equal(pairs.sample, 3.0)
     for t in falling[:-1]:
         here = np.asarray(pairs.z_m)[t_m == t]
         assert abs(len(here) / 4000 - 1 / 8) < 0.02
-        mean, spread = (
-            (0, 1) if t == 999 else (3 * world.schedule.alphas[t], world.schedule.sigmas[t])
+        alpha, sigma = (
+            float(level(jnp.asarray([t]))[0]) for level in (process.alpha, process.sigma)
         )
+        mean, spread = (0, 1) if t == process.start else (3 * alpha, sigma)
         np.testing.assert_allclose(here.mean(), mean, atol=0.1)
         np.testing.assert_allclose(here.std(), spread, atol=0.06)
 
 
 @pytest.mark.parametrize("substeps", [1, 3])
-def test_the_teacher_takes_equal_steps_to_the_milestone_below(world, substeps):
-    pairs = pairs_of(world, make(world, teacher_substeps=substeps), 32)
-    teacher = guided(gaussian.denoiser(world.schedule), 2.0, world.frozen)
-    z = pairs.z_m
+def test_the_teacher_takes_equal_steps_to_the_milestone_below(any_world, substeps):
+    world, process = any_world, any_world.process
+    pairs = world.pairs(make(world, teacher_substeps=substeps), 32)
+    teacher = world.networks.guided_teacher(world.frozen, 2.0)
+    z, length = pairs.z_m, pairs.t_m - pairs.t_n
     for i in range(substeps):
-        t = pairs.t_m - (pairs.t_m - pairs.t_n) * i // substeps
-        s = pairs.t_m - (pairs.t_m - pairs.t_n) * (i + 1) // substeps
-        x0 = predict_x0(teacher, world.schedule, z, t, pairs.conditioning)
-        z = ddim.step(world.schedule, z, x0, t, s)
+        done, then = (
+            length * k // substeps if process.discrete else length * (k / substeps)
+            for k in (i, i + 1)
+        )
+        s = pairs.t_m - then if i + 1 < substeps else pairs.t_n
+        t = pairs.t_m - done
+        z = process.step(z, teacher(z, t, pairs.conditioning), t, s)
     np.testing.assert_allclose(pairs.z_n, z, atol=2e-5)
 
 
-def test_the_milestone_rollout_is_the_chain_of_segment_jumps(world, monkeypatch):
-    """The rollout's x0, seen on its way through the sampler, against g applied eight times."""
-    seen = []
+def test_the_rollout_is_the_student_s_own_sampler(any_world):
+    """z0 of equation (1): the sample that `sampling.sample` draws with the same keys."""
+    world = any_world
+    theta = jax.tree.map(lambda x: x + 0.1, world.trainable())
+    pairs = world.pairs(make(world), 4, trainable=theta)
+    noise_keys, rollout_keys, *_ = split(keys(0, 4), 4)
+    expected = sampler.sample(
+        world.student(theta, world.frozen), world.process, normal(noise_keys, world.shape),
+        world.conditioning(4), (999, 749, 499, 249), rollout_keys,
+    )  # fmt: skip
+    np.testing.assert_allclose(pairs.sample, expected, atol=1e-5)
 
-    def spy(*arguments):
-        seen.append((arguments, sampler.sample(*arguments)))
-        return seen[-1][1]
 
-    monkeypatch.setattr(endpoints, "sample", spy)
-    objective = make(world, rollout="milestones")
-    objective.produce(
-        world.trainable(), world.frozen, {"conditioning": world.conditioning(3)}, jax.random.key(0)
-    )
-    ((_, schedule, z, conditioning, *_), found), student = (
-        seen[0],
-        world.student(world.trainable(), world.frozen),
-    )
-    for t, s in zip(paths.milestones(8), paths.milestones(8)[1:], strict=False):
+def test_the_milestone_rollout_is_the_chain_of_segment_jumps(any_world):
+    """The rollout's x0 against g applied eight times."""
+    world, process = any_world, any_world.process
+    pairs = world.pairs(make(world, rollout="milestones"), 3)
+    z = normal(split(keys(0, 3), 4)[0], world.shape)
+    student = world.student(world.trainable(), world.frozen)
+    falling = times_of(process, milestone_indices(8))
+    for t, s in zip(falling, falling[1:], strict=False):
         now, then = jnp.full(3, t), jnp.full(3, s)
-        x0 = predict_x0(student, schedule, z, now, conditioning)
-        z = ddim.step(schedule, z, x0, now, then)
-    np.testing.assert_allclose(found, x0, atol=1e-5)
+        x0 = student(z, now, world.conditioning(3))
+        z = process.step(z, x0, now, then)
+    np.testing.assert_allclose(pairs.sample, x0, atol=1e-5)
 
 
 @pytest.mark.parametrize("states", [2, 3, 8])
 def test_states_of_one_rollout_lie_at_different_milestones(states):
-    index = np.asarray(endpoints.milestone_indices(jax.random.key(0), 4000, 8, states))
+    index = np.asarray(lcd.milestone_choices(keys(0, 4000), 8, states))
     assert index.shape == (4000, states)
     assert all(len(set(row)) == states for row in index[:100])
     for column in index.T:
         assert np.all(np.abs(np.bincount(column, minlength=8) / 4000 - 1 / 8) < 0.02)
 
 
-def test_states_of_one_rollout_share_its_prompt_and_not_its_noise(world):
-    objective = make(world, constant_student(world, 0.0), states_per_rollout=2)
-    conditioning = world.conditioning(3)
-    conditioning = conditioning._replace(
-        mean=conditioning.mean * jnp.arange(1.0, 4.0)[:, None, None, None]
-    )
-    pairs = objective.produce(
-        world.trainable(), world.frozen, {"conditioning": conditioning}, jax.random.key(0)
-    )
+def test_states_of_one_rollout_share_its_prompt_and_not_its_noise(any_world):
+    world = any_world
+    objective = make(world, constant_student(0.0), states_per_rollout=2)
+    conditioning = world.different(3)
+    pairs = world.pairs(objective, 3, batch={"conditioning": conditioning})
     np.testing.assert_array_equal(pairs.conditioning.mean[::2], conditioning.mean)
     np.testing.assert_array_equal(pairs.conditioning.mean[1::2], conditioning.mean)
-    noise = np.asarray(pairs.z_m) / world.schedule.sigmas[pairs.t_m][:, None, None, None]
+    noise = np.asarray(pairs.z_m / bcast_right(world.process.sigma(pairs.t_m), pairs.z_m))
     assert np.all(np.abs(noise[::2] - noise[1::2]) > 1e-4)
 
 
-def test_at_time_zero_the_target_is_the_latent_itself(world):
-    objective = make(world, constant_student(world, 0.5), states_per_rollout=8)
-    pairs = pairs_of(world, objective, 4)
-    loss, metrics = loss_of(world, objective, pairs)
-    ends = np.asarray(pairs.t_n == 0)
+def test_at_the_end_the_target_is_the_latent_itself(any_world):
+    world = any_world
+    objective = make(world, constant_student(0.5), states_per_rollout=8)
+    pairs = world.pairs(objective, 4)
+    loss, metrics = world.loss(objective, pairs)
+    ends = np.asarray(pairs.t_n == world.process.end)
     assert ends.sum() == 4
     np.testing.assert_allclose(loss[~ends], 0, atol=1e-9)
-    expected = np.mean(np.square(0.5 - np.asarray(pairs.z_n)[ends]), axis=(1, 2, 3))
+    expected = np.mean(np.square(0.5 - np.asarray(pairs.z_n)[ends]).reshape(4, -1), axis=1)
     np.testing.assert_allclose(loss[ends], expected, rtol=1e-4)
     np.testing.assert_array_equal(metrics["mse_x0"], loss)
 
 
-def test_times_are_weighed_by_the_clipped_snr(world):
-    student = constant_student(world, 0.5)
-    plain, weighed = (make(world, student, snr_limit=limit) for limit in (1.0, 5.0))
-    pairs = pairs_of(world, plain, 16)
-    (alike, _), (heavy, _) = (loss_of(world, objective, pairs) for objective in (plain, weighed))
-    alphas = np.asarray(world.schedule.alphas_cumprod)[np.asarray(pairs.t_m)]
-    np.testing.assert_allclose(heavy, np.minimum(1 / (1 - alphas), 5) * alike, rtol=1e-4)
-    assert np.sum(np.asarray(alike) > 0) > 0
+def test_times_are_weighed_by_the_clipped_snr(any_world):
+    world, process = any_world, any_world.process
+    theta = jax.tree.map(lambda x: x + 0.1, world.trainable())
+    plain, weighed, half = (
+        make(world, **changes) for changes in ({}, {"snr_limit": 5.0}, {"weight": 0.5})
+    )
+    pairs = world.pairs(plain, 32)
+    alike, heavy, light = (world.loss(o, pairs, theta)[0] for o in (plain, weighed, half))
+    snr = np.square(process.alpha(pairs.t_m) / process.sigma(pairs.t_m))
+    np.testing.assert_allclose(heavy, np.minimum(snr + 1, 5) * alike, rtol=1e-4)
+    np.testing.assert_allclose(light, 0.5 * alike, rtol=1e-5)
+    assert np.all(np.asarray(alike) > 0) and np.max(snr) > 1
 
 
-def test_the_loss_of_the_exact_endpoints_vanishes_with_the_teacher_s_step(world):
+def test_the_loss_of_the_exact_endpoints_vanishes_with_the_teacher_s_step(any_world):
     """The exact endpoint map, judged by teachers of p and 4p sub-steps: DDIM's error is O(1/p)."""
+    world, process, roots = any_world, any_world.process, []
 
     def student(trainable, frozen):
         def denoise(z, t, conditioning):
-            end = gaussian.flow(world.schedule, z, t, jnp.zeros_like(t), world.guided(z.shape[0]))
-            return eps_from_x0(world.schedule, z, end, t)
+            end = jnp.full_like(t, process.end)
+            return gaussian.flow(process, z, t, end, world.guided(z.shape[0]))
 
         return denoise
 
-    roots = []
     for substeps in (16, 64):
         objective = make(world, student, teacher_substeps=substeps, states_per_rollout=8)
-        pairs = pairs_of(world, objective, 32)
-        loss, _ = loss_of(world, objective, pairs)
+        loss, _ = world.loss(objective, world.pairs(objective, 32))
         roots.append(float(jnp.sqrt(jnp.mean(loss))))
     assert roots[1] < 0.001
     assert 3.3 < roots[0] / roots[1] < 4.7, roots
+
+
+def test_fresh_states_lie_at_other_milestones_of_the_same_sample(any_world):
+    """What auxiliary networks are shown: equation (2) drawn again."""
+    world, process = any_world, any_world.process
+    objective = make(world, constant_student(3.0))
+    pairs = world.pairs(objective, 4000)
+    fresh = objective.renoise(pairs, keys(5, 4000))
+    np.testing.assert_array_equal(fresh.sample, pairs.sample)
+    assert abs(np.mean(np.asarray(fresh.t_m == pairs.t_m)) - 1 / 8) < 0.02
+    assert not np.any(np.asarray(fresh.z_m == pairs.z_m))
+    alpha, sigma = (
+        bcast_right(jnp.where(fresh.t_m == process.start, pure, level(fresh.t_m)), fresh.z_m)
+        for level, pure in ((process.alpha, 0.0), (process.sigma, 1.0))
+    )
+    noise = (fresh.z_m - 3.0 * alpha) / sigma
+    assert abs(float(noise.mean())) < 0.03 and abs(float(noise.std()) - 1) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -172,7 +183,9 @@ def test_the_loss_of_the_exact_endpoints_vanishes_with_the_teacher_s_step(world)
     [
         ({"segments": 0}, "segments = 0"),
         ({"teacher_substeps": 0}, "teacher_substeps = 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale = -1.0"),
         ({"rollout": "teacher"}, "rollout = 'teacher': must be one of renoise, milestones"),
+        ({"states_per_rollout": 0}, "states_per_rollout = 0: must be at least 1"),
         ({"states_per_rollout": 9}, "states_per_rollout = 9: must be at most 8"),
         ({"rollout_timesteps": (999, 1000)}, r"rollout_timesteps = \(999, 1000\)"),
         ({"rollout_timesteps": ()}, "rollout_timesteps"),
@@ -184,4 +197,4 @@ def test_the_loss_of_the_exact_endpoints_vanishes_with_the_teacher_s_step(world)
 )
 def test_bad_settings_are_refused(world, changes, message):
     with pytest.raises(ValueError, match=message):
-        make(world, **changes)
+        LCDSettings(**{"guidance_scale": 2.0, **changes}).build(world.networks)
