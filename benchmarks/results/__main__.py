@@ -8,7 +8,8 @@
 
 The same command resumes: runs that have scores are skipped, one that was stopped goes on from its
 last checkpoint, and one that failed is tried again. A changed recipe, budget or limit is another
-run. `OUTPUT/commentary.md` (`docs/results/commentary.md`) is a person's, and is taken as it is.
+run. `OUTPUT/commentary.md` (`docs/results/commentary.md`) is a person's; its figures are names that
+`prose.py` looks up in the tables.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""The page: tables of what the runs' folders hold. No figure in it is typed by hand."""
+"""The page: tables of what the runs' folders hold. No figure in it is typed by hand.
+
+Not in the prose either, which a person writes: its figures are names (`prose.py`).
+"""
 
 import dataclasses
 import math
@@ -7,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import prose
 from benchmarks.results.experiment import Table
 from benchmarks.results.measure import DIVERSITY, LPIPS_TO_TEACHER
 from benchmarks.results.numbers import NOTHING, minutes, number, table, thousands
@@ -91,15 +95,16 @@ def page(
       plan: what was to be run.
       found: what was.
       command: the words that write the page again.
-      commentary: Markdown by a person, taken as it is.
+      commentary: Markdown by a person, whose figures are names (`prose.py`).
       sheets: link of a contact sheet, by table and steps.
     """
+    sections: list[str] = []
+    for one in tables:
+        sections += ["", *_section(one, plan, found, (sheets or {}).get(one.name, {}))]
     lines = ["# Results", "", *_method(plan, found, command)]
     if commentary.strip():
-        lines += ["", commentary.strip()]
-    for one in tables:
-        lines += ["", *_section(one, plan, found, (sheets or {}).get(one.name, {}))]
-    return "\n".join(lines) + "\n"
+        lines += ["", prose.resolve(commentary, prose.figures(sections)).strip()]
+    return "\n".join([*lines, *sections]) + "\n"
 
 
 def _method(plan: Plan, found: Found, command: Sequence[str]) -> Iterator[str]:
