@@ -1,4 +1,9 @@
-"""A latent LPIPS in a folder: `config.json` and safetensors under the module's own names."""
+"""A latent LPIPS in a folder: ours, or the published E-LatentLPIPS.
+
+Ours is `config.json` and safetensors under the module's own names; the published one a checkpoint
+of the package `elatentlpips`, converted once (`python -m tlcm_jax.io.convert_weights
+sdxl_latest_vgg16_tuned.pth`).
+"""
 
 import json
 from pathlib import Path
@@ -11,14 +16,25 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tlcm_jax.models.latent_lpips import LatentLPIPS
+from tlcm_jax.io.places import Place, PlacedTensors
+from tlcm_jax.io.scorer_files import read_params
+from tlcm_jax.io.tensors import TensorFile, refuse_pickle
+from tlcm_jax.models.latent_lpips import DEPTHS, ELatentLPIPS, LatentLPIPS
 
 CONFIG, WEIGHTS = "config.json", "latent_lpips.safetensors"
+# What the published files are called, after the name of the autoencoder.
+_TUNED = "_latest_vgg16_tuned"
 
 
 def is_latent_lpips(folder: str | Path) -> bool:
     """Whether a folder holds one."""
-    return (Path(folder) / CONFIG).is_file() and (Path(folder) / WEIGHTS).is_file()
+    folder = Path(folder)
+    return _published(folder) is not None or all((folder / f).is_file() for f in (CONFIG, WEIGHTS))
+
+
+def _published(folder: Path) -> Path | None:
+    """The file of the published network in a folder, if there is one."""
+    return next(iter(sorted(folder.glob(f"*{_TUNED}.safetensors"))), None)
 
 
 def save_latent_lpips(
@@ -44,8 +60,8 @@ def save_latent_lpips(
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_latent_lpips(folder: str | Path) -> tuple[LatentLPIPS, Any]:
-    """Reads what `save_latent_lpips` wrote.
+def load_latent_lpips(folder: str | Path) -> tuple[LatentLPIPS | ELatentLPIPS, Any]:
+    """Reads what `save_latent_lpips` wrote, or the published network.
 
     Returns:
       The module and its parameters, float32, on the host.
@@ -56,7 +72,14 @@ def load_latent_lpips(folder: str | Path) -> tuple[LatentLPIPS, Any]:
     """
     folder = Path(folder)
     if not is_latent_lpips(folder):
-        raise FileNotFoundError(f"{folder} holds no latent LPIPS ({CONFIG}, {WEIGHTS})")
+        for file in sorted(folder.glob(f"*{_TUNED}.*")):
+            refuse_pickle(file)
+        raise FileNotFoundError(
+            f"{folder} holds no latent LPIPS: neither {CONFIG} and {WEIGHTS}, nor "
+            f"sdxl{_TUNED}.safetensors (Mingguksky/elatentlpips)"
+        )
+    if (published := _published(folder)) is not None:
+        return _load_published(published)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
@@ -72,3 +95,21 @@ def load_latent_lpips(folder: str | Path) -> tuple[LatentLPIPS, Any]:
         raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {', '.join(wrong[:4])}")
     floats = {name: leaf.astype(np.float32) for name, leaf in tensors.items()}
     return network, flax.traverse_util.unflatten_dict(floats, sep="/")
+
+
+def _load_published(file: Path) -> tuple[ELatentLPIPS, Any]:
+    """The network of the package `elatentlpips`, whose file says its sizes."""
+    tensors = TensorFile([file])
+    # The heads are stored twice, and each norm counts its batches.
+    kept = [k for k in tensors if not k.startswith("lins.") and "num_batches_tracked" not in k]
+    first = [0]
+    for depth in DEPTHS[:-1]:
+        first.append(first[-1] + 3 * depth + 1)
+    try:
+        stages = [tensors[f"net.slice{i + 1}.{layer}.weight"] for i, layer in enumerate(first)]
+    except KeyError as error:
+        raise ValueError(f"{file} holds no E-LatentLPIPS: it has no {error.args[0]}") from None
+    network = ELatentLPIPS(tuple(len(weight) for weight in stages))
+    latents = jax.ShapeDtypeStruct((1, 8, 8, stages[0].shape[1]), jnp.float32)
+    placed = PlacedTensors(tensors, {key: Place(key) for key in kept})
+    return network, read_params(placed, network, (latents, latents), str(file))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tlcm_jax.models.layers import StoredBatchNorm
+
 _EPSILON = 1e-3
 
 
@@ -149,18 +151,7 @@ class _ConvNorm(nn.Module):
             self.width, self.kernel, self.strides, [(p, p) for p in self.padding], use_bias=False,
             name="conv",
         )(x)  # fmt: skip
-        return jax.nn.relu(_Norm(name="bn")(x))
-
-
-class _Norm(nn.Module):
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
-        shape = x.shape[-1:]
-        scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
-        mean = self.param("running_mean", zeros, shape)
-        variance = self.param("running_var", ones, shape)
-        return (x - mean) * (scale / jnp.sqrt(variance + _EPSILON)) + bias
+        return jax.nn.relu(StoredBatchNorm(_EPSILON, name="bn")(x))
 
 
 def _max_pool(x: Array, strides: int = 2, padding: int = 0) -> Array:

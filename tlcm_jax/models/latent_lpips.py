@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from tlcm_jax.models.layers import Conv, Dtype
+from tlcm_jax.models.layers import Conv, Dense, Dtype, StoredBatchNorm
 
 # VGG16: convolutions of each stage, and their channels.
 DEPTHS = (2, 2, 3, 3, 3)
@@ -63,13 +63,48 @@ class LatentLPIPS(nn.Module):
         return total
 
 
+class ELatentLPIPS(nn.Module):
+    """Equation (1) as the published E-LatentLPIPS has it: `[b, h, w, c]` twice to `[b]`, fp32.
+
+    Its VGG16 has batch norms, by stored statistics, and its last two stages are read after their
+    max-pools. This is the distance itself: neither the random augmentations that the published
+    loss averages over (the E), nor the mean absolute difference that it adds.
+
+    Attributes:
+      widths: channels of the five stages.
+    """
+
+    widths: tuple[int, ...] = WIDTHS
+
+    @nn.compact
+    def __call__(self, a: Array, b: Array) -> Array:
+        both = jnp.stack([a, b], axis=1)
+        x, layer = both.reshape(-1, *a.shape[1:]), 0
+        total = jnp.zeros(a.shape[0])
+        for stage, (width, depth) in enumerate(zip(self.widths, DEPTHS, strict=True)):
+            for _ in range(depth):
+                name = f"net.slice{stage + 1}"
+                x = Conv(width, name=f"{name}.{layer}")(x)
+                x = nn.relu(StoredBatchNorm(1e-5, name=f"{name}.{layer + 1}")(x))
+                layer += 3  # a convolution, a norm, a ReLU
+            if stage >= 3 and min(x.shape[1:3]) > 1:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            layer += 1  # the max-pool, taken out of the first three stages
+            unit = unit_length(x, 1e-8).reshape(*both.shape[:2], *x.shape[1:])
+            squares = jnp.square(unit[:, 0] - unit[:, 1])
+            weighted = Dense(1, use_bias=False, name=f"lin{stage}.model.1")(squares)
+            total = total + jnp.mean(weighted, axis=(1, 2, 3))
+        return total
+
+
 def channels_of(params: Any) -> int:
-    """Channels of the latents that parameters of `LatentLPIPS` are for."""
-    return params["net"]["conv1_1"]["kernel"].shape[2]
+    """Channels of the latents that parameters of a latent LPIPS, ours or published, are for."""
+    first = params["net"]["conv1_1"] if "net" in params else params["net.slice1.0"]
+    return first["kernel"].shape[2]
 
 
-def unit_length(x: Array) -> Array:
+def unit_length(x: Array, epsilon: float = 1e-10) -> Array:
     """Features `[..., c]` over their length; where they are all 0, 0."""
     # The root of a sum that may be 0 has no gradient there.
-    length = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-10)
+    length = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)
     return x / length

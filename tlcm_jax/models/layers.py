@@ -183,6 +183,21 @@ def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
+class StoredBatchNorm(nn.Module):
+    """Batch norm at inference, by stored statistics: `torch.nn.BatchNorm2d(...).eval()`."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
+        shape = x.shape[-1:]
+        scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
+        mean = self.param("running_mean", zeros, shape)
+        variance = self.param("running_var", ones, shape)
+        return (x - mean) * (scale / jnp.sqrt(variance + self.epsilon)) + bias
+
+
 def upsample_nearest(x: Array, height: int, width: int) -> Array:
     """Nearest-neighbour upsampling `[b, h, w, c] -> [b, height, width, c]`.
 

@@ -19,7 +19,7 @@ from tlcm_jax.distillation.networks import Networks
 from tlcm_jax.distillation.terms.base import Context, StudentOutputs, Term
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.io.latent_lpips_files import is_latent_lpips, load_latent_lpips
-from tlcm_jax.models.latent_lpips import LatentLPIPS, channels_of
+from tlcm_jax.models.latent_lpips import ELatentLPIPS, LatentLPIPS, channels_of
 from tlcm_jax.models.lora import LoRAConfig
 
 
@@ -71,7 +71,7 @@ class LatentLPIPSTerm(Term):
       network: of the distance.
     """
 
-    network: LatentLPIPS
+    network: LatentLPIPS | ELatentLPIPS
     needs: ClassVar[tuple[str, ...]] = ("target",)
 
     def loss(
