@@ -37,7 +37,9 @@ def pseudo_huber(
     Quadratic below c and linear above it. The distance of latent consistency models (arXiv
     2310.04378) and of SCott (arXiv 2403.01505).
     """
-    return mean_per_sample(jnp.sqrt(jnp.square(prediction - target) + c * c) - c)
+    square = jnp.square(prediction - target)
+    # sqrt(square + c^2) - c, without the cancellation where the error is small.
+    return mean_per_sample(square / (jnp.sqrt(square + c * c) + c))
 
 
 def min_snr_weight(snr: Float[Array, " n"], limit: float) -> Float[Array, " n"]:
@@ -82,7 +84,7 @@ def distribution_matching_grad(
 
 
 def mean_logit(
-    maps: Sequence[Float[Array, " n *map"]], function: Callable[[Array], Array]
+    maps: Sequence[Float[Array, "n ..."]], function: Callable[[Array], Array]
 ) -> Float[Array, " n"]:
     """The mean of a function of a discriminator's logits: over a map, then over the maps."""
     means = [mean_per_sample(function(logits.astype(jnp.float32))) for logits in maps]
@@ -90,7 +92,7 @@ def mean_logit(
 
 
 def discriminator_loss(
-    real: Sequence[Float[Array, " n *map"]], fake: Sequence[Float[Array, " n *map"]], kind: str
+    real: Sequence[Float[Array, "n ..."]], fake: Sequence[Float[Array, "n ..."]], kind: str
 ) -> Float[Array, " n"]:
     """What the discriminator minimises.
 
@@ -106,7 +108,7 @@ def discriminator_loss(
     return mean_logit(real, lambda s: jax.nn.softplus(-s)) + mean_logit(fake, jax.nn.softplus)
 
 
-def generator_loss(fake: Sequence[Float[Array, " n *map"]], kind: str) -> Float[Array, " n"]:
+def generator_loss(fake: Sequence[Float[Array, "n ..."]], kind: str) -> Float[Array, " n"]:
     """What the student minimises: -fake ("hinge") or softplus(-fake) ("softplus")."""
     if kind == "hinge":
         return mean_logit(fake, jnp.negative)
