@@ -5,6 +5,11 @@
         --config.prompts='("/data/prompts.txt",)'
 
     --config configs/sdxl.py:paper     the paper's two stages
+    --config configs/sdxl.py:full      all of the paper: latent LPIPS beside both, then preference,
+                                       then distribution matching and the adversarial term
+
+`full` reads `scorers/mps`, `scorers/image_reward` and `scorers/latent_lpips`: docs/own-model.md
+says which files, and where they come from.
 
 Without a variant the two stages are those that did best on the miniature (docs/results.md): jumps
 to any time of a segment, 4 segments and then 2. They have not been run on SDXL.
@@ -18,10 +23,11 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe, or its variant `paper`."""
-    if variant not in ("", "paper"):
-        raise ValueError(f"configs/sdxl.py has no variant {variant!r}; use ':paper'")
-    stages = _paper_stages() if variant else _stages()
+    """The recipe, or one of its variants `paper` and `full`."""
+    variants = {"": _stages, "paper": _paper_stages, "full": _full_stages}
+    if variant not in variants:
+        raise ValueError(f"configs/sdxl.py has no variant {variant!r}; use ':paper' or ':full'")
+    stages = variants[variant]()
     return ConfigDict(
         dict(
             name="sdxl",
@@ -84,3 +90,25 @@ def _paper_stages() -> dict[str, Any]:
         ),
     )
     return dict(segments=_segments(8, 12000), endpoints=endpoints)
+
+
+def _full_stages() -> dict[str, Any]:
+    look = dict(latent_lpips=dict(weights="scorers/latent_lpips"))
+    stages = {name: dict(stage, terms=look) for name, stage in _paper_stages().items()}
+    later = dict(stages["endpoints"], learning_rate=1e-5)
+    preference = dict(
+        # s0 = 16, the scorer's own.
+        scorer="mps",
+        weights="scorers/mps",
+        held_out="image_reward",
+        held_out_weights="scorers/image_reward",
+    )
+    stages["preference"] = dict(
+        later, steps=500, batch_size=8, terms=dict(look, preference=preference)
+    )
+    games = dict(
+        distribution_matching=dict(guidance_scale=8.0, aux_learning_rate=1e-4),
+        adversarial=dict(weight=5e-3, aux_learning_rate=1e-4),
+    )
+    stages["matching"] = dict(later, steps=1000, batch_size=4, terms=dict(look, **games))
+    return stages

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from absl import flags
 
+from configs import sdxl
 from tests.support.scorer_files import write_scorers
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import evaluate as command
+from tlcm_jax import paths
+from tlcm_jax.config.schema import read
 from tlcm_jax.evaluation.scorers import feature_distance
+from tlcm_jax.evaluation.scorers.table import SCORERS
 
 
 def run_command(*arguments):
@@ -47,3 +51,14 @@ def test_missing_weights_are_told_before_the_model_is_loaded(given, tmp_path, mo
     monkeypatch.setattr(command, "load_model", None)
     with pytest.raises(FileNotFoundError, match=r"'clip' are missing \(none in .*nowhere"):
         run_command(*arguments, f"--scores=clip={folder / 'nowhere'}", f"--output={tmp_path}")
+
+
+def test_the_full_size_recipe_names_scorers_that_there_are():
+    stages = read(sdxl.get_config("full").to_dict()).stages
+    preference = stages["preference"].terms["preference"]
+    assert {preference.scorer, preference.held_out} == {"mps", "image_reward"} <= SCORERS.keys()
+    assert all("latent_lpips" in stage.terms for stage in stages.values())
+    assert {"distribution_matching", "adversarial"} <= stages["matching"].terms.keys()
+    # Every score has a line in the table of files.
+    table = (paths.ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in table for name in SCORERS)

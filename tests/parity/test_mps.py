@@ -23,7 +23,8 @@ from tlcm_jax.evaluation.scorers import mps  # noqa: E402
 from tlcm_jax.evaluation.scorers.table import load_scorer  # noqa: E402
 from tlcm_jax.io.files import save_tensors  # noqa: E402
 from tlcm_jax.io.pipeline_folder import write_json  # noqa: E402
-from tlcm_jax.models.clip import CLIPConfig  # noqa: E402
+from tlcm_jax.models.clip import ARCHITECTURES, CLIPConfig  # noqa: E402
+from tlcm_jax.models.mps import MPSModel  # noqa: E402
 
 SIDE, WIDTH = 56, 24
 RAW = {
@@ -87,6 +88,20 @@ def test_scores_one_at_a_time(theirs, scorer, monkeypatch):
         found.append(scorer.values(image[None], [text], {})["mps"][0])
     assert masked > 0  # else the mask could be left out
     assert relative(np.array(found), np.array(expected)) < 1e-5
+
+
+def test_published_size():
+    config = ARCHITECTURES["ViT-H-14"]
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((1, 224, 224, 3), np.float32), *[((1, 77), np.int32)] * 2)
+    ]
+    shapes = jax.eval_shape(MPSModel(config).init, jax.random.key(0), *inputs)["params"]
+    with torch.device("meta"):
+        tower = XCLIPModel(transformers.CLIPConfig(**transformers_config(config)))
+        modules = (tower, CrossModel(dim=1024, layer_num=4, heads=16))
+    theirs = sum(p.numel() for module in modules for p in module.parameters())
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == theirs
 
 
 def test_a_score_does_not_depend_on_the_batch(scorer):
