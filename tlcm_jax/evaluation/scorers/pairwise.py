@@ -9,8 +9,10 @@ A student that imitates its teacher has a small (1) to it; one that has lost the
 teacher has a smaller (2) than the teacher's own.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,16 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from tlcm_jax.data.batches import whole_batches
+from tlcm_jax.io.lpips_files import load_lpips
 
 # Images in -1..1, `[b, h, w, 3]` twice to `[b]`; traceable.
 Distance = Callable[[Array, Array], Array]
+
+
+def lpips_distance(folder: str | Path, trunk: str = "alex") -> Distance:
+    """LPIPS 0.1, from the folder of its two files (`io.lpips_files.load_lpips`)."""
+    network, params = load_lpips(folder, trunk)
+    return functools.partial(network.apply, {"params": jax.device_put(params)})
 
 
 def distances(
