@@ -48,7 +48,7 @@ class LatentLPIPSSettings:
             logging.log_first_n(
                 logging.WARNING,
                 "no latent LPIPS in %s: the consistency losses are the mean square alone; train "
-                "one with `python -m miniature.train_latent_lpips`",
+                "one with `python -m tlcm_jax.train_latent_lpips`",
                 1,
                 self.weights,
             )
@@ -58,7 +58,7 @@ class LatentLPIPSSettings:
         if trained_for != channels:
             raise ValueError(
                 f"{self.weights}: a latent LPIPS for {trained_for} channels, where this model's "
-                f"latents have {channels}; train one with `python -m miniature.train_latent_lpips`"
+                f"latents have {channels}; train one with `python -m tlcm_jax.train_latent_lpips`"
             )
         return LatentLPIPSTerm(weight=self.weight, params=params, network=network)
 
