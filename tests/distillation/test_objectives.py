@@ -157,7 +157,7 @@ def test_network_evaluations_are_those_stated(world, case):
 
 
 def test_the_stated_costs():
-    """METHOD's figures: two teacher forwards a pair with node reuse, 18 with the literal path."""
+    """Two teacher forwards a pair with node reuse, 18 with the literal path."""
     costs = {
         case: stages.find(stage_of(s)).evaluations_per_sample(s).total for case, s in CASES.items()
     }

@@ -1,8 +1,8 @@
 """A LoRA made as the TLCM authors made theirs: their rule in PyTorch draws what this one draws.
 
 Their release is a PEFT folder of rank 64 over 14 names, made without giving alpha, so that PEFT's
-default of 8 holds and the scale is 1/8. Their rule (METHOD: stochastic multistep consistency
-sampling) is written out here in torch; fresh noise is shared.
+default of 8 holds and the scale is 1/8. Their rule (docs/method.md, section 5) is written out here
+in torch; fresh noise is shared.
 """
 
 import json

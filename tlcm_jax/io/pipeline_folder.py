@@ -33,7 +33,7 @@ _NOISE = {
 def lcm_scheduler(teacher: Mapping[str, Any]) -> dict[str, Any]:
     """The `LCMScheduler` config of a student, given its teacher's scheduler config.
 
-    With it, diffusers' `LCMScheduler` and the timesteps of METHOD.md section 7 are the sampler of
+    With it, diffusers' `LCMScheduler` and the timesteps of docs/method.md are the sampler of
     `diffusion.sampler.sample`; the scheduler's own grid at 1, 2, 4 and 8 steps lies on the same
     eight milestones.
 

@@ -73,7 +73,7 @@ def verify_products(
       products: as `export_products` returned them.
       teacher: the teacher, as `load_model` reads it, which LoRAs and UNets are loaded onto.
       prompts: what is drawn.
-      steps: step counts of METHOD.md's table.
+      steps: numbers of steps.
       seed: of the noise.
       tolerance: largest relative difference of latents, |ours - theirs| / |theirs|.
 

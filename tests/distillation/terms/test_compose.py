@@ -270,7 +270,7 @@ def test_a_term_held_against_the_goal_needs_one(world, term):
 
 
 def test_the_stated_costs(world):
-    """Beside stage 2's own 4 + 6 + 2: what METHOD's 5 : 1 comes to."""
+    """Beside stage 2's own 4 + 6 + 2: what 5 updates to 1 come to."""
     networks = roles(world)
 
     def cost(**terms):
