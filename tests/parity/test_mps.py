@@ -62,11 +62,12 @@ def scorer(theirs, tmp_path_factory):
     save_tensors(folder / "model.safetensors", tensors)
     write_json(folder / "config.json", transformers_config(CLIPConfig.from_open_clip(RAW)))
     write_clip_vocabulary(folder / "tokenizer")
-    return load_scorer("mps", str(folder), differentiable=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mps, "CONDITION", "things")  # which some words do not match
+        yield load_scorer("mps", str(folder), differentiable=True)
 
 
-def test_scores_one_at_a_time(theirs, scorer, monkeypatch):
-    monkeypatch.setattr(mps, "CONDITION", "things")
+def test_scores_one_at_a_time(theirs, scorer):
     images = odd_images()
     found, expected = [], []
     condition = torch.from_numpy(np.array(scorer.texts(["things"]), np.int64))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-SIZES = ((61, 97), (57, 56), (133, 71), (56, 56), (97, 61), (301, 199), (64, 120), (75, 57))
+SIZES = ((61, 97), (57, 56), (133, 71), (56, 56), (97, 61), (301, 199), (64, 120), (59, 56))
 TEXTS = (
     "cat",
     "a photo of a cat &amp; a dog",

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -34,6 +35,16 @@ def test_a_score_through_the_table(folder):
     traced = scorer.score(scorer.params, images.astype(np.float32) / 255, scorer.texts(PROMPTS))
     np.testing.assert_allclose(values, traced, atol=0.2)
     assert abs(float(values[0] - values[1])) > 0.1
+
+
+def test_a_score_is_the_same_on_one_device(folder, monkeypatch):
+    scorer, images = load_scorer("clip", str(folder)), _images(n=11)
+    prompts = [f"a {'red ' * i}cat" for i in range(11)]
+    assert len(jax.local_devices()) == 8
+    together = scorer.values(images, prompts, {})["clip"]
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    alone = scorer.values(images, prompts, {})["clip"]
+    np.testing.assert_allclose(together, alone, atol=1e-4)  # of 100
 
 
 def test_both_dialects_are_one_network(folder, tmp_path):

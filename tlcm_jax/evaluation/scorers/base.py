@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from tlcm_jax.data.batches import whole_batches
@@ -107,19 +108,43 @@ def image_scores(
     prompts: Sequence[str],
     batch_size: int = 50,
 ) -> Float[np.ndarray, " n"]:
-    """Equation (1) of images with their own prompts, in batches of one compiled shape.
+    """Equation (1) of images with their own prompts."""
+    texts, score = scorer.texts(prompts), _compiled(scorer)
+
+    def read(rows: np.ndarray) -> tuple:
+        chosen = jax.tree.map(lambda x: x[rows], texts)
+        return images[rows].astype(np.float32) / 255, chosen
+
+    return in_batches(score, scorer.params, read, len(images), min(batch_size, len(images)))
+
+
+def in_batches(
+    function: Callable[..., Array],
+    params: PyTree,
+    read: Callable[[np.ndarray], tuple],
+    count: int,
+    size: int,
+) -> Float[np.ndarray, "n ..."]:
+    """What a jitted function makes of n rows, in batches of one shape, cut over all local devices.
 
     At full precision, also on accelerators, whose products of fp32 matrices are bf16's by default.
+
+    Args:
+      function: `(params, *batch)` to an array, `[b, ...]`.
+      params: its parameters, on the host; they are put onto every device once.
+      read: rows of `0..n-1` to a batch, a tuple of trees of numpy arrays, `[b, ...]` each.
+      count: n, at least 1.
+      size: rows of a batch; rounded up to a multiple of the devices.
     """
-    texts, score = scorer.texts(prompts), _compiled(scorer)
-    params = jax.device_put(scorer.params)
+    devices = np.array(jax.local_devices())
+    mesh = Mesh(devices, ("data",))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    cut = NamedSharding(mesh, PartitionSpec("data"))
     found = []
     with jax.default_matmul_precision("highest"):
-        for rows in whole_batches(len(images), min(batch_size, len(images))):
-            chosen = jax.tree.map(lambda x, rows=rows: x[rows], texts)
-            scores = score(params, images[rows].astype(np.float32) / 255, chosen)
-            found.append(np.asarray(scores, np.float32))
-    return np.concatenate(found)[: len(images)]
+        for rows in whole_batches(count, -(-size // len(devices)) * len(devices)):
+            found.append(np.asarray(function(params, *jax.device_put(read(rows), cut)), np.float32))
+    return np.concatenate(found)[:count]
 
 
 @functools.lru_cache(maxsize=16)

@@ -27,9 +27,8 @@ from absl import logging
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.evaluation.scorers import frechet
-from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer
+from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer, in_batches
 from tlcm_jax.evaluation.scorers.frechet import Moments
 from tlcm_jax.evaluation.scorers.preprocess import Preprocess
 from tlcm_jax.io.clip_files import FILES, load_clip
@@ -104,12 +103,12 @@ def features(
     prepare: Callable[[np.ndarray], np.ndarray],
     images: UInt8[np.ndarray, "n h w 3"],
 ) -> Float[np.ndarray, "n d"]:
-    """Features of images, in batches of one compiled shape, at full precision."""
-    params, found = jax.device_put(params), []
-    with jax.default_matmul_precision("highest"):
-        for rows in whole_batches(len(images), _BATCH):
-            found.append(np.asarray(_compiled(extract)(params, prepare(images[rows]))))
-    return np.concatenate(found)[: len(images)]
+    """Features of images, in batches that are prepared one by one."""
+
+    def read(rows: np.ndarray) -> tuple[np.ndarray]:
+        return (prepare(images[rows]),)
+
+    return in_batches(_compiled(extract), params, read, len(images), _BATCH)
 
 
 @functools.lru_cache(maxsize=16)
