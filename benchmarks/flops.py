@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlcm_jax.families.load import abstract_params
+from tlcm_jax.families.base import abstract_params
 from tlcm_jax.models.unet import UNet2DConditionModel
 from tlcm_jax.models.unet_config import UNetConfig
 

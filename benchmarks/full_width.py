@@ -76,7 +76,7 @@ def run_ours(
     import jax
     import jax.numpy as jnp
 
-    from tlcm_jax.families.load import abstract_params
+    from tlcm_jax.families.base import abstract_params
     from tlcm_jax.io import names
     from tlcm_jax.models.unet import UNet2DConditionModel
     from tlcm_jax.models.unet_config import UNetConfig

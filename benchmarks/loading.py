@@ -50,7 +50,7 @@ def write(folder: Path, scale: float) -> None:
     import flax.traverse_util
     from safetensors.numpy import save_file
 
-    from tlcm_jax.families.load import abstract_params
+    from tlcm_jax.families.base import abstract_params
     from tlcm_jax.io.names import to_torch_layout, torch_key
     from tlcm_jax.models.unet import UNet2DConditionModel
     from tlcm_jax.models.unet_config import UNetConfig

@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 
 from miniature.fit import fit, trapezoid
 from tlcm_jax.diffusion.sampling import sample_teacher
-from tlcm_jax.families.load import abstract_params, load_model
+from tlcm_jax.families.base import abstract_params
+from tlcm_jax.families.load import load_model
 from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.io import names
 from tlcm_jax.models.conditioning import Conditioning

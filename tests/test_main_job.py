@@ -88,7 +88,7 @@ def test_from_recipe_to_report(world, config, tmp_path):
     # What was exported is what was trained, and the pipeline is the teacher with it merged in.
     teacher = load_model(world / "teacher")
     trained = flax.traverse_util.flatten_dict(run.adapter)
-    exported = read_lora(tmp_path / "export" / "lora", teacher.params["unet"])
+    exported = read_lora(tmp_path / "export" / "lora", teacher.params["unet"], teacher.lora_names)
     for path, leaf in flax.traverse_util.flatten_dict(exported).items():
         np.testing.assert_allclose(leaf, trained[path], rtol=2e-3, atol=1e-6)  # fp16
     _, stored = load_adapter(tmp_path)

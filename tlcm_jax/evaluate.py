@@ -65,13 +65,13 @@ def run(values: flags.FlagValues) -> None:
     steps = check_steps(values.steps)  # what is quickly checked, before anything is loaded
     prompt_sets = [read_prompt_set(path).first(values.limit) for path in values.prompts]
     scorers = load_scorers(values.scores)
-    pipeline, adapter, bare = load_with_adapter(values.model, values.lora)
-    teacher = None if adapter is None and bare is pipeline else bare
+    model, adapter, base = load_with_adapter(values.model, values.lora)
+    teacher = None if adapter is None and base is model else base
     if values.teacher is not None:
         teacher = load_model(values.teacher)
     home = Path(values.model if is_workdir(values.model) else values.output)
     result = evaluate(
-        pipeline,
+        model,
         prompt_sets,
         lora=adapter,
         teacher=teacher,

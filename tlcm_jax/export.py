@@ -10,15 +10,15 @@ command fails. It needs PyTorch and diffusers.
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from absl import app, flags, logging
 
 from tlcm_jax.config.describe import student_recipe
 from tlcm_jax.config.schema import read
-from tlcm_jax.families.load import load_model
+from tlcm_jax.families.load import find_family, load_model
 from tlcm_jax.io.files import DTYPES
-from tlcm_jax.io.products import LORAS, TARGETS, check_targets, export_products
+from tlcm_jax.io.products import check_products, export_products
 from tlcm_jax.io.verify import require_consumer, verify_products
 from tlcm_jax.io.workdir import load_adapter
 from tlcm_jax.models.adapters import is_adapter, svd_extract
@@ -28,7 +28,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags in `values`."""
     where = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "The run to export.", required=True, **where)
-    flags.DEFINE_list("to", ["lora"], f"Products, of {', '.join(TARGETS)}.", **where)
+    flags.DEFINE_list("to", ["lora"], "Products, of those of the model's family.", **where)
     flags.DEFINE_string("output", None, "Folder of the products.", required=True, **where)
     flags.DEFINE_enum("dtype", "fp16", list(DTYPES), "Dtype of the weights written.", **where)
     flags.DEFINE_bool("verify", False, "Compare each product with diffusers.", **where)
@@ -50,31 +50,33 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Does what the flags say."""
-    check_targets(values.to, values.dtype)
-    if values.verify:
-        require_consumer()
     config, trained = load_adapter(values.workdir, values.step)
-    pipeline = load_model(config["model"]["path"], on_device=False)
-    recipe = student_recipe(read(config), pipeline)
-    adapter: Mapping | None = trained
-    unet = None
-    if not is_adapter(trained):
-        adapter, unet = None, trained
-        if LORAS.keys() & set(values.to):
-            teacher = pipeline.params["unet"]
-            adapter, missed = svd_extract(teacher, trained, values.rank)
-            recipe = dataclasses.replace(recipe, rank=values.rank, missed=missed)
-            print(f"LoRA of rank {values.rank}, extracted: misses {missed:.2%} of the change")
+    path = config["model"]["path"]
+    family, folder = find_family(path)
+    check_products(family.products, folder, values.to, values.dtype)
+    if values.verify:
+        if family.verified_by is None:
+            raise ValueError("--verify: no other library reads the products of this model")
+        require_consumer()
+    model = load_model(path, on_device=False)
+    recipe = student_recipe(read(config), model)
+    backbone = None
+    if not is_adapter(trained) and any(not model.products[name].has_weights for name in values.to):
+        backbone = trained
+        teacher = model.params[model.backbone]
+        trained, missed = svd_extract(teacher, backbone, values.rank)
+        recipe = dataclasses.replace(recipe, rank=values.rank, missed=missed)
+        print(f"LoRA of rank {values.rank}, extracted: misses {missed:.2%} of the change")
     products = export_products(
-        pipeline, adapter, values.to, values.output, values.dtype, recipe, unet=unet
+        model, trained, values.to, values.output, values.dtype, recipe, backbone=backbone
     )
     for target, path in products.items():
         print(f"{target}: {path}", flush=True)
     if not values.verify:
         return
-    for target, differences in verify_products(products, pipeline.source).items():
+    for target, differences in verify_products(products, model.source).items():
         shown = ", ".join(f"{steps} steps {value:.1e}" for steps, value in differences.items())
-        print(f"{target} verified in diffusers; relative difference of latents: {shown}")
+        print(f"{target} verified in {family.verified_by}; relative difference of latents: {shown}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Draws pictures from prompts with a distilled model, or with its undistilled teacher.
+"""Generates images from prompts with a distilled model, or with its undistilled teacher.
 
     python -m tlcm_jax.sample --model PATH [--lora FILE] --prompt TEXT --steps 4 --output out.png
 
 PATH is a diffusers pipeline folder, a single-file checkpoint, a hub id, or the workdir of a run,
 whose adapter is then used. --lora may be given again; FILE:0.8 applies a LoRA with that weight.
-Each --prompt is one picture; several are written as out-0.png, out-1.png, ... in their order.
+Each --prompt is one image; several are written as out-0.png, out-1.png, ... in their order.
 """
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,8 @@ from PIL import Image
 
 from tlcm_jax.data.prompts import warn_truncated
 from tlcm_jax.diffusion.timesteps import student_timesteps
+from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
-from tlcm_jax.families.stable_diffusion import StableDiffusion
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.io.lora_stack import apply_loras
 from tlcm_jax.io.workdir import (
@@ -38,7 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
     where = {"flag_values": values}
     flags.DEFINE_string("model", None, "Folder, file, hub id or workdir.", required=True, **where)
     flags.DEFINE_multi_string("lora", None, "LoRA to put onto the model: PATH[:WEIGHT].", **where)
-    flags.DEFINE_multi_string("prompt", None, "What to draw.", required=True, **where)
+    flags.DEFINE_multi_string("prompt", None, "What to show.", required=True, **where)
     flags.DEFINE_multi_string(
         "prompt_2", None, "The second text encoder's, one for each --prompt.", **where
     )
@@ -46,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("steps", None, "1 to 8 (default 4); with --teacher any (25).", **where)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **where)
     flags.DEFINE_float("gamma", None, "Share of fresh noise; the run's own, or 1.", **where)
-    flags.DEFINE_bool("teacher", False, "Draw with the undistilled model and guidance.", **where)
+    flags.DEFINE_bool("teacher", False, "Generate with the teacher, with guidance.", **where)
     flags.DEFINE_float(
         "guidance_scale", None, "With --teacher, or for LCM's UNets; the run's own, or 8.", **where
     )
@@ -55,11 +54,11 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("tile", 0, "Decode by tiles of so many latent pixels.", **where)
     flags.DEFINE_integer("enlarge", 1, "Write each pixel N x N times.", lower_bound=1, **where)
-    flags.DEFINE_string("output", "out.png", "Picture to write.", **where)
+    flags.DEFINE_string("output", "out.png", "Image to write.", **where)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draws; anything wrong ends the process with one line that says what."""
+    """Generates; anything wrong ends the process with one line that says what."""
     try:
         if arguments[1:]:
             raise ValueError(f"unexpected arguments {list(arguments[1:])}; quote the prompt")
@@ -72,7 +71,7 @@ def run(values: flags.FlagValues) -> None:
     """Does what the flags say."""
     steps = values.steps if values.steps is not None else 25 if values.teacher else 4
     if values.teacher and values.lora:
-        raise ValueError("--teacher draws with the undistilled model; leave out --lora")
+        raise ValueError("--teacher generates with the undistilled model; leave out --lora")
     if not values.teacher:
         student_timesteps(steps)  # before anything is loaded
     targets = _targets(Path(values.output), len(values.prompt))
@@ -82,45 +81,43 @@ def run(values: flags.FlagValues) -> None:
         resolution=values.resolution or trained_resolution(values.model),
         tile=values.tile,
     )
-    model = load_with_adapter(values.model, values.lora, adapted=not values.teacher)
-    pipeline, adapter = model.pipeline, model.adapter
+    model, adapter, _ = load_with_adapter(values.model, values.lora, adapted=not values.teacher)
     if not values.long_prompts:
-        warn_truncated([*values.prompt, *(values.prompt_2 or ())], pipeline.tokenizers[0])
+        for tokenizer in model.tokenizers[:1]:
+            warn_truncated([*values.prompt, *(values.prompt_2 or ())], tokenizer)
     if values.teacher:
         scale = drawn_with(values.model, "guidance_scale", 8.0, given=values.guidance_scale)
-        pictures = generate_teacher(pipeline, values.prompt, steps, scale, values.seed, options)
+        images = generate_teacher(model, values.prompt, steps, scale, values.seed, options)
     else:
         if values.guidance_scale is not None:
-            pipeline = _embed_guidance(pipeline, values.guidance_scale)
+            model = model.with_embedded_guidance(values.guidance_scale)
         gamma = drawn_with(values.model, "gamma", 1.0, given=values.gamma)
         times = None if values.lora else trained_times(values.model).get(steps)
-        pictures = generate(
-            pipeline, values.prompt, steps, values.seed, adapter, gamma, options, times
-        )
-    for target, picture in zip(targets, pictures, strict=True):
-        enlarged = picture.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
+        images = generate(model, values.prompt, steps, values.seed, adapter, gamma, options, times)
+    for target, image in zip(targets, images, strict=True):
+        enlarged = image.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
         Image.fromarray(np.ascontiguousarray(enlarged)).save(target)
         print(target)
 
 
-class Model(NamedTuple):
+class AdaptedModel(NamedTuple):
     """What `--model` and `--lora` name.
 
     Attributes:
-      pipeline: what is drawn with.
-      adapter: of its UNet, scaled; None where there is none.
-      bare: the pipeline as it is without LoRAs, which may change its text encoders too.
+      model: what generates.
+      adapter: of its backbone, scaled; None where there is none.
+      base: the model as it is without LoRAs, which may change its text encoders too.
     """
 
-    pipeline: StableDiffusion
+    model: LatentModel
     adapter: Mapping[str, Any] | None
-    bare: StableDiffusion
+    base: LatentModel
 
 
 def load_with_adapter(
     path: str, loras: Sequence[str] | None = None, *, adapted: bool = True
-) -> Model:
-    """A pipeline, and the adapter to draw with.
+) -> AdaptedModel:
+    """A model, and the adapter to generate with.
 
     Args:
       path: what `load_model` reads, or a workdir: its teacher, and its newest adapter.
@@ -133,31 +130,17 @@ def load_with_adapter(
         config, trained = load_adapter(path)
         path = config["model"]["path"]
         adapter = trained if adapted else None
-    bare = pipeline = load_model(path)
+    base = model = load_model(path)
     if loras:
-        pipeline, adapter = apply_loras(bare, loras)
-    return Model(pipeline, adapter, bare)
-
-
-def _embed_guidance(pipeline: StableDiffusion, scale: float) -> StableDiffusion:
-    """The pipeline with the scale that its UNet is to draw as if guided by.
-
-    Raises:
-      ValueError: the UNet has no such input.
-    """
-    if not pipeline.guidance_is_embedded:
-        raise ValueError(
-            "--guidance_scale goes with --teacher: a distilled model draws without guidance, and"
-            " this UNet does not take the scale as an input either (time_cond_proj_dim)"
-        )
-    return dataclasses.replace(pipeline, embedded_guidance=scale)
+        model, adapter = apply_loras(base, loras)
+    return AdaptedModel(model, adapter, base)
 
 
 def _targets(output: Path, count: int) -> list[Path]:
-    """A file for each picture.
+    """A file for each image.
 
     Raises:
-      ValueError: the name ends in no picture format.
+      ValueError: the name ends in no image format.
       FileNotFoundError: its folder does not exist.
     """
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

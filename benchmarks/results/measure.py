@@ -20,7 +20,7 @@ from tlcm_jax.evaluation.report import chosen
 from tlcm_jax.evaluation.reporting.contents import Kind
 from tlcm_jax.evaluation.scorers import pairwise
 from tlcm_jax.evaluation.scorers.table import load_scorers
-from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.families.base import LatentModel
 
 LPIPS_TO_TEACHER, DIVERSITY = "lpips_to_teacher", "diversity"
 
@@ -49,7 +49,7 @@ class Measured:
 
 
 def measure(
-    pipeline: StableDiffusion,
+    pipeline: LatentModel,
     asked: Asked,
     *,
     lora: Mapping[str, Any] | None = None,

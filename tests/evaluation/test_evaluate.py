@@ -17,6 +17,7 @@ from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import evaluate
 from tlcm_jax.evaluation.scorers.base import Measure, Scorer
 from tlcm_jax.families.load import load_model
+from tlcm_jax.families.stable_diffusion import LORA_NAMES
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.io.lora_files import write_lora
 from tlcm_jax.io.workdir import trained_resolution
@@ -231,7 +232,7 @@ def test_the_command_compares_a_lora_with_its_base(pipeline, adapter, tmp_path, 
     monkeypatch.setattr(evaluation, "TEACHER_STEPS", (2,))
     prompts, output, file = (tmp_path / name for name in ("few.txt", "out", "lora.safetensors"))
     prompts.write_text("a red cat\nan icon\nred\ncat\nice\n")
-    write_lora(file, adapter)
+    write_lora(file, adapter, LORA_NAMES)
     given = (f"--model={pipeline.source}", f"--prompts={prompts}", f"--output={output}")
     run_command(*given, f"--lora={file}", "--steps=2,1", "--limit=4")
     metrics = json.loads((output / "metrics.json").read_text())

@@ -1,6 +1,7 @@
-"""Drawing: what a picture depends on (prompt, seed, place) and what it does not."""
+"""Generation: what an image depends on (prompt, seed, place) and what it does not."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
 from tlcm_jax.diffusion import sampling as sampler
 from tlcm_jax.families.load import load_model
-from tlcm_jax.generation import generate as drawing
+from tlcm_jax.generation import generate as module
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.models import lora
 from tlcm_jax.training.mesh import make_mesh
@@ -48,6 +49,10 @@ def noises(seed, place, count):
     return [jax.random.normal(jax.random.fold_in(key, i), (1, 8, 8, 4)) for i in range(count)]
 
 
+def null_of(model, null):
+    return functools.partial(model.null_of, null)
+
+
 def decoded(pipeline, latents):
     return np.round(255 * np.asarray(pipeline.decode(latents))).astype(np.uint8)
 
@@ -56,7 +61,7 @@ def test_the_student_is_the_sampler_s(pipeline):
     first, *fresh = noises(3, 1, 3)
     latents = sampler.sample(
         pipeline.denoiser(),
-        pipeline.schedule,
+        pipeline.process,
         first,
         pipeline.encode(PROMPTS[1:2]),
         (999, 499, 124),
@@ -71,10 +76,10 @@ def test_the_student_is_the_sampler_s(pipeline):
 def test_the_teacher_is_the_sampler_s_from_the_same_noise(pipeline):
     latents = sampler.sample_teacher(
         pipeline.denoiser(),
-        pipeline.schedule,
+        pipeline.process,
         noises(3, 1, 1)[0],
         pipeline.encode(PROMPTS[1:2]),
-        pipeline.null_conditioning(),
+        null_of(pipeline, pipeline.null_conditioning()),
         steps=4,
         scale=3.0,
     )
@@ -82,7 +87,7 @@ def test_the_teacher_is_the_sampler_s_from_the_same_noise(pipeline):
     assert_same(drawn[1:2], decoded(pipeline, latents))
 
 
-def test_a_picture_depends_on_its_prompt_place_and_seed_only(pipeline, two_steps):
+def test_an_image_depends_on_its_prompt_place_and_seed_only(pipeline, two_steps):
     assert two_steps.std() > 10
     # Two batches, of which the second has two unused places.
     assert_same(generate(pipeline, PROMPTS, 2, seed=3, options=THREES), two_steps)
@@ -93,7 +98,7 @@ def test_a_picture_depends_on_its_prompt_place_and_seed_only(pipeline, two_steps
     assert np.mean(other_seed != two_steps[:3]) > 0.5
 
 
-def test_on_a_mesh_the_pictures_are_the_same(pipeline, two_steps):
+def test_on_a_mesh_the_images_are_the_same(pipeline, two_steps):
     mesh = make_mesh({"data": 1, "fsdp": 2}, jax.devices()[:2])
     on_mesh = dataclasses.replace(pipeline, params=place(pipeline.params, mesh))
     # Three do not divide: the batch is filled up to four.
@@ -111,15 +116,15 @@ def test_an_adapter_is_merged_and_one_of_zeros_changes_nothing(pipeline, adapter
 
 
 def test_every_step_count_weights_and_seed_share_the_compiled_code(pipeline, adapter, two_steps):
-    functions = drawing._encode, drawing._student_step, drawing._noise, drawing._decode
+    functions = module._encode, module._student_step, module._noise, module._decode
     compiled = [function._cache_size() for function in functions]
     generate(pipeline, PROMPTS, 3, 5, adapter, gamma=0.4)
     generate(load_model(pipeline.source), PROMPTS, 1, 3)
     assert [function._cache_size() for function in functions] == compiled
     generate_teacher(pipeline, PROMPTS, 2, 3.0, 3)
-    compiled = drawing._teacher_step._cache_size()
+    compiled = module._teacher_step._cache_size()
     generate_teacher(pipeline, PROMPTS, 5, 3.0, 4)
-    assert drawing._teacher_step._cache_size() == compiled
+    assert module._teacher_step._cache_size() == compiled
 
 
 def test_what_is_read_and_how_large(pipeline):
@@ -142,18 +147,18 @@ def test_what_is_read_and_how_large(pipeline):
 def test_the_teacher_reads_long_prompts_beside_a_null_as_long(pipeline):
     long, options = " ".join(["red", "cat"] * 60), GenerationOptions(chunks=None, resolution=48)
     conditioning = pipeline.encode([long], 48, chunks=None)
-    null = pipeline.null_conditioning(48, chunks=2)
+    null = pipeline.null_conditioning(48, like=pipeline.tokenize([long], chunks=None))
     assert conditioning.prompt_embeds.shape[1] == null.prompt_embeds.shape[1] == 154
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), 0)
     noise = jax.random.normal(key, (1, 12, 12, 4))
     latents = sampler.sample_teacher(
-        pipeline.denoiser(), pipeline.schedule, noise, conditioning, null, steps=2, scale=3.0
+        pipeline.denoiser(), pipeline.process, noise, conditioning, null_of(pipeline, null), 2, 3.0
     )
     drawn = generate_teacher(pipeline, [long], 2, 3.0, seed=3, options=options)
     assert_same(drawn, decoded(pipeline, latents))
 
 
-def test_bad_requests_are_refused_before_anything_is_drawn(pipeline):
+def test_bad_requests_are_refused_before_anything_is_generated(pipeline):
     with pytest.raises(ValueError, match="steps = 9"):
         generate(pipeline, PROMPTS, 9, seed=0)
     with pytest.raises(ValueError, match="gamma = 1.5"):

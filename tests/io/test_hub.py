@@ -13,6 +13,7 @@ from tlcm_jax.io import hub
 from tlcm_jax.io.hub import HubId, needed
 from tlcm_jax.io.model_card import teacher_licence, teacher_name
 
+NAMES = ("unet", "vae", "text_encoder", "tokenizer")
 SHA = "462165984030d82259a11f4367a4eed129e94a7b"
 
 
@@ -67,7 +68,7 @@ def tiny_hub(tiny, tmp_path, monkeypatch):
 
 def test_only_what_is_needed_of_one_commit(tiny_hub, tiny):
     pipeline = load_model(f"someone/tiny@{SHA}", on_device=False)
-    assert tiny_hub.revisions == [SHA]
+    assert tiny_hub.revisions == [SHA] * 2  # the index, and what it names
     here = {p.relative_to(tiny).as_posix() for p in Path(tiny).rglob("*") if p.is_file()}
     assert set(tiny_hub.fetched) == here | {"README.md"}
     assert pipeline.source == f"someone/tiny@{SHA}" and pipeline.folder == str(tiny_hub.cache)
@@ -75,7 +76,7 @@ def test_only_what_is_needed_of_one_commit(tiny_hub, tiny):
     assert teacher_licence(Path(pipeline.folder)) == "openrail++"
     tiny_hub.up = False  # now from the cache
     load_model("someone/tiny", on_device=False)
-    assert tiny_hub.revisions == [SHA]
+    assert tiny_hub.revisions == [SHA] * 2
 
 
 def test_shapes_need_no_weights(tiny_hub):
@@ -118,16 +119,18 @@ def test_one_set_of_weights_a_network():
         "vae/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin",
         "text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors",
     ]  # fmt: skip
-    plain = needed(files)
+    plain = needed(files, NAMES)
     assert [name for name in plain if name.endswith(".safetensors")] == [
         "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
         "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",  # there is no other
         "text_encoder/model.safetensors",
     ]
-    assert [name for name in needed(files, variant="fp16") if name.endswith(".safetensors")] == [
+    assert [
+        name for name in needed(files, NAMES, variant="fp16") if name.endswith(".safetensors")
+    ] == [
         "unet/diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
         "text_encoder/model.fp16.safetensors",
     ]
-    assert needed(files, weights=False) == files[:4]
+    assert needed(files, NAMES, weights=False) == files[:4]

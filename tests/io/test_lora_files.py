@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.support.tiny_pipeline import random_adapter
-from tlcm_jax.io.lora_files import kohya_name, read_lora, write_lora
-from tlcm_jax.io.lora_stack import read_loras
+from tlcm_jax.families.stable_diffusion import LORA_NAMES
+from tlcm_jax.io import lora_files, lora_stack
+from tlcm_jax.io.lora_files import kohya_name
 from tlcm_jax.models import lora
 
 RANK = 3
@@ -25,6 +26,18 @@ TO_OUT = "down_blocks.0.attentions.0.transformer_blocks.1.attn1.to_out.0"
 def adapter(unet):
     shapes = jax.eval_shape(lambda key: lora.init(unet, TARGETS, RANK, key), jax.random.key(0))
     return random_adapter(shapes, np.random.default_rng(1))
+
+
+def read_lora(path, unet):
+    return lora_files.read_lora(path, unet, LORA_NAMES)
+
+
+def write_lora(path, adapter, **options):
+    return lora_files.write_lora(path, adapter, LORA_NAMES, **options)
+
+
+def read_loras(specs, networks):
+    return lora_stack.read_loras(specs, networks, LORA_NAMES)
 
 
 def flat(tree):
@@ -235,7 +248,7 @@ def test_ten_unmatched_keys_are_named_and_nothing_is_skipped(tmp_path, unet, ada
         for i in range(12):
             tensors[f"unet.up_blocks.{i:02}.conv1.lora_A.weight"] = np.zeros((3, 4), np.float32)
 
-    with pytest.raises(ValueError, match="match no layer of the UNet") as error:
+    with pytest.raises(ValueError, match="match no layer of unet") as error:
         read_lora(rewrite(path, add), unet)
     assert "up_blocks.09" in str(error.value) and "up_blocks.10" not in str(error.value)
     assert "and 2 more" in str(error.value)
@@ -254,7 +267,7 @@ def test_ten_unmatched_keys_are_named_and_nothing_is_skipped(tmp_path, unet, ada
 def test_unmatched_key(tmp_path, unet, adapter, key):
     path = write_lora(tmp_path / "lora.safetensors", adapter)
     rewrite(path, lambda tensors: tensors.update({key: np.zeros((3, 8), np.float32)}))
-    with pytest.raises(ValueError, match="match no layer of the UNet: " + key.replace(".", r"\.")):
+    with pytest.raises(ValueError, match="match no layer of unet: " + key.replace(".", r"\.")):
         read_lora(path, unet)
 
 
@@ -262,7 +275,7 @@ def test_ambiguous_kohya_name(tmp_path):
     kernel = {"kernel": np.zeros((4, 4), np.float32)}
     unet = {"a_b": {"c": kernel}, "a": {"b_c": kernel}}
     factors = {"lora_A": np.ones((4, 1), np.float32), "lora_B": np.ones((1, 4), np.float32)}
-    assert kohya_name(("a_b", "c")) == kohya_name(("a", "b_c")) == "lora_unet_a_b_c"
+    assert kohya_name(("a_b", "c"), "x_") == kohya_name(("a", "b_c"), "x_") == "x_a_b_c"
     path = write_lora(tmp_path / "one.safetensors", {"a_b": {"c": factors}}, dialect="kohya")
     with pytest.raises(ValueError, match="may be a_b.c and a.b_c"):
         read_lora(path, unet)

@@ -7,9 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from tlcm_jax.families.load import load_model
-from tlcm_jax.io.pipeline_folder import lcm_scheduler, write_pipeline
+from tlcm_jax.diffusion.scheduler_config import lcm_scheduler
+from tlcm_jax.families.load import find_family, load_model
+from tlcm_jax.io.model_card import Recipe
+from tlcm_jax.io.products import check_products, export_products
 from tlcm_jax.io.tensors import open_component
+
+RECIPE = Recipe(name="tiny", teacher="tiny", method="TLCM", times={4: (999, 749, 499, 124)})
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +26,49 @@ def copy(tiny, tmp_path):
     return shutil.copytree(tiny, tmp_path / "copy")
 
 
+def export(model, output):
+    """The folder of a student whose every weight is its teacher's and a thousandth."""
+    unet = jax.tree.map(lambda x: x + np.float32(1e-3), model.params["unet"])
+    return export_products(model, unet, ["pipeline"], output, "fp32", RECIPE)["pipeline"], unet
+
+
+def edit_index(folder, **entries):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
 def test_round_trip_keeps_every_bit(teacher, tmp_path):
-    unet = jax.tree.map(lambda x: x + np.float32(1e-3), teacher.params["unet"])
-    folder = write_pipeline(teacher, tmp_path / "student", unet=unet, extra={"README.md": "card"})
+    folder, unet = export(teacher, tmp_path)
     student = load_model(folder, on_device=False)
     jax.tree.map(np.testing.assert_array_equal, student.params, {**teacher.params, "unet": unet})
-    np.testing.assert_array_equal(student.schedule.alphas, teacher.schedule.alphas)
+    assert student.process == teacher.process
     prompts = ["a red cat", ""]
     for ours, theirs in zip(student.tokenize(prompts), teacher.tokenize(prompts), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert (folder / "README.md").read_text() == "card"
+    assert (folder / "README.md").read_text() == teacher.card(RECIPE, "pipeline")
     assert json.loads((folder / "model_index.json").read_text())["scheduler"] == [
         "diffusers",
         "LCMScheduler",
     ]
-    with pytest.raises(FileExistsError, match="already holds files"):
-        write_pipeline(teacher, folder)
+
+
+@pytest.mark.parametrize(
+    "kind", ["StableDiffusionXLImg2ImgPipeline", "LatentConsistencyModelPipeline"]
+)
+def test_pipelines_of_the_same_networks_load_and_are_written_as_text_to_image(
+    teacher, copy, tmp_path, kind
+):
+    edit_index(copy, _class_name=kind)
+    model = load_model(copy, on_device=False)
+    assert len(model.text_encoders) == 1 + ("XL" in kind)
+    written = json.loads((export(model, tmp_path / "out")[0] / "model_index.json").read_text())
+    assert written["_class_name"] == f"StableDiffusion{'XL' * ('XL' in kind)}Pipeline"
+
+
+def test_another_pipeline_is_refused_by_name(copy):
+    edit_index(copy, _class_name="os:system")
+    with pytest.raises(ValueError, match="pipeline class 'os:system' is not one of Latent"):
+        load_model(copy, on_device=False)
 
 
 def test_scheduler_is_the_teachers_noise_and_the_students_steps():
@@ -53,17 +84,21 @@ def test_scheduler_is_the_teachers_noise_and_the_students_steps():
     # Where the teacher is silent its own scheduler's defaults hold, not LCMScheduler's.
     silent = lcm_scheduler({"_class_name": "DDIMScheduler"})
     assert (silent["beta_schedule"], silent["beta_end"]) == ("linear", 0.02)
+    silent = lcm_scheduler({"_class_name": "TCDScheduler"})
+    assert (silent["beta_schedule"], silent["beta_end"]) == ("scaled_linear", 0.012)
+    assert lcm_scheduler({"rescale_betas_zero_snr": True})["rescale_betas_zero_snr"] is True
 
 
-def test_pickles_and_paths_are_left_behind(teacher, copy, tmp_path):
-    index = json.loads((copy / "model_index.json").read_text())
-    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
-    index["_name_or_path"] = "/home/someone/model"
-    (copy / "model_index.json").write_text(json.dumps(index))
+def test_pickles_and_paths_are_left_behind(copy, tmp_path):
+    edit_index(
+        copy,
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        _name_or_path="/home/someone/model",
+    )
     (copy / "safety_checker").mkdir()
     (copy / "safety_checker" / "config.json").write_text("{}")
     (copy / "safety_checker" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    folder = write_pipeline(load_model(copy, on_device=False), tmp_path / "student")
+    folder, _ = export(load_model(copy, on_device=False), tmp_path / "out")
     written = json.loads((folder / "model_index.json").read_text())
     assert written["safety_checker"] == [None, None]
     assert written["requires_safety_checker"] is False
@@ -72,11 +107,28 @@ def test_pickles_and_paths_are_left_behind(teacher, copy, tmp_path):
 
 
 def test_lost_source_leaves_nothing(copy, tmp_path):
-    pipeline = load_model(copy, on_device=False)
+    model = load_model(copy, on_device=False)
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(FileNotFoundError, match="tokenizer is missing"):
-        write_pipeline(pipeline, tmp_path / "student")
+        export(model, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+def test_what_an_export_lacks_is_found_before_the_training(copy):
+    edit_index(copy, watermarker=["x", "Y"])
+    family, folder = find_family(copy)
+    check_products(family.products, folder, ["lora", "unet"])
+    for product in ("pipeline", "single-file"):
+        with pytest.raises(FileNotFoundError, match="watermarker is missing or pickled"):
+            check_products(family.products, folder, [product])
+
+
+@pytest.mark.parametrize("name", ["../../.docker", "/etc", "a/b", "..", ""])
+def test_names_of_components_are_plain_folders(copy, name):
+    """They are joined to paths that an export reads and writes."""
+    edit_index(copy, **{name: ["x", "Y"]})
+    with pytest.raises(ValueError, match=f"component {name!r} is not a plain folder name"):
+        load_model(copy, on_device=False)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +146,19 @@ def test_half_a_folder(copy, part, message):
         load_model(copy, on_device=False)
 
 
-def test_bad_json(copy):
-    (copy / "unet" / "config.json").write_text('{"act_fn": ')
-    with pytest.raises(ValueError, match="unet/config.json is not valid JSON"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"act_fn": ', "is not valid JSON"),
+        ("[]", "must hold a JSON object, not a list"),
+        ("[" * 100_000, "is not valid JSON: nested too deeply"),
+        (b"\xff\xfe", "is not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("file", ["unet/config.json", "model_index.json"])
+def test_bad_json(copy, file, content, message):
+    (copy / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{file} {message}"):
         load_model(copy, on_device=False)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from tests.support.tiny_pipeline import random_adapter
 from tlcm_jax import export, sample
 from tlcm_jax.families.load import abstract_model, load_model
+from tlcm_jax.families.stable_diffusion import LORA_NAMES
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.model_card import Recipe, model_card
 from tlcm_jax.io.names import match_tensors
@@ -97,14 +98,16 @@ def test_export_command(workdir, tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     for target, path in files.items():
         assert f"{target}: {path}" in printed
-        assert_trees_equal(read_lora(path, teacher), jax.tree.map(np.asarray, adapter))
+        assert_trees_equal(read_lora(path, teacher, LORA_NAMES), jax.tree.map(np.asarray, adapter))
     student = load_model(tmp_path / "pipeline", on_device=False)
     merged = jax.tree.map(np.asarray, lora.merge(teacher, adapter))
     assert_trees_equal(student.params["unet"], merged)
     # Exported again, of the newest checkpoint: in the old one's place.
     run(export, *arguments[:3], "lora", *arguments[4:], "--dtype", "fp32")
     _, newest = load_adapter(workdir)
-    assert_trees_equal(read_lora(files["lora"], teacher), jax.tree.map(np.asarray, newest))
+    assert_trees_equal(
+        read_lora(files["lora"], teacher, LORA_NAMES), jax.tree.map(np.asarray, newest)
+    )
 
 
 def test_cards(workdir, tmp_path):
@@ -172,7 +175,7 @@ def test_whole_weights_of_a_run(workdir, tiny, tmp_path, capsys):
     assert_trees_equal(to_host(views, teacher, lambda: None), tuned)
     printed = capsys.readouterr().out
     missed = float(printed.split("misses ")[1].split("%")[0]) / 100
-    read = read_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors", teacher)
+    read = read_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors", teacher, LORA_NAMES)
     expected, error = svd_extract(teacher, tuned, 3)
     assert_trees_equal(lora.merge(teacher, read), lora.merge(teacher, expected))
     assert missed == pytest.approx(error, abs=6e-5) and 0 < missed < 0.1  # a rank-2 change, a bias

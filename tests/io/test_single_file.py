@@ -12,7 +12,7 @@ from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.families.load import abstract_model, load_model
 from tlcm_jax.io import names
 from tlcm_jax.io.ldm_names import places
-from tlcm_jax.io.single_file import family_of, write_single_file
+from tlcm_jax.io.single_file import layout_of, write_single_file
 
 
 @pytest.fixture(scope="module", params=["sdxl", "sd"])
@@ -101,7 +101,7 @@ def test_files_that_are_no_checkpoint(teacher, checkpoint, tmp_path):
     lora = tmp_path / "lora.safetensors"
     save_file({"unet.conv_in.lora_A.weight": np.zeros((1, 1))}, lora)
     with pytest.raises(
-        ValueError, match="no model.diffusion_model.* tensors; it looks like a LoRA"
+        ValueError, match="no single-file checkpoint of a known family; it looks like a LoRA"
     ):
         load_model(lora)
     pickle = tmp_path / "model.ckpt"
@@ -215,7 +215,7 @@ def test_names_of_the_published_file(tmp_path):
 
 def test_sd2_has_no_place():
     with pytest.raises(ValueError, match="SD 2.x cannot be written as a single file"):
-        family_of({"text_encoder": {"hidden_act": "gelu"}})
+        layout_of({"text_encoder": {"hidden_act": "gelu"}})
 
 
 def test_names_without_a_place():

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.published import VAE as SDXL
 from tests.support.tiny_pipeline import random_params
-from tlcm_jax.families.load import abstract_params
+from tlcm_jax.families.base import abstract_params
 from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 from tlcm_jax.models.vae_tiling import decode_tiled, halo
 

@@ -12,10 +12,11 @@ diffusers = pytest.importorskip("diffusers", reason=reason)
 pytest.importorskip("peft", reason=reason)
 
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline  # noqa: E402
+from tlcm_jax.diffusion.scheduler_config import lcm_scheduler  # noqa: E402
 from tlcm_jax.families.load import load_model  # noqa: E402
+from tlcm_jax.io.json_files import write_json  # noqa: E402
 from tlcm_jax.io.model_card import Recipe  # noqa: E402
-from tlcm_jax.io.pipeline_folder import lcm_scheduler, write_json  # noqa: E402
-from tlcm_jax.io.products import TARGETS, export_products  # noqa: E402
+from tlcm_jax.io.products import export_products  # noqa: E402
 from tlcm_jax.io.verify import (  # noqa: E402
     VerificationError,
     draw_consumer,
@@ -51,7 +52,7 @@ def export(pipeline, targets, output, dtype):
 
 
 def test_products_draw_our_latents(teacher, tmp_path):
-    wanted = {"fp32": TARGETS, "fp16": ("lora", "single-file")}
+    wanted = {"fp32": tuple(teacher.products), "fp16": ("lora", "single-file")}
     products = {
         f"{target} {dtype}": path
         for dtype, targets in wanted.items()

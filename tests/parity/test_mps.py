@@ -22,7 +22,7 @@ from tests.support.torch_networks import relative  # noqa: E402
 from tlcm_jax.evaluation.scorers import mps  # noqa: E402
 from tlcm_jax.evaluation.scorers.table import load_scorer  # noqa: E402
 from tlcm_jax.io.files import save_tensors  # noqa: E402
-from tlcm_jax.io.pipeline_folder import write_json  # noqa: E402
+from tlcm_jax.io.json_files import write_json  # noqa: E402
 from tlcm_jax.models.clip import ARCHITECTURES, CLIPConfig  # noqa: E402
 from tlcm_jax.models.mps import MPSModel  # noqa: E402
 

@@ -16,9 +16,9 @@ diffusers = pytest.importorskip("diffusers", reason=reason)
 
 from tests.support.tiny_pipeline import write_tiny_pipeline  # noqa: E402
 from tlcm_jax.diffusion.sampling import sample  # noqa: E402
+from tlcm_jax.diffusion.scheduler_config import lcm_scheduler  # noqa: E402
 from tlcm_jax.diffusion.timesteps import student_timesteps  # noqa: E402
 from tlcm_jax.families.load import load_model  # noqa: E402
-from tlcm_jax.io.pipeline_folder import lcm_scheduler  # noqa: E402
 
 PROMPTS, OTHERS = ["a red cat", "an icon"], ["ice", "a cat of red"]
 
@@ -56,7 +56,7 @@ def ours(pipeline, scale, noise, fresh, **texts):
     text = pipeline.encode(PROMPTS, **texts)
     times = student_timesteps(2)
     start, fresh = jnp.asarray(noise), jnp.asarray(fresh)
-    return sample(pipeline.denoiser(), pipeline.schedule, start, text, times, noises=fresh)
+    return sample(pipeline.denoiser(), pipeline.process, start, text, times, noises=fresh)
 
 
 def test_the_guidance_scale_reaches_lcm_s_unet(models):

@@ -15,7 +15,8 @@ transformers = pytest.importorskip("transformers", reason=reason)
 
 from tests.support.families import UNETS  # noqa: E402
 from tests.support.published import write_sdxl_configs  # noqa: E402
-from tlcm_jax.families.load import abstract_model, abstract_params  # noqa: E402
+from tlcm_jax.families.base import abstract_params  # noqa: E402
+from tlcm_jax.families.load import abstract_model  # noqa: E402
 from tlcm_jax.io import names  # noqa: E402
 from tlcm_jax.models.unet import UNet2DConditionModel  # noqa: E402
 from tlcm_jax.models.unet_config import UNetConfig  # noqa: E402

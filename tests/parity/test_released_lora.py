@@ -75,7 +75,7 @@ def test_released_lora_samples_as_published(release):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (64, 8)
     pipeline = load_model(teacher)
-    adapter = read_lora(folder, pipeline.params["unet"])
+    adapter = read_lora(folder, pipeline.params["unet"], pipeline.lora_names)
     rng = np.random.default_rng(0)
     text = {
         "prompt_embeds": rng.standard_normal((BATCH, 8, 32), np.float32),
@@ -101,7 +101,7 @@ def test_released_lora_samples_as_published(release):
         )
         with jax.disable_jit():
             drawn = sample(
-                denoiser, pipeline.schedule, jnp.asarray(noise[0]), conditioning,
+                denoiser, pipeline.process, jnp.asarray(noise[0]), conditioning,
                 student_timesteps(steps), noises=jnp.asarray(noise[1:steps]),
             )  # fmt: skip
         error = np.linalg.norm(drawn - expected) / np.linalg.norm(expected)

@@ -125,5 +125,7 @@ def test_text_encoders_alone(world, tmp_path):
     adapted, adapter = apply_loras(pipeline, [str(path)])
     assert adapter is None and adapted.params["unet"] is pipeline.params["unet"]
     write(path, "kohya", {("text_encoder", "text_model.encoder.layers.7.mlp.fc1"): (8, 32)})
-    with pytest.raises(ValueError, match="match no layer of the model: lora_te_text_model_enc"):
+    with pytest.raises(
+        ValueError, match="match no layer of unet, text_encoder.*: lora_te_text_model_enc"
+    ):
         apply_loras(pipeline, [str(path)])

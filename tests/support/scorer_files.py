@@ -13,7 +13,7 @@ from tlcm_jax.io import names
 from tlcm_jax.io.clip_files import clip_shapes
 from tlcm_jax.io.clip_names import open_clip_places
 from tlcm_jax.io.files import save_tensors
-from tlcm_jax.io.pipeline_folder import write_json
+from tlcm_jax.io.json_files import write_json
 from tlcm_jax.models.aesthetic import LinearChain
 from tlcm_jax.models.blip import BLIPConfig, ImageRewardModel
 from tlcm_jax.models.clip import CLIPConfig

@@ -19,8 +19,9 @@ from pathlib import Path
 import flax.traverse_util
 import numpy as np
 
-from tlcm_jax.families.load import abstract_params
-from tlcm_jax.io.pipeline_folder import write_component, write_json
+from tlcm_jax.families.base import abstract_params
+from tlcm_jax.io.json_files import write_json
+from tlcm_jax.io.pipeline_folder import write_component
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.models.unet import UNet2DConditionModel
 from tlcm_jax.models.unet_config import UNetConfig

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tests.support.tiny_pipeline import random_params
-from tlcm_jax.families.load import abstract_params
+from tlcm_jax.families.base import abstract_params
 from tlcm_jax.io import names
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from tlcm_jax.config.schema import Settings, StageSettings
 from tlcm_jax.data.prompts import read_prompts
 from tlcm_jax.diffusion.timesteps import milestone_indices, student_timesteps
-from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.families.base import LatentModel
 from tlcm_jax.io.model_card import Recipe, teacher_licence, teacher_name
 
 # Method -> its paper on arXiv.
@@ -40,18 +40,18 @@ PAPERS = {
 }
 
 
-def student_recipe(settings: Settings, pipeline: StableDiffusion) -> Recipe:
+def student_recipe(settings: Settings, model: LatentModel) -> Recipe:
     """What the cards of a student say of it.
 
     Args:
       settings: the recipe that was run.
-      pipeline: its teacher.
+      model: its teacher.
     """
     whole, adapter = settings.trainable == "full", settings.adapter
     trained = f"a LoRA of rank {adapter.rank}, alpha {adapter.alpha:g}, on {len(adapter.targets)} "
     return Recipe(
         name=settings.name,
-        teacher=teacher_name(pipeline.source),
+        teacher=teacher_name(model.source),
         method=method_name(settings),
         times=sampling_times(settings),
         gamma=gamma(settings),
@@ -61,11 +61,10 @@ def student_recipe(settings: Settings, pipeline: StableDiffusion) -> Recipe:
             for method, what in methods(settings).items()
         ),
         data=data(settings),
-        trained="all weights of the UNet" if whole else trained + "kinds of layers",
+        trained=f"all weights of the {model.backbone}" if whole else trained + "kinds of layers",
         rank=0 if whole else adapter.rank,
         stages=stage_lines(settings),
-        sdxl=len(pipeline.text_encoders) == 2,
-        licence=teacher_licence(Path(pipeline.folder)),
+        licence=teacher_licence(Path(model.folder)),
     )
 
 

@@ -16,7 +16,8 @@ from tlcm_jax.data.prompts import read_prompts
 from tlcm_jax.evaluation.final_eval import FinalEval, final_eval
 from tlcm_jax.evaluation.previews import write_preview
 from tlcm_jax.families.base import LatentModel
-from tlcm_jax.io.products import check_targets, export_products
+from tlcm_jax.families.load import find_family
+from tlcm_jax.io.products import check_products, export_products
 from tlcm_jax.models import lora
 from tlcm_jax.training.checkpoints import Position
 from tlcm_jax.training.loop import Hook
@@ -37,7 +38,8 @@ def load_outputs(settings: Settings) -> FinalEval | None:
       FileNotFoundError, ValueError: a prompt file, a scorer or a product that there is not.
     """
     if settings.export:
-        check_targets(settings.export)
+        family, folder = find_family(settings.model.path)
+        check_products(family.products, folder, settings.export)
     chosen = settings.evaluation
     if chosen is None:
         return None

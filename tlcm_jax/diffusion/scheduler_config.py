@@ -1,4 +1,4 @@
-"""Reads a model's `scheduler_config.json` as a `Process`.
+"""Reads a model's `scheduler_config.json` as a `Process`, and writes a student's.
 
 A diffusion's abar is accumulated from the betas of its training (Ho et al. 2020, arXiv 2006.11239;
 "scaled_linear" is latent diffusion's, arXiv 2112.10752),
@@ -101,6 +101,36 @@ def process_from_config(config: Mapping[str, Any]) -> Process:
             raise ValueError(_unsupported("rescale_betas_zero_snr", True, f"false ({reason})"))
         betas = _zero_terminal_snr(betas)
     return DiscreteVP(_cumulated(betas), prediction_type)
+
+
+def lcm_scheduler(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """The `LCMScheduler` config of a student, given its teacher's scheduler config.
+
+    With it, diffusers' `LCMScheduler` given the student's timesteps is the sampler of
+    `sampling.sample` with gamma 1; the scheduler's own grid at 1, 2, 4 and 8 steps lies on the
+    same eight milestones.
+
+    Args:
+      teacher: a `scheduler_config.json` of a class with betas.
+    """
+    start, end, curve = SCHEDULERS.get(str(teacher.get("_class_name")), _LINEAR)
+    return {
+        "_class_name": "LCMScheduler",
+        "num_train_timesteps": teacher.get("num_train_timesteps", 1000),
+        "beta_start": teacher.get("beta_start", start),
+        "beta_end": teacher.get("beta_end", end),
+        "beta_schedule": teacher.get("beta_schedule", curve),
+        "trained_betas": teacher.get("trained_betas"),
+        "prediction_type": teacher.get("prediction_type") or "epsilon",
+        "rescale_betas_zero_snr": bool(teacher.get("rescale_betas_zero_snr", False)),
+        "original_inference_steps": 8,
+        "timestep_scaling": 10.0,
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "thresholding": False,
+    }
 
 
 def _cumulated(betas: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:

@@ -20,7 +20,7 @@ from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.evaluation.reporting.contents import Kind
 from tlcm_jax.evaluation.scorers.base import Measure, Scorer
-from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher, merged
 from tlcm_jax.generation.image_cache import cached, weights_hash
 
@@ -135,11 +135,11 @@ class Evaluation:
 
 
 def evaluate(
-    pipeline: StableDiffusion,
+    model: LatentModel,
     prompt_sets: Sequence[PromptSet],
     *,
     lora: Mapping[str, Any] | None = None,
-    teacher: StableDiffusion | None = None,
+    teacher: LatentModel | None = None,
     steps: Sequence[int] = (1, 2, 3, 4, 8),
     further_steps: Sequence[int] | None = None,
     guidance_scale: float = 8.0,
@@ -156,10 +156,10 @@ def evaluate(
     """Generates from prompt sets with a student and its teacher, and scores the images.
 
     Args:
-      pipeline: the student, or what its adapter belongs to.
+      model: the student, or what its adapter belongs to.
       prompt_sets: of different names, at least one.
       lora: the student's adapter, already scaled.
-      teacher: the undistilled model; None leaves it out. `pipeline` itself if that, without
+      teacher: the undistilled model; None leaves it out. `model` itself if that, without
         the adapter, is the teacher.
       steps: the student's step counts, each 1 to 8.
       further_steps: those on the sets after the first, where the teacher then has 25 steps only:
@@ -190,10 +190,10 @@ def evaluate(
         further = samplers(further_steps, TEACHER_STEPS[:1] if teacher else ())
     check_prompt_sets(prompt_sets, scorers)
     options = GenerationOptions(resolution=resolution, batch_size=batch_size, progress=progress)
-    student = pipeline
+    student = model
     if lora is not None:  # once for all step counts
-        unet = merged(pipeline.params["unet"], lora)
-        student = dataclasses.replace(pipeline, params={**pipeline.params, "unet": unet})
+        adapted = merged(model.params[model.backbone], lora)
+        student = model.with_params(**{model.backbone: adapted})
     fingerprint = weights_hash(teacher) if teacher is not None and cache is not None else ""
 
     def images_of(kind: Kind, prompts: Sequence[str], count: int) -> UInt8[np.ndarray, "n h w 3"]:
@@ -239,7 +239,7 @@ def evaluate(
             real |= scorer.real_data_score(prompts.name, len(prompts.prompts))
         results.append(SetResult(prompts, tuple(generated), real))
     return Evaluation(
-        model=pipeline.source,
+        model=model.source,
         seed=seed,
         guidance_scale=None if teacher is None else float(guidance_scale),
         gamma=float(gamma),

@@ -15,7 +15,7 @@ from tlcm_jax.evaluation.reporting.contents import Curve
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.evaluation.scorers.table import load_scorers
-from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.families.base import LatentModel
 
 TEACHER_CACHE = "teacher"
 
@@ -77,7 +77,7 @@ class FinalEval:
 
 def final_eval(
     wanted: FinalEval,
-    pipeline: StableDiffusion,
+    model: LatentModel,
     adapter: Mapping[str, Any],
     workdir: Path,
     *,
@@ -90,7 +90,7 @@ def final_eval(
 
     Args:
       wanted: what.
-      pipeline: the teacher.
+      model: the teacher.
       adapter: what was trained, scaled.
       workdir: the folder of `metrics.json`, `report.html` and `samples/`.
       history: the rows of the training's metrics.
@@ -99,10 +99,10 @@ def final_eval(
       progress: whether to draw progress bars.
     """
     result = evaluate(
-        pipeline,
+        model,
         wanted.prompt_sets,
         lora=adapter,
-        teacher=pipeline,
+        teacher=model,
         steps=wanted.steps,
         guidance_scale=wanted.guidance_scale,
         gamma=wanted.gamma,

@@ -1,41 +1,138 @@
 """What a model family is: everything that distillation, sampling and export ask of a model.
 
-A family is its networks (in `models/`) and one file beside this one. The engine never names a
-component of its own: the trained network is `params[backbone]`, whatever the family calls it.
+A family is its networks (in `models/`), one file beside this one, and one line in the table of
+`load.py`. The engine never names a component of its own: the trained network is
+`params[backbone]`, whatever the family calls it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser
 from tlcm_jax.diffusion.process import Process
+from tlcm_jax.io.lora_files import LoraNames
+from tlcm_jax.io.sources import SingleFile, Source
+from tlcm_jax.io.tensors import Tensors
 from tlcm_jax.models.lora import TARGETS
 
 Params = Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """What a product is made of.
+
+    Attributes:
+      model: the teacher, its weights in host memory.
+      adapter: the LoRA, scaled; None where the backbone was trained whole and none was extracted.
+      params: the backbone's weights with the adapter in; None for products of the adapter alone.
+      dtype: of all weights that are written, one of `io.files.DTYPES`.
+      metadata: text for the headers of files.
+    """
+
+    model: "LatentModel"
+    adapter: Params | None
+    params: Params | None
+    dtype: str
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A form in which students are handed out.
+
+    Attributes:
+      write: writes one into an empty folder.
+      file: the name of the file that is the product; None if the folder is.
+      has_weights: it holds the backbone's whole weights; otherwise the adapter alone.
+      check: raises a ValueError or FileNotFoundError for the folder of a model's configs, if there
+        can be no such product of it.
+    """
+
+    write: Callable[[Student, Path], None]
+    file: str | None = None
+    has_weights: bool = True
+    check: Callable[[Path], Any] = lambda folder: None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LatentModel:
     """A text-conditioned generator of latents: pure functions of its parameters.
 
     Attributes:
       process: how its data becomes noise, and what its network predicts.
       params: a tree for each component.
+      configs: each component's own JSON, as on disk; exports write it back.
+      source: where the weights came from: what `load_model` was given.
+      folder: the local folder with the configs and tokenizers.
+      tokenizers: of its text encoders, where they are `transformers`' own.
       backbone: the component that is trained and adapted.
       decoder: the component that `decode_latents` reads.
-      tokenizers: of its text encoders, where they are `transformers`' own.
       lora_targets: endings of the names of the layers that an adapter changes by default.
       unused_by_features: beginnings of the names of the backbone's layers that the states of
         `predict(features=True)` do not depend on.
+      lora_names: how LoRA files name its layers.
+      products: what its students are handed out as, by name.
+      verified_by: the library that products are verified in; None where there is none.
     """
 
     process: Process
     params: Params
+    configs: Mapping[str, Any]
+    source: str
+    folder: str
+    tokenizers: tuple[Any, ...] = ()
     backbone: ClassVar[str]
     decoder: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TARGETS
     unused_by_features: ClassVar[tuple[str, ...]] = ()
+    lora_names: ClassVar[LoraNames]
+    products: ClassVar[Mapping[str, Product]] = {}
+    verified_by: ClassVar[str | None] = None
+
+    # Files.
+
+    @classmethod
+    def open_file(cls, path: Path) -> SingleFile | None:
+        """A single-file checkpoint of this family; None where the file is of no layout of its.
+
+        Raises:
+          ValueError: the file is broken, or of the family but of no use.
+        """
+        return None
+
+    @classmethod
+    def from_configs(cls, source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> Self:
+        """The model that `source.folder`'s configs describe: shapes for weights.
+
+        Args:
+          source: where it lies.
+          dtype: compute dtype of every network.
+          param_dtype: dtype of the weights.
+          remat: the backbone's rematerialisation policy.
+
+        Raises:
+          FileNotFoundError, ValueError: a config is missing or asks for what there is not.
+        """
+        raise NotImplementedError
+
+    def open_component(self, source: Source, name: str) -> Tensors:
+        """A component's tensors by the names of its tree; by default diffusers' folder layout."""
+        return source.component(name, self.params[name], self.configs[name])
+
+    def read_tokenizers(self, folder: Path) -> tuple[Any, ...]:
+        """The tokenizers that lie in a folder, read as data."""
+        return ()
+
+    # Identity.
 
     @property
     def dtype(self) -> Any:
@@ -43,30 +140,57 @@ class LatentModel:
         raise NotImplementedError
 
     @property
-    def norm_groups(self) -> int:
-        """Groups of group norms that divide every width of `feature_widths`."""
+    def static_key(self) -> Hashable:
+        """All that the model's functions depend on besides their arguments.
+
+        Models of equal keys share compiled code, such as one teacher with several adapters.
+        """
         raise NotImplementedError
 
-    tokenizers: tuple[Any, ...]
+    def without_weights(self) -> Self:
+        """The model's functions alone, which keep no weights alive."""
+        return replace(self, params={}, tokenizers=())
+
+    def with_params(self, **components: Params) -> Self:
+        """The model with other weights of some components, by name."""
+        return replace(self, params={**self.params, **components})
+
+    def card(self, recipe: Any, product: str) -> str:
+        """The text of a product's `README.md`.
+
+        Args:
+          recipe: how the student was made, an `io.model_card.Recipe`.
+          product: a key of `products`.
+        """
+        raise NotImplementedError
 
     def check_teacher(self) -> None:
         """Raises a ValueError, which says why, if the model cannot be distilled."""
+
+    # Texts.
 
     @property
     def text_params(self) -> dict[str, Any]:
         """The part of `params` that `encode_tokens` reads."""
         raise NotImplementedError
 
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, ...]:
-        """The shape of one sample's latents; the model's own resolution by default.
+    def tokenize(
+        self,
+        prompts: Sequence[str],
+        prompts_2: Sequence[str] | None = None,
+        chunks: int | None = 1,
+    ) -> tuple[Any, ...]:
+        """Token ids on the host, one array for each text encoder, `[n, ...]` each.
+
+        Args:
+          prompts: n texts.
+          prompts_2: the second text encoder's, where they differ.
+          chunks: pieces, of what the encoders read at once, that a text may have; None for as
+            many as the longest needs.
 
         Raises:
-          ValueError: a resolution that the model cannot have.
+          ValueError: `prompts_2` or `chunks` that the model has no use for.
         """
-        raise NotImplementedError
-
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Any, ...]:
-        """Token ids on the host, one array for each text encoder, `[n, ...]` each."""
         raise NotImplementedError
 
     def encode_tokens(
@@ -77,18 +201,52 @@ class LatentModel:
         Args:
           params: at least `text_params`.
           ids: what `tokenize` returns.
-          resolution: of the images that are to be drawn.
+          resolution: of the images that are to be generated.
         """
         raise NotImplementedError
 
-    def null_conditioning(self, resolution: int | None = None) -> PyTree[Array]:
-        """What `null_of` needs beside a conditioning: the encoded absence of a prompt, axis 1."""
+    def null_conditioning(
+        self, resolution: int | None = None, like: Sequence[Any] | None = None
+    ) -> PyTree[Array]:
+        """What `null_of` needs beside a conditioning: the encoded absence of a prompt, axis 1.
+
+        Args:
+          resolution: as in `encode_tokens`.
+          like: the token ids of the prompts that it stands beside, whose length it takes; of one
+            chunk by default.
+        """
         raise NotImplementedError
 
     def null_of(self, null: PyTree[Array], conditioning: PyTree[Array]) -> PyTree[Array]:
         """The unconditional conditioning that guidance moves away from; traceable.
 
         It keeps what is no text (sizes, a control image), so it depends on `conditioning`.
+        """
+        raise NotImplementedError
+
+    @property
+    def guidance_is_embedded(self) -> bool:
+        """Whether the backbone takes the guidance scale as an input, and needs no second call."""
+        return False
+
+    def with_embedded_guidance(self, scale: float) -> Self:
+        """The model that draws as if guided by `scale`.
+
+        Raises:
+          ValueError: the backbone has no such input.
+        """
+        raise ValueError(
+            "a guidance scale goes with --teacher: a distilled model draws without guidance, and "
+            "this one does not take the scale as an input either"
+        )
+
+    # Latents and images.
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, ...]:
+        """The shape of one sample's latents; the model's own resolution by default.
+
+        Raises:
+          ValueError: a resolution that the model cannot have.
         """
         raise NotImplementedError
 
@@ -118,10 +276,22 @@ class LatentModel:
         """Channels of the states that `predict(features=True)` gives, by block."""
         raise NotImplementedError
 
+    @property
+    def norm_groups(self) -> int:
+        """Groups of group norms that divide every width of `feature_widths`."""
+        raise NotImplementedError
+
     def decode_latents(
-        self, params: Params, latents: Float[Array, " b *latent"]
+        self, params: Params, latents: Float[Array, " b *latent"], tile: int = 0
     ) -> Float[Array, " b *image"]:
-        """Images in 0 .. 1; traceable. `params` holds at least the decoder."""
+        """Images in 0 .. 1; traceable.
+
+        Args:
+          params: holds at least the decoder.
+          latents: scaled, as the backbone makes them.
+          tile: side of the tiles, in latent pixels, that images too large to be decoded at once
+            are decoded by; 0 decodes at once.
+        """
         raise NotImplementedError
 
     def denoiser(self, params: Params | None = None, lora: Params | None = None) -> Denoiser:
@@ -137,3 +307,21 @@ class LatentModel:
             return self.process.to_x0(self.predict(weights, z, t, conditioning, lora), z, t)
 
         return denoise
+
+
+def abstract_params(network: Any, dtype: Any = jnp.float32) -> dict:
+    """A network's parameter tree as `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Args:
+      network: a Flax module whose `example` gives inputs to trace its initialisation with.
+      dtype: of all leaves.
+    """
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, np.dtype(dtype)), _parameter_shapes(network)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(network: Any) -> Any:
+    """Traces the network's initialisation: seconds, so once for each architecture."""
+    return jax.eval_shape(network.init, jax.random.key(0), *network.example())["params"]

@@ -1,57 +1,185 @@
-"""A text-to-image pipeline: networks, weights, tokenizers and process, as pure functions."""
+"""Stable Diffusion 1.x, 2.x and SDXL: a UNet on an autoencoder's latents, told by CLIP's texts."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from transformers import PreTrainedTokenizerBase
+from jaxtyping import Array, Float, Num
+from transformers import CLIPTokenizer
 
 from tlcm_jax.data.tokens import tokenize
-from tlcm_jax.diffusion.process import Process
-from tlcm_jax.families.base import LatentModel
-from tlcm_jax.models.clip_text import CLIPTextModel
+from tlcm_jax.diffusion.scheduler_config import lcm_scheduler, process_from_config
+from tlcm_jax.families.base import LatentModel, Params, Product, Student, abstract_params
+from tlcm_jax.io.json_files import read_object
+from tlcm_jax.io.ldm_names import UNET, unet_layers
+from tlcm_jax.io.lora_files import LoraNames, write_lora
+from tlcm_jax.io.model_card import FILES, Recipe, model_card
+from tlcm_jax.io.pipeline_folder import check_components, write_component, write_pipeline
+from tlcm_jax.io.pipeline_index import read_index
+from tlcm_jax.io.single_file import LdmFile, layout_of, write_single_file
+from tlcm_jax.io.sources import CONFIG_FOLDER, Source
+from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.embeddings import guidance_embedding
 from tlcm_jax.models.unet import UNet2DConditionModel, feature_widths
-from tlcm_jax.models.vae import AutoencoderKL
+from tlcm_jax.models.unet_config import UNetConfig
+from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 from tlcm_jax.models.vae_tiling import decode_tiled
 
+VAE, TOWERS = "vae", ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+LORA_NAMES = LoraNames(
+    backbone=UNET,
+    kohya={
+        UNET: ("lora_unet_",),
+        TOWERS[0]: ("lora_te_", "lora_te1_"),  # alone, and as the first of two
+        TOWERS[1]: ("lora_te2_",),
+    },
+    converted=unet_layers,
+    converted_stems=tuple(
+        f"lora_unet_{stem}_"
+        for stem in (
+            "input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out",
+        )
+    ),
+)  # fmt: skip
 
-@dataclasses.dataclass(frozen=True)
+
+def _lora(dialect: str, file: str) -> Product:
+    def write(student: Student, folder: Path) -> None:
+        write_lora(
+            folder / file, student.adapter or {}, LORA_NAMES, dialect=dialect,
+            dtype=student.dtype, metadata=student.metadata,
+        )  # fmt: skip
+
+    return Product(write=write, file=file, has_weights=False)
+
+
+def _write_unet(student: Student, folder: Path) -> None:
+    config = student.model.configs[UNET]
+    write_component(folder, config, student.params or {}, student.dtype)
+
+
+def _write_pipeline(student: Student, folder: Path, weights: bool = True) -> None:
+    model = student.model
+    params = {**model.params, UNET: student.params}
+    write_pipeline(
+        folder,
+        Path(model.folder),
+        {name: (model.configs[name], params[name] if weights else None) for name in model.params},
+        kind="StableDiffusionXLPipeline" if TOWERS[1] in params else "StableDiffusionPipeline",
+        scheduler=lcm_scheduler(model.configs["scheduler"]),
+        dtype=student.dtype,
+    )
+
+
+def _check_single_file(folder: Path) -> None:
+    check_components(folder)
+    towers = [name for name in TOWERS if (folder / name / "config.json").is_file()]
+    layout_of({name: read_object(folder / name / "config.json") for name in towers})
+
+
+def _write_single_file(student: Student, folder: Path) -> None:
+    params = {**student.model.params, UNET: student.params}
+    layout = layout_of(student.model.configs)
+    write_single_file(
+        folder / FILES["single-file"], params, layout, student.dtype, student.metadata
+    )
+    # What the file itself cannot say, so that it loads without a network.
+    _write_pipeline(student, folder / CONFIG_FOLDER, weights=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StableDiffusion(LatentModel):
     """Everything that a diffusers pipeline folder describes.
 
+    `params` holds a tree for each of `unet`, `vae`, `text_encoder` (and `text_encoder_2`).
+
     Attributes:
-      params: a tree for each of `unet`, `vae`, `text_encoder` (and `text_encoder_2`).
+      unet: the backbone.
+      vae: the decoder, and encoder.
       text_encoders: one tower, or SDXL's two.
-      tokenizers: as many.
-      configs: each component's own JSON, as on disk; exports write it back.
       zero_null: the null conditioning is zeros (SDXL) rather than the encoded empty prompt.
       embedded_guidance: the scale that a UNet with guidance embedding is given; others ignore it.
-      source: where the weights came from: what `load_model` was given.
-      folder: the local folder, in diffusers' layout, with the configs and tokenizers.
     """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoders: tuple[CLIPTextModel, ...]
-    tokenizers: tuple[PreTrainedTokenizerBase, ...]
-    process: Process
-    params: Mapping[str, Any]
-    configs: Mapping[str, Any]
     zero_null: bool
-    source: str
-    folder: str
     embedded_guidance: float = 8.0
 
-    backbone = "unet"
-    decoder = "vae"
+    backbone = UNET
+    decoder = VAE
     unused_by_features = ("up_blocks",)
+    lora_names = LORA_NAMES
+    products = {
+        "lora": _lora("diffusers", FILES["lora"]),
+        "kohya": _lora("kohya", FILES["kohya"]),
+        UNET: Product(write=_write_unet),
+        "pipeline": Product(write=_write_pipeline, check=check_components),
+        "single-file": Product(
+            write=_write_single_file, file=FILES["single-file"], check=_check_single_file
+        ),
+    }
+    verified_by = "diffusers"
+
+    @classmethod
+    def open_file(cls, path: Path) -> LdmFile | None:
+        """See `LatentModel`."""
+        return LdmFile.open(path)
+
+    @classmethod
+    def from_configs(cls, source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> Self:
+        """See `LatentModel`."""
+        folder = source.folder
+        index = read_index(folder)
+        towers = TOWERS[: 1 + index.kind.startswith("StableDiffusionXL")]
+        configs = {
+            name: read_object(folder / name / "config.json") for name in (UNET, VAE, *towers)
+        }
+        configs["scheduler"] = read_object(folder / "scheduler" / "scheduler_config.json")
+        networks: dict[str, Any] = {
+            UNET: UNet2DConditionModel(UNetConfig.from_dict(configs[UNET]), dtype, remat),
+            VAE: AutoencoderKL(VAEConfig.from_dict(configs[VAE]), dtype),
+            **{
+                name: CLIPTextModel(CLIPTextConfig.from_dict(configs[name]), dtype)
+                for name in towers
+            },
+        }
+        return cls(
+            unet=networks[UNET],
+            vae=networks[VAE],
+            text_encoders=tuple(networks[name] for name in towers),
+            process=process_from_config(configs["scheduler"]),
+            params={name: abstract_params(net, param_dtype) for name, net in networks.items()},
+            configs=configs,
+            zero_null=len(towers) > 1 and index.content.get("force_zeros_for_empty_prompt", True),
+            source=source.name,
+            folder=str(folder),
+        )
+
+    def read_tokenizers(self, folder: Path) -> tuple[CLIPTokenizer, ...]:
+        """See `LatentModel`."""
+        return tuple(_tokenizer(folder / name) for name in TOKENIZERS[: len(self.text_encoders)])
+
+    @property
+    def static_key(self) -> Hashable:
+        """See `LatentModel`."""
+        return (
+            self.unet, self.vae, self.text_encoders, self.process, self.zero_null,
+            self.embedded_guidance,
+        )  # fmt: skip
+
+    def card(self, recipe: Recipe, product: str) -> str:
+        """See `LatentModel`."""
+        sdxl = len(self.text_encoders) == 2
+        return model_card(dataclasses.replace(recipe, sdxl=sdxl), product)
 
     def check_teacher(self) -> None:
         """See `LatentModel`."""
@@ -75,7 +203,7 @@ class StableDiffusion(LatentModel):
     @property
     def text_params(self) -> dict[str, Any]:
         """See `LatentModel`."""
-        return {name: tree for name, tree in self.params.items() if name.startswith("text_encoder")}
+        return {name: tree for name, tree in self.params.items() if name in TOWERS}
 
     @property
     def resolution(self) -> int:
@@ -96,8 +224,14 @@ class StableDiffusion(LatentModel):
 
     @property
     def guidance_is_embedded(self) -> bool:
-        """The UNet takes the guidance scale as an input (LCM), and needs no second evaluation."""
+        """See `LatentModel`: LCM's UNets do."""
         return self.unet.config.time_cond_proj_dim is not None
+
+    def with_embedded_guidance(self, scale: float) -> Self:
+        """See `LatentModel`."""
+        if not self.guidance_is_embedded:
+            return super().with_embedded_guidance(scale)
+        return dataclasses.replace(self, embedded_guidance=scale)
 
     def tokenize(
         self,
@@ -118,7 +252,7 @@ class StableDiffusion(LatentModel):
         return tokenize(self.tokenizers, prompts, prompts_2, chunks=chunks)
 
     def encode_tokens(
-        self, params: Mapping[str, Any], ids: Sequence[Array], resolution: int | None = None
+        self, params: Params, ids: Sequence[Array], resolution: int | None = None
     ) -> Conditioning:
         """Conditioning of tokenized prompts; traceable.
 
@@ -133,9 +267,7 @@ class StableDiffusion(LatentModel):
         """
         outputs: list[Any] = [
             tower.apply({"params": params[name]}, tokens)
-            for tower, name, tokens in zip(
-                self.text_encoders, ("text_encoder", "text_encoder_2"), ids, strict=False
-            )
+            for tower, name, tokens in zip(self.text_encoders, TOWERS, ids, strict=False)
         ]
         batch, scale = len(ids[0]), None
         if self.guidance_is_embedded:
@@ -171,11 +303,11 @@ class StableDiffusion(LatentModel):
         ids = self.tokenize(prompts, prompts_2, chunks)
         return self._jitted_encode(self.params, ids, resolution=resolution)
 
-    def null_conditioning(self, resolution: int | None = None, chunks: int = 1) -> Conditioning:
-        """What guidance moves away from, leading axis 1: zeros (SDXL) or the empty prompt.
-
-        It needs as many `chunks` as the conditioning that it stands beside.
-        """
+    def null_conditioning(
+        self, resolution: int | None = None, like: Sequence[Any] | None = None
+    ) -> Conditioning:
+        """See `LatentModel`: zeros (SDXL) or the empty prompt."""
+        chunks = 1 if like is None or like[0].ndim == 2 else like[0].shape[1]
         empty = self.encode([""], resolution, chunks=chunks)
         if not self.zero_null:
             return empty
@@ -193,11 +325,11 @@ class StableDiffusion(LatentModel):
 
     def predict(
         self,
-        params: Mapping[str, Any],
-        z: Array,
-        t: Array,
+        params: Params,
+        z: Float[Array, "b h w c"],
+        t: Num[Array, " b"],
         conditioning: Conditioning,
-        lora: Mapping[str, Any] | None = None,
+        lora: Params | None = None,
         features: bool = False,
     ) -> Any:
         """See `LatentModel`."""
@@ -221,30 +353,35 @@ class StableDiffusion(LatentModel):
         """See `LatentModel`."""
         return feature_widths(self.unet.config)
 
-    def decode_latents(self, params: Mapping[str, Any], latents: Array, tile: int = 0) -> Array:
-        """Pictures `[b, h, w, 3]` in 0..1 from scaled latents; traceable.
-
-        Args:
-          params: as `self.params`.
-          latents: `[b, h/f, w/f, c]`.
-          tile: side of the tiles, in latent pixels, that large pictures are decoded by
-            (`models.vae_tiling`: less memory, the same picture, slower); 0 decodes at once.
-        """
+    def decode_latents(
+        self, params: Params, latents: Float[Array, "b h w c"], tile: int = 0
+    ) -> Float[Array, "b H W 3"]:
+        """See `LatentModel`: the tiles are `models.vae_tiling`'s, the same image, slower."""
         unscaled = latents / self.vae.config.scaling_factor
         images: Any
         if tile:
-            images = decode_tiled(self.vae, params["vae"], unscaled, tile)
+            images = decode_tiled(self.vae, params[VAE], unscaled, tile)
         else:
-            variables = {"params": params["vae"]}
+            variables = {"params": params[VAE]}
             images = self.vae.apply(variables, unscaled, method=self.vae.decode)
         return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
-    def decode(self, latents: Array, tile: int = 0) -> Array:
-        """Pictures `[b, h, w, 3]` in 0..1 from scaled latents: `decode_latents`, compiled."""
+    def decode(self, latents: Float[Array, "b h w c"], tile: int = 0) -> Float[Array, "b H W 3"]:
+        """Images in 0 .. 1 from scaled latents: `decode_latents`, compiled."""
         return self._jitted_decode(self.params, latents, tile=tile)
 
-    def encode_images(self, images: Array) -> Array:
-        """Scaled latents (the posterior's mean) of pictures `[b, h, w, 3]` in 0..1."""
-        variables = {"params": self.params["vae"]}
+    def encode_images(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
+        """Scaled latents (the posterior's mean) of images in 0 .. 1."""
+        variables = {"params": self.params[VAE]}
         moments: Any = self.vae.apply(variables, 2 * images - 1, method=self.vae.encode)
         return moments[0] * self.vae.config.scaling_factor
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """The CLIP tokenizer of a folder; its files are read as data, from disk only."""
+    if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no vocab.json; the model folder is not whole")
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if tokenizer.model_max_length > 77:  # transformers' "unknown" is a huge number
+        tokenizer.model_max_length = 77
+    return tokenizer

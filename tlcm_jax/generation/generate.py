@@ -1,45 +1,44 @@
-"""Draws pictures from prompts: the student in a few steps, the teacher in many with guidance.
+"""Prompts to images: the student in a few steps, the teacher in many with guidance.
 
-The noise of prompt i depends on (seed, i) alone. So pictures of one seed can be compared across
-step counts and between student and teacher, which all start from the same noise, and they do not
-depend on how the prompts are cut into batches or over devices.
+The noise of prompt i depends on (seed, i) alone. So images of one seed can be compared across step
+counts and between student and teacher, which all start from the same noise, and they do not depend
+on how the prompts are cut into batches or over devices.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key, Num, PyTree, UInt8
 from tqdm import tqdm
 
 from tlcm_jax.data.batches import whole_batches
-from tlcm_jax.diffusion import sampling as sampler
+from tlcm_jax.diffusion import sampling
 from tlcm_jax.diffusion.guidance import guided
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.diffusion.trajectories import teacher_path
-from tlcm_jax.families.stable_diffusion import StableDiffusion
+from tlcm_jax.families.base import LatentModel, Params
 from tlcm_jax.models import lora as adapters
-from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.training.mesh import shard_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How prompts become pictures, besides the model and its sampler.
+    """How prompts become images, besides the model and its sampler.
 
     Attributes:
       prompts_2: the second text encoder's texts, where they differ (SDXL).
       chunks: of 75 tokens that a prompt may have before it is cut; None for as many as it needs.
-      resolution: side of the pictures in pixels; the model's own by default.
-      tile: side of the tiles, in latent pixels, that pictures too large to be decoded at once are
+      resolution: side of the images in pixels; the model's own by default.
+      tile: side of the tiles, in latent pixels, that images too large to be decoded at once are
         decoded by; 0 decodes at once.
-      batch_size: pictures at a time; of the last batch's places some may stay unused.
+      batch_size: images at a time; of the last batch's places some may stay unused.
       progress: draw a progress bar.
     """
 
@@ -58,7 +57,7 @@ class GenerationOptions:
 
 
 def generate(
-    pipeline: StableDiffusion,
+    model: LatentModel,
     prompts: Sequence[str],
     steps: int,
     seed: int,
@@ -66,225 +65,211 @@ def generate(
     gamma: float = 1.0,
     options: GenerationOptions = GenerationOptions(),
     timesteps: Sequence[int] | None = None,
-) -> np.ndarray:
-    """Draws with a distilled model, without guidance.
-
-    A UNet that takes the guidance scale as an input (LCM's) is given
-    `pipeline.embedded_guidance`.
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Generates with a distilled model, without guidance.
 
     Args:
-      pipeline: the model. If its weights lie on a mesh, batches are cut over the mesh.
+      model: the student. If its weights lie on a mesh, batches are cut over the mesh. A backbone
+        that takes the guidance scale as an input (LCM's) is given the model's own.
       prompts: n texts, at least one.
       steps: 1 to 8.
       seed: of the noise.
-      lora: an adapter already scaled (`models.lora.scaled`), added to the UNet's weights.
-      gamma: share of fresh noise between steps, 1 all of it, 0 none (`diffusion.sampler`).
+      lora: an adapter already scaled (`models.lora.scaled`), added to the backbone's weights.
+      gamma: share of fresh noise between steps, 1 all of it, 0 none (`diffusion.sampling`).
       options: resolution, batches, long prompts.
-      timesteps: the times of the steps; the table of the authors' release by default.
+      timesteps: the training steps of the sampler's; the table of the authors' release by default.
 
     Returns:
-      Pictures, uint8 `[n, h, w, 3]`, in the order of the prompts.
+      Images, in the order of the prompts.
 
     Raises:
       ValueError: no prompts, or steps, gamma or resolution out of range.
     """
-    timesteps = tuple(timesteps or student_timesteps(steps))
-    levels = sampler.levels(pipeline.process, timesteps, gamma).astype(np.float32)
-    tokens = _tokens(pipeline, prompts, options)
-    unet = pipeline.params["unet"]
+    chosen, process = tuple(timesteps or student_timesteps(steps)), model.process
+    levels = sampling.levels(process, chosen, gamma).astype(np.float32)
+    times = np.asarray([process.time(t) for t in chosen], process.time_dtype)
+    tokens = _tokens(model, prompts, options)
+    backbone = model.params[model.backbone]
     if lora is not None:
-        unet = merged(unet, lora)
-    model = _Model.of(pipeline, options)
+        backbone = merged(backbone, lora)
+    static = _Static.of(model, options)
 
-    def latents(conditioning: Conditioning, keys: Array) -> Array:
-        z = _noise(model, keys, np.uint32(0))
-        for step, (t, level) in enumerate(zip(timesteps, levels, strict=True), 1):
-            at = np.int32(t), level, keys, np.uint32(step)
-            z = _student_step(model, unet, z, *at, conditioning)
+    def latents(conditioning: PyTree[Array], keys: Key[Array, " b"]) -> Float[Array, " b *latent"]:
+        z = _noise(static, keys, np.uint32(0))
+        for step, (t, level) in enumerate(zip(times, levels, strict=True), 1):
+            at = t, level, keys, np.uint32(step)
+            z = _student_step(static, backbone, z, *at, conditioning)
         return z
 
-    return _draw(pipeline, model, tokens, seed, options, latents, f"{steps} steps")
+    return _generate(model, static, tokens, seed, options, latents, f"{steps} steps")
 
 
 def generate_teacher(
-    pipeline: StableDiffusion,
+    model: LatentModel,
     prompts: Sequence[str],
     steps: int,
     guidance_scale: float,
     seed: int,
     options: GenerationOptions = GenerationOptions(),
-) -> np.ndarray:
-    """Draws with the undistilled model: DDIM with classifier-free guidance.
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Generates with the undistilled model: deterministic steps with classifier-free guidance.
 
     Args:
-      pipeline: the model.
+      model: the teacher.
       prompts: n texts, at least one.
-      steps: DDIM steps, each of two UNet evaluations; of one where the UNet takes the guidance
-        scale as an input.
+      steps: each of two network forwards; of one where the backbone takes the guidance scale as an
+        input.
       guidance_scale: w.
       seed: of the noise; the same as the student's for the same seed.
       options: resolution, batches, long prompts.
 
     Returns:
-      Pictures, uint8 `[n, h, w, 3]`.
+      Images, in the order of the prompts.
 
     Raises:
       ValueError: no prompts, or steps or resolution out of range.
     """
-    timesteps = pipeline.process.grid(steps)
-    tokens = _tokens(pipeline, prompts, options)
-    scale = float(guidance_scale)
-    if pipeline.guidance_is_embedded:
-        pipeline = dataclasses.replace(pipeline, embedded_guidance=scale)
-        scale = 1.0
-    model, unet = _Model.of(pipeline, options), pipeline.params["unet"]
-    chunks = tokens[0][0].size // tokens[0].shape[-1]
-    null = pipeline.null_conditioning(options.resolution, chunks)
+    process, scale = model.process, float(guidance_scale)
+    stops = np.asarray((*process.grid(steps), process.end), process.time_dtype)
+    tokens = _tokens(model, prompts, options)
+    if model.guidance_is_embedded:
+        model, scale = model.with_embedded_guidance(scale), 1.0
+    static, backbone = _Static.of(model, options), model.params[model.backbone]
+    null = model.null_conditioning(options.resolution, like=tokens)
 
-    def latents(conditioning: Conditioning, keys: Array) -> Array:
-        z = _noise(model, keys, np.uint32(0))
-        for pair in itertools.pairwise((*timesteps, 0)):
-            stops = np.asarray(pair, np.int32)
-            z = _teacher_step(model, unet, z, stops, conditioning, null, scale)
+    def latents(conditioning: PyTree[Array], keys: Key[Array, " b"]) -> Float[Array, " b *latent"]:
+        z = _noise(static, keys, np.uint32(0))
+        for pair in itertools.pairwise(stops):
+            z = _teacher_step(static, backbone, z, np.asarray(pair), conditioning, null, scale)
         return z
 
-    return _draw(pipeline, model, tokens, seed, options, latents, f"teacher, {steps} steps")
+    return _generate(model, static, tokens, seed, options, latents, f"teacher, {steps} steps")
 
 
 @jax.jit
-def merged(params: Any, lora: Any) -> Any:
-    """UNet weights with a scaled adapter added: `models.lora.merge`, compiled."""
+def merged(params: Params, lora: Params) -> Params:
+    """Weights with a scaled adapter added: `models.lora.merge`, compiled."""
     return adapters.merge(params, lora)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Model:
+class _Static:
     """What compiled code depends on besides its arguments, among which are the weights.
 
-    Pipelines that are alike in these, such as one teacher with several adapters merged into it,
-    share their compiled code; jit compares and hashes this object.
+    Models that are alike in these, such as one teacher with several adapters merged into it, share
+    their compiled code; jit compares and hashes this object.
     """
 
-    networks: tuple
-    process: tuple
-    embedded_guidance: float
-    resolution: int
+    key: Hashable
+    resolution: int | None
     tile: int
-    functions: StableDiffusion = dataclasses.field(compare=False, repr=False)
+    model: LatentModel = dataclasses.field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, pipeline: StableDiffusion, options: GenerationOptions) -> "_Model":
-        table, resolution = pipeline.process, options.resolution or pipeline.resolution
-        pipeline.latent_shape(resolution)  # a wrong resolution is found before anything is drawn
-        return cls(
-            networks=(pipeline.unet, pipeline.vae, *pipeline.text_encoders),
-            process=(table.prediction_type, table.alphas_cumprod.tobytes()),
-            embedded_guidance=pipeline.embedded_guidance,
-            resolution=resolution,
-            tile=options.tile,
-            # Without its weights, so that jit's cache does not keep them alive.
-            functions=dataclasses.replace(pipeline, params={}, tokenizers=()),
-        )
+    def of(cls, model: LatentModel, options: GenerationOptions) -> "_Static":
+        # A wrong resolution is found before anything is generated.
+        model.latent_shape(options.resolution)
+        key = type(model), model.static_key
+        return cls(key, options.resolution, options.tile, model.without_weights())
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _encode(model: _Model, params: Any, ids: tuple[Array, ...]) -> Conditioning:
-    return model.functions.encode_tokens(params, ids, model.resolution)
+@functools.partial(jax.jit, static_argnames="static")
+def _encode(static: _Static, params: Params, ids: tuple[Array, ...]) -> PyTree[Array]:
+    return static.model.encode_tokens(params, ids, static.resolution)
 
 
 # A step is what is compiled, not a whole sampler: times are arguments to it, so that every number
 # of steps runs the same code.
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="static")
 def _student_step(
-    model: _Model,
-    unet: Any,
-    z: Array,
-    t: Array,
-    level: Array,
-    keys: Array,
-    step: Array,
-    conditioning: Conditioning,
-) -> Array:
-    denoiser, fresh = model.functions.denoiser(unet), _noise(model, keys, step)
-    process = model.functions.process
-    return sampler.student_step(denoiser, process, z, t, level, fresh, conditioning)
+    static: _Static,
+    backbone: Params,
+    z: Float[Array, " b *latent"],
+    t: Num[Array, ""],
+    level: Float[Array, " 3"],
+    keys: Key[Array, " b"],
+    step: Num[Array, ""],
+    conditioning: PyTree[Array],
+) -> Float[Array, " b *latent"]:
+    denoiser, fresh = static.model.denoiser(backbone), _noise(static, keys, step)
+    process = static.model.process
+    return sampling.student_step(denoiser, process, z, t, level, fresh, conditioning)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "scale"))
+@functools.partial(jax.jit, static_argnames=("static", "scale"))
 def _teacher_step(
-    model: _Model,
-    unet: Any,
-    z: Array,
-    stops: Array,
-    conditioning: Conditioning,
-    null: Conditioning,
+    static: _Static,
+    backbone: Params,
+    z: Float[Array, " b *latent"],
+    stops: Num[Array, " 2"],
+    conditioning: PyTree[Array],
+    null: PyTree[Array],
     scale: float,
-) -> Array:
-    family = model.functions
-    null_of = functools.partial(family.null_of, null)
-    teacher = guided(family.denoiser(unet), scale, null_of)
+) -> Float[Array, " b *latent"]:
+    model = static.model
+    null_of = functools.partial(model.null_of, null)
+    teacher = guided(model.denoiser(backbone), scale, null_of)
     times = jnp.broadcast_to(stops, (len(z), 2))
-    return teacher_path(teacher, family.process, z, times, conditioning)[1]
+    return teacher_path(teacher, model.process, z, times, conditioning)[1]
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _decode(model: _Model, params: Any, latents: Array) -> Array:
-    pictures = model.functions.decode_latents(params, latents, model.tile)
-    return jnp.round(255 * pictures.astype(jnp.float32)).astype(jnp.uint8)
+@functools.partial(jax.jit, static_argnames="static")
+def _decode(
+    static: _Static, params: Params, latents: Float[Array, " b *latent"]
+) -> UInt8[Array, "b h w 3"]:
+    images = static.model.decode_latents(params, latents, static.tile)
+    return jnp.round(255 * images.astype(jnp.float32)).astype(jnp.uint8)
 
 
 @jax.jit
-def _prompt_keys(key: Array, rows: Array) -> Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+def _prompt_keys(key: Key[Array, ""], rows: Num[Array, " n"]) -> Key[Array, " n"]:
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _noise(model: _Model, keys: Array, step: Array) -> Array:
-    """Unit Gaussian latents for the prompts of `keys` `[b]`: `[b, h, w, c]`, new at each step."""
-    shape = model.functions.latent_shape(model.resolution)
-
-    def draw(key: Array) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, step), shape)
-
-    return jax.vmap(draw)(keys)
+@functools.partial(jax.jit, static_argnames="static")
+def _noise(
+    static: _Static, keys: Key[Array, " b"], step: Num[Array, ""]
+) -> Float[Array, " b *latent"]:
+    """Unit Gaussian noise of each prompt, for one step; step 0's is the first latent."""
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+    return sampling.normal(keys, static.model.latent_shape(static.resolution))
 
 
 def _tokens(
-    pipeline: StableDiffusion, prompts: Sequence[str], options: GenerationOptions
+    model: LatentModel, prompts: Sequence[str], options: GenerationOptions
 ) -> tuple[np.ndarray, ...]:
-    """Token ids for each text encoder, `[n, 77]` or `[n, chunks, 77]`."""
+    """Token ids for each text encoder, `[n, ...]`."""
     if not prompts:
-        raise ValueError("there is nothing to draw: give at least one prompt")
-    return pipeline.tokenize(prompts, options.prompts_2, options.chunks)
+        raise ValueError("there is nothing to generate: give at least one prompt")
+    return model.tokenize(prompts, options.prompts_2, options.chunks)
 
 
-def _draw(
-    pipeline: StableDiffusion,
-    model: _Model,
+def _generate(
+    model: LatentModel,
+    static: _Static,
     tokens: tuple[np.ndarray, ...],
     seed: int,
     options: GenerationOptions,
-    latents: Callable[[Conditioning, Array], Array],
+    latents: Callable[[PyTree[Array], Key[Array, " b"]], Float[Array, " b *latent"]],
     label: str,
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "n h w 3"]:
     """Encodes, samples by `latents(conditioning, keys)` and decodes, batch by batch."""
-    count, mesh = len(tokens[0]), _mesh_of(pipeline)
+    count, mesh = len(tokens[0]), _mesh_of(model)
     devices = 1 if mesh is None else mesh.devices.size
     size = -(-min(options.batch_size, count) // devices) * devices
-    towers = {k: v for k, v in pipeline.params.items() if k.startswith("text_encoder")}
-    decoder = {"vae": pipeline.params["vae"]}
+    decoder = {model.decoder: model.params[model.decoder]}
     keys = _prompt_keys(jax.random.key(seed), np.arange(count, dtype=np.uint32))
-    pictures = []
+    images = []
     batches = list(whole_batches(count, size))
     for rows in tqdm(batches, desc=label, unit="batch", disable=not options.progress):
         ids, noise_keys = shard_batch(mesh, (tuple(t[rows] for t in tokens), keys[rows]))
-        drawn = latents(_encode(model, towers, ids), noise_keys)
-        pictures.append(np.asarray(_decode(model, decoder, drawn)))
-    return np.concatenate(pictures)[:count]
+        found = latents(_encode(static, model.text_params, ids), noise_keys)
+        images.append(np.asarray(_decode(static, decoder, found)))
+    return np.concatenate(images)[:count]
 
 
-def _mesh_of(pipeline: StableDiffusion) -> Mesh | None:
-    """The mesh that the UNet's weights lie on; None on a single device."""
-    sharding = getattr(jax.tree.leaves(pipeline.params["unet"])[0], "sharding", None)
+def _mesh_of(model: LatentModel) -> Mesh | None:
+    """The mesh that the backbone's weights lie on; None on a single device."""
+    sharding = getattr(jax.tree.leaves(model.params[model.backbone])[0], "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     return mesh if isinstance(mesh, Mesh) else None

@@ -1,22 +1,30 @@
 """Products in the hands of their consumer: loaded by diffusers, with its loaders kept quiet."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
-from tlcm_jax.families.stable_diffusion import StableDiffusion
-from tlcm_jax.io.hub import NETWORKS
-from tlcm_jax.io.pipeline_folder import is_component
-from tlcm_jax.io.products import product_kind
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.io.pipeline_index import INDEX_FILE, read_index
 from tlcm_jax.io.sources import CONFIG_FOLDER
-from tlcm_jax.io.tensors import weights_name
+from tlcm_jax.io.tensors import STEMS, weights_name
 
 
-def load(path: Path, teacher: StableDiffusion) -> Any:
+def product_kind(path: Path) -> str:
+    """What a product is, from where it lies: lora (any dialect), backbone, pipeline, single-file.
+
+    Args:
+      path: as `products.export_products` returned it.
+    """
+    if path.is_dir():
+        return "pipeline" if (path / INDEX_FILE).is_file() else "backbone"
+    return "single-file" if (path.parent / CONFIG_FOLDER).is_dir() else "lora"
+
+
+def load(path: Path, teacher: LatentModel) -> Any:
     """The diffusers pipeline with a product in it, loaded as the model card says, in fp32.
 
     Args:
@@ -29,7 +37,7 @@ def load(path: Path, teacher: StableDiffusion) -> Any:
     kind = product_kind(path)
     with _only_errors():
         if kind == "pipeline":
-            pipe = _from_pretrained(path)
+            pipe = _from_pretrained(path, teacher.backbone)
         elif kind == "single-file":
             pipe = _from_single_file(path, path.parent / CONFIG_FOLDER, teacher)
         else:
@@ -38,61 +46,61 @@ def load(path: Path, teacher: StableDiffusion) -> Any:
             pipe = (
                 _from_single_file(Path(teacher.source), folder, teacher)
                 if single
-                else _from_pretrained(folder)
+                else _from_pretrained(folder, teacher.backbone)
             )
             pipe.scheduler = diffusers.LCMScheduler.from_config(
                 pipe.scheduler.config, original_inference_steps=8
             )
         pipe.set_progress_bar_config(disable=True)
-        if kind == "unet":
-            pipe.unet = diffusers.UNet2DConditionModel.from_pretrained(
-                str(path), dtype=torch.float32
-            )
+        if kind == "backbone":
+            network = getattr(diffusers, teacher.configs[teacher.backbone]["_class_name"])
+            loaded = network.from_pretrained(str(path), dtype=torch.float32)
+            pipe.register_modules(**{teacher.backbone: loaded})
         if kind == "lora":
             pipe.load_lora_weights(str(path))
             # Factors stored in fp16 stay so beside fp32 weights; this compares in fp32 throughout.
-            pipe.unet.to(torch.float32)
+            getattr(pipe, teacher.backbone).to(torch.float32)
     return pipe
 
 
-def adapted_layers(pipe: Any) -> set[str]:
-    """The UNet's layers that PEFT put LoRA factors beside."""
+def adapted_layers(network: Any) -> set[str]:
+    """The layers of a diffusers network that PEFT put LoRA factors beside."""
     return {
         name.removesuffix(".lora_A")
-        for name, _ in pipe.unet.named_modules()
+        for name, _ in network.named_modules()
         if name.endswith(".lora_A")
     }
 
 
-def _from_pretrained(folder: Path) -> Any:
+def _from_pretrained(folder: Path, backbone: str) -> Any:
     import diffusers
     import torch
 
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     # What is fetched of a hub id leaves out what generation does without.
-    absent = {k: None for k, v in index.items() if is_component(v) and not (folder / k).is_dir()}
+    absent = {k: None for k in read_index(folder).components if not (folder / k).is_dir()}
     # It takes what `load_model` takes, but has to be told where there is only fp16.
-    name = weights_name([file.name for file in folder.glob("unet/*")], NETWORKS["unet"])
+    name = weights_name([file.name for file in folder.glob(f"{backbone}/*")], STEMS[0])
     variant = "fp16" if name is not None and ".fp16" in name else None
     return diffusers.DiffusionPipeline.from_pretrained(
         str(folder), dtype=torch.float32, local_files_only=True, variant=variant, **absent
     )
 
 
-def _from_single_file(file: Path, config: Path, teacher: StableDiffusion) -> Any:
+def _from_single_file(file: Path, config: Path, teacher: LatentModel) -> Any:
     import diffusers
     import torch
     import transformers
 
-    kind = getattr(diffusers, teacher.configs["model_index"]["_class_name"])
-    widths = [tower.config.hidden_size for tower in teacher.text_encoders]
+    kind = getattr(diffusers, read_index(config).kind)
+    encoders = list(teacher.text_params)
+    widths = [teacher.configs[name]["hidden_size"] for name in encoders]
     towers = {}
     if len(widths) > len(set(widths)):
         # diffusers tells the two towers of a file apart by width; SDXL's differ, a miniature's
         # may not.
         logging.warning("%s: diffusers is given the teacher's second text encoder", file)
-        towers["text_encoder_2"] = transformers.CLIPTextModelWithProjection.from_pretrained(
-            str(Path(teacher.folder) / "text_encoder_2"), dtype=torch.float32, local_files_only=True
+        towers[encoders[-1]] = transformers.CLIPTextModelWithProjection.from_pretrained(
+            str(Path(teacher.folder) / encoders[-1]), dtype=torch.float32, local_files_only=True
         )
     return kind.from_single_file(
         str(file), config=str(config), dtype=torch.float32, local_files_only=True, **towers

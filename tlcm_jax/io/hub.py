@@ -7,7 +7,7 @@ on where it stopped, and what is there already is not fetched again (huggingface
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -20,18 +20,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from tlcm_jax.io.tensors import weights_name
+from tlcm_jax.io.pipeline_index import INDEX_FILE, OPTIONAL, read_index
+from tlcm_jax.io.tensors import STEMS, weights_name
 
-NETWORKS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
-_TEXTS = re.compile(
-    r"model_index\.json|README\.md|LICENSE(\.md|\.txt)?|scheduler/scheduler_config\.json"
-    r"|(unet|vae|text_encoder(_2)?)/config\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
-)
+_TOP = re.compile(r"model_index\.json|README\.md|LICENSE(\.md|\.txt)?")
+_TEXT = re.compile(r"(?!.*\.safetensors\.index)[^/]+\.(json|txt|model)")
 _GONE = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
 
 
@@ -74,9 +67,14 @@ def fetch(source: HubId, *, weights: bool = True, variant: str | None = None) ->
     name, revision = source.repository, source.revision
     try:
         info = HfApi().model_info(name, revision=revision)
-        files = needed([file.rfilename for file in info.siblings or ()], weights, variant)
+        listed = [file.rfilename for file in info.siblings or ()]
         # By commit, so that all files are of one version whatever is pushed meanwhile.
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=files))
+        folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=[INDEX_FILE]))
+        if INDEX_FILE in listed:
+            components = read_index(folder).components.keys() - OPTIONAL
+            files = needed(listed, components, weights, variant)
+            folder = Path(snapshot_download(name, revision=info.sha, allow_patterns=files))
+        return folder
     except _GONE as error:
         raise FileNotFoundError(
             f"{name!r} is no folder or file here, and the hub has no such repository"
@@ -96,25 +94,38 @@ def fetch(source: HubId, *, weights: bool = True, variant: str | None = None) ->
     return folder
 
 
-def needed(names: Sequence[str], weights: bool = True, variant: str | None = None) -> list[str]:
+def needed(
+    names: Sequence[str],
+    components: Collection[str],
+    weights: bool = True,
+    variant: str | None = None,
+) -> list[str]:
     """Which of a repository's files a pipeline is read from.
 
     Args:
       names: all its files, with their folders.
+      components: the folders of its components.
       weights: False leaves out the networks' weights.
       variant: as in `tensors.weights_name`.
     """
-    chosen = [name for name in names if _TEXTS.fullmatch(name)]
-    for component, stem in NETWORKS.items() if weights else ():
-        files = [name.partition("/")[2] for name in names if name.startswith(f"{component}/")]
-        first = weights_name(files, stem, variant)
-        if first is None:
-            continue  # the folder's reader says which network lacks what
-        chosen.append(f"{component}/{first}")
-        if first.endswith(".json"):
-            mark = re.fullmatch(r".*\.index(\.\w+)?\.json", first)[1]  # type: ignore[index]
-            shards = [f for f in files if re.fullmatch(rf"{stem}.*-of-\d+.*\.safetensors", f)]
-            chosen += [f"{component}/{f}" for f in shards if _variant_of(f) == mark]
+    chosen, folders = [], dict[str, list[str]]()
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if _TOP.fullmatch(name) or (folder in components and _TEXT.fullmatch(file)):
+            chosen.append(name)
+        if folder in components:
+            folders.setdefault(folder, []).append(file)
+    for folder, files in folders.items() if weights else ():
+        found = [(stem, weights_name(files, stem, variant)) for stem in STEMS]
+        for stem, first in found:
+            if first is None:
+                continue  # the folder's reader says which network lacks what
+            chosen.append(f"{folder}/{first}")
+            if first.endswith(".json"):
+                mark = re.fullmatch(r".*\.index(\.\w+)?\.json", first)[1]  # type: ignore[index]
+                shards = [f for f in files if re.fullmatch(rf"{stem}.*-of-\d+.*\.safetensors", f)]
+                chosen += [f"{folder}/{f}" for f in shards if _variant_of(f) == mark]
+            break
     return chosen
 
 

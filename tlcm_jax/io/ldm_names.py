@@ -19,15 +19,16 @@ from collections.abc import Iterable, Mapping
 
 from tlcm_jax.io.places import Place
 
+UNET = "unet"
 PREFIXES: Mapping[str, Mapping[str, str]] = {
     "sdxl": {
-        "unet": "model.diffusion_model.",
+        UNET: "model.diffusion_model.",
         "vae": "first_stage_model.",
         "text_encoder": "conditioner.embedders.0.transformer.",
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
     "sd": {
-        "unet": "model.diffusion_model.",
+        UNET: "model.diffusion_model.",
         "vae": "first_stage_model.",
         "text_encoder": "cond_stage_model.transformer.",
     },
@@ -69,20 +70,20 @@ _OPENCLIP_LAYER = {
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
-def places(component: str, names: Iterable[str], family: str) -> dict[str, Place]:
+def places(component: str, names: Iterable[str], layout: str) -> dict[str, Place]:
     """The place of every tensor of a component.
 
     Args:
       component: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
       names: all its tensors, as a diffusers folder names them.
-      family: a key of `PREFIXES`.
+      layout: a key of `PREFIXES`.
 
     Raises:
       ValueError: a tensor that the layout has no place for; it is named.
     """
     names = list(names)
-    prefix = PREFIXES[family][component]
-    if component == "unet":
+    prefix = PREFIXES[layout][component]
+    if component == UNET:
         layers = unet_layers(name.rpartition(".")[0] for name in names)
         found = {
             name: Place(f"{layers[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}")

@@ -1,24 +1,27 @@
 """LoRA files in and out: diffusers/PEFT, kohya, and PEFT adapter folders.
 
-A file stores factors A and B and, per layer, alpha; the update is (alpha / r) B A. In memory an
-adapter is already scaled: alpha / r is folded into `lora_B` (`models.lora.scaled`). What is written
-has it folded in too, so alpha = r and every reader's own scale is 1.
+A file stores factors A and B and, per layer or in its header, alpha; the update is
+(alpha / r) B A. In memory an adapter is already scaled: alpha / r is folded into `lora_B`
+(`models.lora.scaled`). What is written has it folded in too, so alpha = r and every reader's own
+scale is 1.
 
 | dialect | names |
 |---|---|
-| diffusers | `unet.<path>.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]`; alpha in header |
-| kohya | `lora_unet_<path, dots as underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha` |
+| diffusers | `<network>.<path>.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]` |
+| kohya | `lora_<..>_<path, dots as underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha` |
 | PEFT folder | `base_model.model.<path>.lora_A.weight`, alpha in `adapter_config.json` |
 
-The text encoders' layers begin with `text_encoder.` and `text_encoder_2.`, and in kohya's files
-with `lora_te_` where there is one and `lora_te1_`, `lora_te2_` where there are two.
+A network is called by its component's name, `<network>`; how kohya's files call it, and whether
+there are such files, is the family's to say (`LoraNames`).
 
 Convolutions are `[r, in, kh, kw]` and `[out, r, 1, 1]`. In kohya's names an underscore may be a
-dot or an underscore; they are resolved through the UNet's own module paths. For SDXL kohya's own
-trainer names layers as single-file checkpoints do (`lora_unet_input_blocks_4_1_...`), and so may a
-file here. Diffusers' former `.lora.down.weight` and PEFT's `.lora_A.default.weight` are read too.
+dot or an underscore; they are resolved through the network's own module paths. For SDXL kohya's
+own trainer names layers as single-file checkpoints do (`lora_unet_input_blocks_4_1_...`), and so
+may a file here. Diffusers' former `.lora.down.weight` and PEFT's `.lora_A.default.weight` are read
+too.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +34,7 @@ import numpy as np
 
 from tlcm_jax.io import names
 from tlcm_jax.io.files import atomic_write, cast, save_tensors
-from tlcm_jax.io.ldm_names import unet_layers
+from tlcm_jax.io.json_files import read_object
 from tlcm_jax.io.names import Path_
 from tlcm_jax.io.tensors import TensorFile, refuse_pickle
 
@@ -52,22 +55,31 @@ _PARTS = {
     ".lora_up.weight": "lora_B",
     ".alpha": "alpha",
 }
-# How kohya's names of a network's layers begin.
-_KOHYA_STEMS = {
-    "unet": ("lora_unet_",),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
-}
-# How the names of layers begin in kohya's files for SDXL, and in no UNet's own names.
-_LDM_STEMS = tuple(
-    f"lora_unet_{stem}_"
-    for stem in ("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out")
-)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraNames:
+    """How LoRA files name the layers of a model family.
+
+    Attributes:
+      backbone: the network that PEFT's files, which name none, are for.
+      kohya: how kohya's names of a network's layers begin, the one that is written first; empty
+        where there are no such files.
+      converted: the names of the backbone's layers, given all of them, in single-file checkpoints,
+        by which kohya's files may call them; None where they do not.
+      converted_stems: how the converted names begin, and no other layer's.
+    """
+
+    backbone: str
+    kohya: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    converted: Callable[[Iterable[str]], Mapping[str, str]] | None = None
+    converted_stems: tuple[str, ...] = ()
 
 
 def write_lora(
     path: str | Path,
     adapter: Mapping[str, Any],
+    naming: LoraNames,
     *,
     dialect: str = "diffusers",
     dtype: str = "fp32",
@@ -77,7 +89,8 @@ def write_lora(
 
     Args:
       path: the file.
-      adapter: LoRA tree, already scaled.
+      adapter: LoRA tree of the backbone, already scaled.
+      naming: the family's.
       dialect: `diffusers` or `kohya`; both load with `pipe.load_lora_weights`.
       dtype: one of `files.DTYPES`.
       metadata: text shown by tools that list a file's header.
@@ -86,20 +99,23 @@ def write_lora(
       The path.
 
     Raises:
-      ValueError: another dialect, a value that does not fit in the dtype, or (kohya) two layers
-        whose names become one.
+      ValueError: a dialect that the family has no names in, a value that does not fit in the
+        dtype, or (kohya) two layers whose names become one.
       OSError: the file cannot be written; nothing half written is left.
     """
-    if dialect not in DIALECTS:
-        raise ValueError(f"LoRA dialect {dialect!r} is not one of {', '.join(DIALECTS)}")
+    dialects = DIALECTS if naming.backbone in naming.kohya else DIALECTS[:1]
+    if dialect not in dialects:
+        raise ValueError(f"LoRA dialect {dialect!r} is not one of {', '.join(dialects)}")
     tensors: dict[str, np.ndarray] = {}
     for layer, (down, up) in sorted(_layers(adapter).items()):
         name = ".".join(layer)
         down, up = (names.to_torch_layout(("kernel",), np.asarray(x)) for x in (down, up))
+        flat = name
         if dialect == "diffusers":
-            stored = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+            full = f"{naming.backbone}.{name}"
+            stored = {f"{full}.lora_A.weight": down, f"{full}.lora_B.weight": up}
         else:
-            flat = kohya_name(layer)
+            flat = kohya_name(layer, naming.kohya[naming.backbone][0])
             alpha = np.asarray(down.shape[0], np.float32)
             stored = {
                 f"{flat}.lora_down.weight": down,
@@ -107,7 +123,7 @@ def write_lora(
                 f"{flat}.alpha": alpha,
             }
         if any(key in tensors for key in stored):
-            raise ValueError(f"two layers are called {kohya_name(layer)} in kohya's names")
+            raise ValueError(f"two layers are called {flat} in kohya's names")
         tensors.update({key: cast(key, value, dtype) for key, value in stored.items()})
     path = Path(path)
     with atomic_write(path) as part:
@@ -115,12 +131,13 @@ def write_lora(
     return path
 
 
-def read_lora(path: str | Path, unet: Mapping[str, Any]) -> dict:
-    """Reads a LoRA of a UNet alone.
+def read_lora(path: str | Path, backbone: Mapping[str, Any], naming: LoraNames) -> dict:
+    """Reads a LoRA of the backbone alone.
 
     Args:
       path: as of `read_networks`.
-      unet: the UNet's parameter tree (arrays or shapes), which says what layers there are.
+      backbone: its parameter tree (arrays or shapes), which says what layers there are.
+      naming: the family's.
 
     Returns:
       The adapter, float32 numpy arrays, scaled: fit for `LatentModel.denoiser(lora=...)`.
@@ -128,17 +145,20 @@ def read_lora(path: str | Path, unet: Mapping[str, Any]) -> dict:
     Raises:
       FileNotFoundError, ValueError: as of `read_networks`; layers of text encoders match nothing.
     """
-    return read_networks(path, {"unet": unet})["unet"]
+    return read_networks(path, {naming.backbone: backbone}, naming)[naming.backbone]
 
 
-def read_networks(path: str | Path, networks: Mapping[str, Any]) -> dict[str, dict]:
+def read_networks(
+    path: str | Path, networks: Mapping[str, Any], naming: LoraNames
+) -> dict[str, dict]:
     """Reads a LoRA of any dialect.
 
     Args:
       path: a safetensors file, a PEFT adapter folder, or a folder as diffusers'
         `save_lora_weights` writes it.
-      networks: parameter trees (arrays or shapes), which say what layers there are, by name:
-        `unet`, `text_encoder`, `text_encoder_2`.
+      networks: parameter trees (arrays or shapes), which say what layers there are, by the names
+        of the components.
+      naming: the family's.
 
     Returns:
       The adapters of those networks that the file adapts, by their names: float32 numpy arrays,
@@ -158,7 +178,7 @@ def read_networks(path: str | Path, networks: Mapping[str, Any]) -> dict[str, di
         for layer, leaf in flax.traverse_util.flatten_dict(tree).items()
         if layer[-1] == "kernel"
     }
-    parts = _resolve(tensors, kernels, file)
+    parts = _resolve(tensors, kernels, naming, file)
     adapter: dict[Path_, np.ndarray] = {}
     problems = []
     for layer, keys in parts.items():
@@ -183,18 +203,13 @@ def read_networks(path: str | Path, networks: Mapping[str, Any]) -> dict[str, di
             scale = scales[network](name, rank)
         adapter[(*layer, "lora_A")] = np.ascontiguousarray(down)
         adapter[(*layer, "lora_B")] = np.ascontiguousarray(up * np.float32(scale))
-    names.raise_if(problems, f"{file} does not fit this {_whole(networks)}")
+    names.raise_if(problems, f"{file} does not fit this model")
     return flax.traverse_util.unflatten_dict(adapter)
 
 
-def kohya_name(layer: Path_, stem: str = "lora_unet_") -> str:
-    """A layer's name in kohya's dialect: `lora_unet_down_blocks_0_resnets_0_conv1`."""
+def kohya_name(layer: Path_, stem: str) -> str:
+    """A layer's name in kohya's dialect, such as `lora_unet_down_blocks_0_resnets_0_conv1`."""
     return stem + "_".join(layer).replace(".", "_")
-
-
-def _whole(networks: Iterable[str]) -> str:
-    """What networks of these names make up."""
-    return "UNet" if set(networks) == {"unet"} else "model"
 
 
 def _layers(adapter: Mapping[str, Any]) -> dict[Path_, tuple[Any, Any]]:
@@ -231,11 +246,8 @@ def _locate(path: Path) -> tuple[Path, dict | None]:
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or str(config.get("peft_type", "LORA")).upper() != "LORA":
+    config = read_object(path)
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
         raise ValueError(f"{path} does not describe a LoRA (peft_type)")
     return config
 
@@ -282,7 +294,10 @@ def _literal(pattern: str, file: Path) -> str:
 
 
 def _resolve(
-    tensors: Mapping[str, np.ndarray], kernels: Mapping[Path_, tuple], file: Path
+    tensors: Mapping[str, np.ndarray],
+    kernels: Mapping[Path_, tuple],
+    naming: LoraNames,
+    file: Path,
 ) -> dict[Path_, dict[str, str]]:
     """For each layer, the file's key of `lora_A`, `lora_B` and, where there is one, `alpha`.
 
@@ -291,23 +306,25 @@ def _resolve(
     dotted = {".".join(layer): layer for layer in kernels}
     flat: dict[str, list[Path_]] = {}
     for layer in kernels:
-        for stem in _KOHYA_STEMS[layer[0]]:
+        for stem in naming.kohya.get(layer[0], ()):
             flat.setdefault(kohya_name(layer[1:], stem), []).append(layer)
-    if any(key.startswith(_LDM_STEMS) for key in tensors):
-        own = {".".join(layer[1:]): layer for layer in kernels if layer[0] == "unet"}
-        for name, ldm_name in unet_layers(own).items():
-            flat.setdefault(kohya_name((ldm_name,)), []).append(own[name])
+    if naming.converted and any(key.startswith(naming.converted_stems) for key in tensors):
+        own = {".".join(layer[1:]): layer for layer in kernels if layer[0] == naming.backbone}
+        stem = naming.kohya[naming.backbone][0]
+        for name, converted in naming.converted(own).items():
+            flat.setdefault(kohya_name((converted,), stem), []).append(own[name])
+    stems = tuple(stem for stems in naming.kohya.values() for stem in stems)
     parts: dict[Path_, dict[str, str]] = {}
     problems = []
     for key in tensors:
         suffix = next((s for s in _PARTS if key.endswith(s)), "")
         stem = key.removesuffix(suffix)
-        if stem.startswith(("lora_unet_", "lora_te")):
+        if stem.startswith(stems):
             found = flat.get(stem, [])
         else:
-            # PEFT's prefix alone is a UNet's; diffusers may have put a network's before it.
+            # PEFT's prefix alone is the backbone's; diffusers may have put a network's before it.
             network, prefix, rest = stem.partition("base_model.model.")
-            name = (network or "unet.") + rest if prefix else stem
+            name = (network or f"{naming.backbone}.") + rest if prefix else stem
             found = [dotted[name]] if name in dotted else []
         if not suffix or not found:
             problems.append(key)
@@ -318,8 +335,8 @@ def _resolve(
             raise ValueError(f"{file} holds {'.'.join(found[0][1:])} twice, in two dialects")
         else:
             parts[found[0]][_PARTS[suffix]] = key
-    model = _whole(layer[0] for layer in kernels)
-    names.raise_if(problems, f"{file}: keys that match no layer of the {model}")
+    networks = dict.fromkeys(layer[0] for layer in kernels)
+    names.raise_if(problems, f"{file}: keys that match no layer of {', '.join(networks)}")
     if not parts:
         raise ValueError(f"{file} holds no LoRA")
     return parts

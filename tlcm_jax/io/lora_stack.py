@@ -1,49 +1,50 @@
 """Several LoRAs at once, each with its weight: what `--lora` means."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlcm_jax.families.stable_diffusion import StableDiffusion
-from tlcm_jax.io.lora_files import read_networks
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.io.lora_files import LoraNames, read_networks
 from tlcm_jax.models import lora
 from tlcm_jax.models.adapters import concat_loras
 
 
 def apply_loras(
-    pipeline: StableDiffusion, specs: Sequence[str]
-) -> tuple[StableDiffusion, Mapping[str, Any] | None]:
-    """Reads LoRAs for a pipeline.
+    model: LatentModel, specs: Sequence[str]
+) -> tuple[LatentModel, Mapping[str, Any] | None]:
+    """Reads LoRAs for a model.
 
     Args:
-      pipeline: what they belong to.
+      model: what they belong to.
       specs: as of `read_loras`.
 
     Returns:
-      The pipeline, its text encoders' weights changed as the LoRAs say; and the UNet's adapter,
+      The model, its text encoders' weights changed as the LoRAs say; and the backbone's adapter,
       None where they adapt text encoders alone.
 
     Raises:
       FileNotFoundError, ValueError: as `read_networks`.
     """
-    networks = {name: tree for name, tree in pipeline.params.items() if name != "vae"}
-    adapters = read_loras(specs, networks)
+    networks = {name: tree for name, tree in model.params.items() if name != model.decoder}
+    adapters = read_loras(specs, networks, model.lora_names)
     merged = {
         name: lora.merge(networks[name], adapter)
         for name, adapter in adapters.items()
-        if name != "unet"
+        if name != model.backbone
     }
-    changed = dataclasses.replace(pipeline, params={**pipeline.params, **merged})
-    return changed, adapters.get("unet")
+    return model.with_params(**merged), adapters.get(model.backbone)
 
 
-def read_loras(specs: Sequence[str], networks: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def read_loras(
+    specs: Sequence[str], networks: Mapping[str, Any], naming: LoraNames
+) -> dict[str, Mapping[str, Any]]:
     """Reads several LoRAs, each with its weight, as one adapter a network.
 
     Args:
       specs: `PATH` or `PATH:WEIGHT`, such as `style.safetensors:0.8`.
       networks: as in `read_networks`.
+      naming: the family's.
 
     Returns:
       By network, as far as one of the LoRAs adapts it.
@@ -53,7 +54,7 @@ def read_loras(specs: Sequence[str], networks: Mapping[str, Any]) -> dict[str, M
     """
     found: dict[str, list] = {}
     for path, weight in map(_split_weight, specs):
-        for network, adapter in read_networks(path, networks).items():
+        for network, adapter in read_networks(path, networks, naming).items():
             found.setdefault(network, []).append((adapter, weight))
     return {network: concat_loras(*zip(*pairs, strict=True)) for network, pairs in found.items()}
 

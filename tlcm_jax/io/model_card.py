@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tlcm_jax.io.hub import HubId
+from tlcm_jax.io.ldm_names import UNET
 
 PROJECT = "tlcm_jax"
 # Products that are a file; the first name is the one that diffusers looks for in a folder.
@@ -109,7 +110,7 @@ def model_card(recipe: Recipe, product: str) -> str:
     form = {
         "lora": f"a LoRA{rank} in diffusers' names",
         "kohya": f"a LoRA{rank} in kohya's names (ComfyUI, A1111; diffusers reads it too)",
-        "unet": "the student's UNet, as diffusers' `from_pretrained` reads it",
+        UNET: "the student's UNet, as diffusers' `from_pretrained` reads it",
         "pipeline": "a whole diffusers pipeline, the student's weights merged in",
         "single-file": "a single-file checkpoint for ComfyUI and A1111, the student's weights "
         "merged in; `config` beside it is for diffusers, which otherwise fetches the teacher's",
@@ -195,7 +196,7 @@ def _snippet(recipe: Recipe, product: str) -> str:
         load = f'pipe = {kind}.from_pretrained("{here}")'
     elif product == "single-file":
         load = f'pipe = {kind}.from_single_file("{here}/{FILES[product]}", config="{here}/config")'
-    elif product == "unet":
+    elif product == UNET:
         names += ", UNet2DConditionModel"
         load = (
             f'unet = UNet2DConditionModel.from_pretrained("{here}")\n'

@@ -1,4 +1,4 @@
-"""Single-file checkpoints: all networks of a pipeline in one safetensors file, without configs."""
+"""Single-file checkpoints of Stable Diffusion: all networks in one safetensors file, no configs."""
 
 import re
 from collections.abc import Mapping
@@ -11,9 +11,17 @@ from absl import logging
 
 from tlcm_jax.io import names
 from tlcm_jax.io.files import cast, save_tensors
-from tlcm_jax.io.ldm_names import PREFIXES, places
+from tlcm_jax.io.hub import HubId
+from tlcm_jax.io.ldm_names import PREFIXES, UNET, places
 from tlcm_jax.io.places import PlacedTensors
-from tlcm_jax.io.tensors import TensorFile, Tensors, refuse_pickle
+from tlcm_jax.io.sources import SingleFile
+from tlcm_jax.io.tensors import TensorFile, Tensors
+
+# The repositories whose configs and tokenizers a file of each layout goes with.
+_PUBLISHED = {
+    "sdxl": HubId("stabilityai/stable-diffusion-xl-base-1.0"),
+    "sd": HubId("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+}
 
 # Tensors of such files that are no weights of the networks: the noise schedule's tables, a copy of
 # the UNet's moving average, CLIP's training temperature.
@@ -23,33 +31,46 @@ _NO_WEIGHTS = re.compile(
 )
 
 
-class SingleFile:
-    """An open single-file checkpoint.
+class LdmFile(SingleFile):
+    """An open checkpoint of latent-diffusion's layout.
 
     Attributes:
-      family: `sdxl` or `sd`, a key of `ldm_names.PREFIXES`.
+      layout: `sdxl` or `sd`, a key of `ldm_names.PREFIXES`.
     """
 
-    def __init__(self, path: Path):
-        """Opens the file.
+    def __init__(self, path: Path, tensors: TensorFile, layout: str):
+        """As `open` calls it."""
+        self.layout = layout
+        self.published = _PUBLISHED[layout]
+        self._path = path
+        self._tensors = tensors
+        self._used: set[str] = set()
+
+    @classmethod
+    def open(cls, path: Path) -> "LdmFile | None":
+        """Opens a file; None if it holds no UNet of this layout.
 
         Raises:
-          ValueError: a pickle, a broken file, or a file that is no checkpoint of these families.
+          ValueError: a broken file, or one that is no whole checkpoint of SDXL or SD 1.x.
         """
-        refuse_pickle(path)
-        self._path = path
-        self._tensors = TensorFile([path])
-        self._used: set[str] = set()
-        self.family = _family(self._tensors, path)
+        tensors = TensorFile([path])
+
+        def has(prefix: str) -> bool:
+            return any(key.startswith(prefix) for key in tensors)
+
+        if not has(PREFIXES["sdxl"][UNET]):
+            return None
+        for layout, prefixes in PREFIXES.items():
+            if all(has(prefix) for prefix in prefixes.values()):
+                return cls(path, tensors, layout)
+        raise ValueError(
+            f"{path} holds a UNet but not the autoencoder and text encoders of SDXL or SD 1.x; "
+            "other families, SD 2.x among them, are read from their diffusers folder"
+        )
 
     def component(self, name: str, shapes: Mapping) -> Tensors:
-        """A component's tensors under the names that a diffusers folder gives them.
-
-        Args:
-          name: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
-          shapes: the component's tree of `jax.ShapeDtypeStruct`.
-        """
-        found = places(name, names.to_torch_names(shapes), self.family)
+        """See `SingleFile`."""
+        found = places(name, names.to_torch_names(shapes), self.layout)
         # Some SD 1.x files leave out the tower's `text_model.`.
         component = PlacedTensors(
             self._tensors, found, former=lambda key: key.replace(".text_model.", ".")
@@ -58,7 +79,7 @@ class SingleFile:
         return component
 
     def check_all_used(self) -> None:
-        """Raises a ValueError that names tensors which no component took, if there are any."""
+        """See `SingleFile`."""
         left = [key for key in self._tensors if key not in self._used]
         unknown = [f"unexpected {key}" for key in left if not _NO_WEIGHTS.fullmatch(key)]
         names.raise_if(unknown, f"{self._path} does not fit its config")
@@ -66,7 +87,7 @@ class SingleFile:
             logging.info("%s: left out %d tensors that are no weights", self._path, len(left))
 
 
-def family_of(configs: Mapping[str, Any]) -> str:
+def layout_of(configs: Mapping[str, Any]) -> str:
     """The layout, a key of `ldm_names.PREFIXES`, that a pipeline is written in.
 
     Args:
@@ -86,7 +107,7 @@ def family_of(configs: Mapping[str, Any]) -> str:
 def write_single_file(
     path: Path,
     params: Mapping[str, Any],
-    family: str,
+    layout: str,
     dtype: str,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -95,7 +116,7 @@ def write_single_file(
     Args:
       path: the file.
       params: a Flax tree for each component.
-      family: a key of `ldm_names.PREFIXES`.
+      layout: a key of `ldm_names.PREFIXES`.
       dtype: one of `files.DTYPES`.
       metadata: text for the header.
 
@@ -107,7 +128,7 @@ def write_single_file(
     for component, tree in params.items():
         stored = names.to_torch(jax.tree.map(np.asarray, tree))
         parts: dict[str, dict[int, np.ndarray]] = {}
-        for name, place in places(component, stored, family).items():
+        for name, place in places(component, stored, layout).items():
             value = cast(f"{component} {name}", stored[name], dtype)
             if place.convolution:
                 value = value[:, :, None, None]
@@ -118,24 +139,3 @@ def write_single_file(
         for key, thirds in parts.items():
             tensors[key] = np.concatenate([thirds[i] for i in range(3)])
     save_tensors(path, tensors, metadata)
-
-
-def _family(tensors: Mapping[str, np.ndarray], path: Path) -> str:
-    """Which family's layout a file has, told by its text encoders."""
-
-    def has(prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in tensors)
-
-    if not has(PREFIXES["sdxl"]["unet"]):
-        lora = any("lora" in key for key in tensors)
-        raise ValueError(
-            f"{path} is no single-file checkpoint: it has no model.diffusion_model.* tensors"
-            + ("; it looks like a LoRA, which goes onto a model with --lora" if lora else "")
-        )
-    for family, prefixes in PREFIXES.items():
-        if all(has(prefix) for prefix in prefixes.values()):
-            return family
-    raise ValueError(
-        f"{path} holds a UNet but not the autoencoder and text encoders of SDXL or SD 1.x; other "
-        "families, SD 2.x among them, are read from their diffusers folder"
-    )

@@ -1,20 +1,38 @@
 """What a model's PATH names: where its configs and tokenizers lie, and each network's tensors."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from tlcm_jax.io.hub import NETWORKS, HubId, fetch
-from tlcm_jax.io.single_file import SingleFile
-from tlcm_jax.io.tensors import Tensors, open_component
+from tlcm_jax.io.hub import HubId, fetch
+from tlcm_jax.io.tensors import Tensors, open_component, refuse_pickle, weights_stem
 
-# The repositories whose configs and tokenizers a single file of each family goes with.
-_PUBLISHED = {
-    "sdxl": HubId("stabilityai/stable-diffusion-xl-base-1.0"),
-    "sd": HubId("stable-diffusion-v1-5/stable-diffusion-v1-5"),
-}
 # Beside a single file: its own configs. `export --to single-file` writes them there.
 CONFIG_FOLDER = "config"
+
+
+class SingleFile:
+    """An open checkpoint that holds all networks of a model, without their configs.
+
+    Attributes:
+      published: the repository whose configs and tokenizers such a file goes with.
+    """
+
+    published: HubId
+
+    def component(self, name: str, shapes: Mapping) -> Tensors:
+        """A component's tensors under the names that a diffusers folder gives them.
+
+        Args:
+          name: of the component.
+          shapes: its tree of `jax.ShapeDtypeStruct`.
+        """
+        raise NotImplementedError
+
+    def check_all_used(self) -> None:
+        """Raises a ValueError that names tensors which no component took, if there are any."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +41,7 @@ class Source:
 
     Attributes:
       name: the path or id as it was given.
-      folder: a local folder with all configs and tokenizers, in diffusers' layout.
+      folder: a local folder with all configs and tokenizers.
       file: the single-file checkpoint that holds the weights; None where they lie in the folder.
       variant: of the folder's weights.
     """
@@ -37,6 +55,7 @@ class Source:
     def find(
         cls,
         path: str | Path,
+        open_file: Callable[[Path], SingleFile],
         *,
         variant: str | None = None,
         config: str | Path | None = None,
@@ -46,6 +65,7 @@ class Source:
 
         Args:
           path: a folder, a single file or a hub id.
+          open_file: opens a single file.
           variant: of the weights; not for single files.
           config: where a single file's configs are; not for others.
           weights: False fetches none from the hub.
@@ -58,8 +78,9 @@ class Source:
         if local.is_file():
             if variant is not None:
                 raise ValueError(f"{path} is a single file, which has no variant {variant!r}")
-            file = SingleFile(local)
-            return cls(str(path), _config_folder(local, file.family, config), file)
+            refuse_pickle(local)
+            file = open_file(local)
+            return cls(str(path), _config_folder(local, file.published, config), file)
         if config is not None:
             raise ValueError(f"{path} is not a single file: it has configs of its own")
         if local.is_dir():
@@ -71,16 +92,17 @@ class Source:
             )
         return cls(str(path), fetch(hub_id, weights=weights, variant=variant), variant=variant)
 
-    def component(self, name: str, shapes: Mapping) -> Tensors:
+    def component(self, name: str, shapes: Mapping, config: Mapping[str, Any]) -> Tensors:
         """A network's tensors, by the names of a diffusers folder.
 
         Args:
-          name: a key of `hub.NETWORKS`.
+          name: of the component and its folder.
           shapes: its tree of `jax.ShapeDtypeStruct`.
+          config: its JSON.
         """
         if self.file is not None:
             return self.file.component(name, shapes)
-        return open_component(self.folder / name, NETWORKS[name], self.variant)
+        return open_component(self.folder / name, weights_stem(config), self.variant)
 
     def check_all_used(self) -> None:
         """Raises a ValueError if a single file holds tensors that belong to no component."""
@@ -92,13 +114,13 @@ class Source:
         return self.name if self.file is not None else str(self.folder / name)
 
 
-def _config_folder(file: Path, family: str, config: str | Path | None) -> Path:
+def _config_folder(file: Path, published: HubId, config: str | Path | None) -> Path:
     """Where the configs of a single file lie."""
     if config is None and (file.parent / CONFIG_FOLDER / "model_index.json").is_file():
         config = file.parent / CONFIG_FOLDER
     if config is not None and Path(config).is_dir():
         return Path(config)
-    hub_id = _PUBLISHED[family] if config is None else HubId.parse(config)
+    hub_id = published if config is None else HubId.parse(config)
     if hub_id is None:
         raise FileNotFoundError(f"config {str(config)!r} is neither a folder nor a hub id")
     try:

@@ -8,11 +8,14 @@ import json
 import mmap
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+# What the files of a component's weights are called: by diffusers, and by transformers.
+STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -102,12 +105,17 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
+def weights_stem(config: Mapping[str, Any]) -> str:
+    """One of `STEMS`: diffusers' configs name a class, and transformers' do not."""
+    return STEMS[0 if "_class_name" in config else 1]
+
+
 def weights_name(names: Collection[str], stem: str, variant: str | None = None) -> str | None:
     """Which of a component folder's files to open: its weights, or the index of its shards.
 
     Args:
       names: the folder's file names.
-      stem: `diffusion_pytorch_model` or `model`.
+      stem: one of `STEMS`.
       variant: such as `fp16`; by default the files without one, else those of `fp16`.
     """
     for chosen in ("", ".fp16") if variant is None else (f".{variant}",):
@@ -122,7 +130,7 @@ def open_component(folder: Path, stem: str, variant: str | None = None) -> Tenso
 
     Args:
       folder: e.g. `model/unet`.
-      stem: `diffusion_pytorch_model` or `model`.
+      stem: one of `STEMS`.
       variant: as in `weights_name`.
 
     Raises:

@@ -25,11 +25,11 @@ from tlcm_jax.diffusion.sampling import sample
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.families.load import load_model
 from tlcm_jax.io import consumer, names
-from tlcm_jax.io.hub import NETWORKS
+from tlcm_jax.io.consumer import product_kind
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.placement import to_devices
-from tlcm_jax.io.products import product_folder, product_kind
-from tlcm_jax.io.tensors import open_component
+from tlcm_jax.io.products import product_folder
+from tlcm_jax.io.tensors import open_component, weights_stem
 from tlcm_jax.models import lora
 
 PROMPTS = ("a photo of a red apple", "a drawing of a blue bird")
@@ -116,19 +116,19 @@ class _Ours:
 
     def weights(self, path: Path) -> tuple[dict[str, Any], set[str]]:
         """All networks' weights with the product in them, and the layers that a LoRA adapts."""
-        base, kind = self.teacher.params, product_kind(path)
+        teacher, kind = self.teacher, product_kind(path)
+        name = teacher.backbone
+        backbone = teacher.params[name]
         if kind == "lora":
-            adapter = read_lora(path, base["unet"])
-            return {**base, "unet": lora.merge(base["unet"], adapter)}, _layer_names(adapter)
-        if kind == "unet":
-            tensors = open_component(path, NETWORKS["unet"])
-            views = names.match_tensors(tensors, base["unet"], str(path))
-            return {**base, "unet": to_devices(views, base["unet"], tensors.release)}, set()
+            adapter = read_lora(path, backbone, teacher.lora_names)
+            merged = lora.merge(backbone, adapter)
+            return {**teacher.params, name: merged}, _layer_names(adapter)
+        if kind == "backbone":
+            tensors = open_component(path, weights_stem(teacher.configs[name]))
+            views = names.match_tensors(tensors, backbone, str(path))
+            return {**teacher.params, name: to_devices(views, backbone, tensors.release)}, set()
         product = load_model(path)
-        ours, theirs = self.teacher.process, product.process
-        if ours.prediction_type != theirs.prediction_type or not np.array_equal(
-            ours.alphas_cumprod, theirs.alphas_cumprod
-        ):
+        if product.process != teacher.process:
             raise VerificationError("its scheduler has another noise schedule than the teacher's")
         return dict(product.params), set()
 
@@ -136,17 +136,17 @@ class _Ours:
         self, params: Any, prompts: Sequence[str], noise: np.ndarray, fresh: np.ndarray
     ) -> np.ndarray:
         """Latents `[b, h, w, c]` for the same noises, every product of matrices in full fp32."""
-        pipeline, steps = self.teacher, len(fresh) + 1
+        model, steps = self.teacher, len(fresh) + 1
 
         def latents(params: Any, ids: Any, noise: jax.Array, fresh: jax.Array) -> jax.Array:
-            text = pipeline.encode_tokens(params, ids)
-            denoiser = pipeline.denoiser(params["unet"])
+            text = model.encode_tokens(params, ids)
+            denoiser = model.denoiser(params[model.backbone])
             times = student_timesteps(steps)
-            return sample(denoiser, pipeline.process, noise, text, times, noises=fresh)
+            return sample(denoiser, model.process, noise, text, times, noises=fresh)
 
         draw = self._draw.setdefault(steps, jax.jit(latents))
         with jax.default_matmul_precision("highest"):
-            ids = pipeline.tokenize(prompts)
+            ids = model.tokenize(prompts)
             return np.asarray(draw(params, ids, jnp.asarray(noise), jnp.asarray(fresh)))
 
 
@@ -156,7 +156,7 @@ def _compare(
     """The relative difference of one product's latents, by step count."""
     params, layers = ours.weights(path)
     theirs = consumer.load(path, ours.teacher)
-    loaded = consumer.adapted_layers(theirs)
+    loaded = consumer.adapted_layers(getattr(theirs, ours.teacher.backbone))
     if loaded != layers:
         wrong = ", ".join(sorted(loaded ^ layers)[:10])
         raise VerificationError(

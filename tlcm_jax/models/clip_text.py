@@ -101,6 +101,11 @@ class CLIPTextModel(nn.Module):
     config: CLIPTextConfig
     dtype: Dtype = jnp.float32
 
+    @nn.nowrap
+    def example(self) -> tuple[Array]:
+        """Inputs to trace the initialisation with."""
+        return (jnp.zeros((1, 8), jnp.int32),)
+
     @nn.compact
     def __call__(self, input_ids: Array) -> tuple[list[Array], Array, Array]:
         """Runs the tower.

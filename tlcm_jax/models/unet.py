@@ -39,6 +39,24 @@ class UNet2DConditionModel(nn.Module):
     dtype: Dtype = jnp.float32
     remat: str = "none"
 
+    @nn.nowrap
+    def example(self) -> tuple[Any, ...]:
+        """Inputs to trace the initialisation with."""
+        config = self.config
+        text_time: tuple[Array | None, Array | None] = (None, None)
+        if config.text_time:
+            ids = 6 * config.addition_time_embed_dim
+            pooled = config.projection_class_embeddings_input_dim - ids
+            text_time = (jnp.zeros((1, pooled)), jnp.zeros((1, 6)))
+        width = config.time_cond_proj_dim
+        return (
+            jnp.zeros((1, 16, 16, config.in_channels)),
+            jnp.zeros(1, jnp.int32),
+            jnp.zeros((1, 8, config.cross_attention_dim)),
+            *text_time,
+            jnp.zeros((1, width)) if width else None,
+        )
+
     @nn.compact
     def __call__(
         self,

@@ -187,6 +187,12 @@ class AutoencoderKL(nn.Module):
     config: VAEConfig
     dtype: Dtype = jnp.float32
 
+    @nn.nowrap
+    def example(self) -> tuple[Array]:
+        """Inputs to trace the initialisation with."""
+        side = 2 * self.config.downsampling
+        return (jnp.zeros((1, side, side, self.config.in_channels)),)
+
     def setup(self) -> None:
         self.encoder = Encoder(self.config, self.dtype)
         self.decoder = Decoder(self.config, self.dtype)
