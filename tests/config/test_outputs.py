@@ -73,8 +73,9 @@ def test_a_run_s_exports_and_report_are_its_recipe_s(world, recipe, run, tmp_pat
     settings = read(recipe)
     wanted = outputs.load_outputs(settings)
     outputs.write_outputs(result, settings, wanted, tmp_path, recipe, started=0.0, progress=False)
+    teacher = result.model
     exported = read_lora(
-        tmp_path / "export" / "kohya" / FILES["kohya"], result.model.params["unet"]
+        tmp_path / "export" / "kohya" / FILES["kohya"], teacher.params["unet"], teacher.lora_names
     )
     for ours, theirs in zip(
         jax.tree.leaves(exported), jax.tree.leaves(result.adapter), strict=True

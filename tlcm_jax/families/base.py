@@ -294,6 +294,10 @@ class LatentModel:
         """
         raise NotImplementedError
 
+    def encode_images(self, images: Float[Array, " b *image"]) -> Float[Array, " b *latent"]:
+        """Scaled latents of images in 0 .. 1, for training on data; not every family has them."""
+        raise ValueError(f"{self.source}: this model has no encoder of images")
+
     def denoiser(self, params: Params | None = None, lora: Params | None = None) -> Denoiser:
         """The backbone as `(z, t, conditioning) -> x0`, float32.
 
