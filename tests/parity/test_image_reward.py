@@ -57,6 +57,12 @@ def theirs(folder):
     model.mean, model.std = 0.16717362830052426, 1.0333394966054072
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.15)
+    # Small where the first norms see it, so that what they add to a variance counts.
+    vision, text = blip.visual_encoder, blip.text_encoder.embeddings
+    for parameter in (*vision.patch_embed.parameters(), vision.cls_token, vision.pos_embed):
+        parameter.data *= 1e-3
+    for table in (text.word_embeddings, text.position_embeddings):
+        table.weight.data *= 1e-5
     return model.eval().requires_grad_(False)
 
 
@@ -80,7 +86,7 @@ def test_rewards(theirs, folder):
         for image, text in zip(images, TEXTS, strict=True)
     ]
     assert relative(np.array(found), expected) < 1e-5
-    assert np.std(expected) > 0.01
+    assert np.ptp(expected) > 1e-3
     np.testing.assert_array_equal(scorer.texts(["Cat"])["ids"][0, :6], [2, 7, 31, 50, 3, 0])
     assert scorer.texts(TEXTS)["seen"].sum(1).max() == 35  # the longest is cut
 
