@@ -1,4 +1,4 @@
-"""What both stages promise: where gradients stop, what a sample costs, how they shard."""
+"""What all objectives promise: where gradients stop, what a pair costs, its keys, its device."""
 
 import dataclasses
 from collections import Counter
@@ -8,116 +8,114 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tlcm_jax.diffusion.prediction import predict_x0
 
-from tlcm_jax.diffusion import ddim
-from tlcm_jax.distillation import registry as stages
-from tlcm_jax.distillation.lcd import EndpointConsistencySettings
-from tlcm_jax.distillation.mlcd import SegmentConsistencySettings
+from tests.support.gaussian_world import keys, world_of
+from tlcm_jax.diffusion.process import bcast_right
+from tlcm_jax.distillation.lcd import LCDSettings
+from tlcm_jax.distillation.mlcd import MLCDSettings
 from tlcm_jax.distillation.networks import Networks
-from tlcm_jax.distillation.objective import batch_size
-from tlcm_jax.distillation.trajectory_kd import TrajectoryRegressionSettings
+from tlcm_jax.distillation.objective import NFE
+from tlcm_jax.distillation.terms.compose import StageLoss
+from tlcm_jax.distillation.trajectory_kd import TrajectoryKDSettings
 
 CASES = {
-    "node_reuse": SegmentConsistencySettings(),
-    "one_node": SegmentConsistencySettings(nodes_per_segment=1, segments=4),
-    "literal": SegmentConsistencySettings(mode="literal"),
-    "single_step": SegmentConsistencySettings(mode="single_step"),
-    "data": SegmentConsistencySettings(mode="data", skip=24, teacher_substeps=3, solver="sde"),
-    "finer": SegmentConsistencySettings(nodes_per_segment=1, teacher_substeps=2),
-    "endpoint": EndpointConsistencySettings(),
-    "shared_rollout": EndpointConsistencySettings(states_per_rollout=2),
-    "milestones": EndpointConsistencySettings(rollout="milestones", teacher_substeps=2),
-    "trajectory": TrajectoryRegressionSettings(),
-    "whole_path": TrajectoryRegressionSettings(segments=50, teacher_substeps=1),
+    "node_reuse": MLCDSettings(),
+    "one_point": MLCDSettings(points_per_segment=1, segments=4),
+    "paper": MLCDSettings(mode="paper"),
+    "one_step_state": MLCDSettings(mode="one_step_state"),
+    "data": MLCDSettings(mode="data", skip=24, teacher_substeps=3, solver="sde"),
+    "finer": MLCDSettings(points_per_segment=1, teacher_substeps=2, target_time="uniform"),
+    "lcd": LCDSettings(),
+    "shared_rollout": LCDSettings(states_per_rollout=2),
+    "milestones": LCDSettings(rollout="milestones", teacher_substeps=2),
+    "terms_alone": LCDSettings(weight=0.0),
+    "trajectory": TrajectoryKDSettings(),
+    "whole_path": TrajectoryKDSettings(segments=50, teacher_substeps=1),
+    "own_states": TrajectoryKDSettings(own_states=0.5),
 }
 
 
-def batch_of(world, size):
-    return {
-        "conditioning": world.conditioning(size),
-        "latents": world.latents(jax.random.key(9), size),
-    }
+def build(world, settings, student=None):
+    if student is None:
+        return settings.build(world.networks)
+    return settings.build(dataclasses.replace(world.networks, student=student))
 
 
-def stage_of(settings):
-    return next(name for name, stage in stages.STAGES.items() if type(settings) is stage.settings)
-
-
-def build(world, settings, networks=None):
-    networks = networks or world.networks
-    return stages.build(stage_of(settings), networks, world.schedule, world.shape, settings)
-
-
-def in_frozen(world):
-    """The world's networks with every role reading the frozen parameters."""
-
-    def scaled(network):
-        return lambda frozen: lambda z, t, c: frozen["scale"] * network(z, t, c)
-
-    return Networks(
-        student=lambda trainable, frozen: scaled(world.student(trainable, None))(frozen),
-        teacher=scaled(world.networks.teacher(None)),
-        null=lambda frozen: frozen["null"],
-    ), {"scale": jnp.ones(()), "null": world.frozen}
+def disturbed(tree):
+    return jax.tree.map(lambda x: x + 0.1, tree)
 
 
 @pytest.mark.parametrize(
-    "case", ["node_reuse", "literal", "data", "shared_rollout", "milestones", "trajectory"]
-)
-def test_no_gradient_reaches_teacher_states_or_rollout(world, case):
-    """The whole of `produce` is constant in the parameters of every network that it runs."""
-    networks, frozen = in_frozen(world)
-    objective = build(world, CASES[case], networks)
-    batch = batch_of(world, 2)
+    ("case", "kind"),
+    [
+        ("node_reuse", "eps"), ("paper", "eps"), ("data", "eps"), ("shared_rollout", "eps"),
+        ("milestones", "eps"), ("own_states", "eps"), ("finer", "flow"), ("lcd", "flow"),
+    ],
+)  # fmt: skip
+def test_no_gradient_reaches_teacher_states_or_rollout(case, kind):
+    """All of `sample_pairs` is constant in the parameters of every network that it runs."""
+    world = world_of(kind, 3)
+    objective = build(world, CASES[case])
+    batch = world.batch(2)
 
-    def total(trainable, frozen):
-        examples = objective.produce(trainable, frozen, batch, jax.random.key(0))
-        floats = [x for x in jax.tree.leaves(examples) if jnp.issubdtype(x.dtype, jnp.floating)]
-        return sum(jnp.sum(x) for x in floats)
+    @jax.jit
+    def with_slopes(trainable, frozen):
+        def total(trainable, frozen):
+            pairs = objective.sample_pairs(trainable, frozen, batch, keys(0, 2))
+            floats = [x for x in jax.tree.leaves(pairs) if jnp.issubdtype(x.dtype, jnp.floating)]
+            return sum(jnp.sum(x) for x in floats)
 
-    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(world.trainable(), frozen)
-    assert all(not jnp.any(g) for g in jax.tree.leaves(gradients))
+        return jax.value_and_grad(total, argnums=(0, 1))(trainable, frozen)
+
+    value, gradients = with_slopes(world.trainable(), world.frozen)
+    assert np.isfinite(value)
+    assert all(not np.any(g) for g in jax.tree.leaves(gradients))
+    # And yet pairs are what those parameters make.
+    moved, _ = with_slopes(disturbed(world.trainable()), world.frozen)
+    assert (moved != value) == objective.uses_student
+    led, _ = with_slopes(world.trainable(), {**world.frozen, "scale": jnp.float32(1.1)})
+    assert led != value
 
 
-@pytest.mark.parametrize("case", ["node_reuse", "endpoint"])
-def test_no_gradient_reaches_the_target(world, case):
-    """For a student eps + theta the gradient is closed-form: the prediction's own, and no more."""
+@pytest.mark.parametrize("case", ["node_reuse", "lcd"])
+def test_no_gradient_reaches_the_target(any_world, case):
+    """For a student x0 + theta the gradient is closed-form: the prediction's own, and no more."""
+    world, process = any_world, any_world.process
 
     def shifted(trainable, frozen):
-        return lambda z, t, c: world.networks.teacher(frozen)(z, t, c) + trainable
+        return lambda z, t, c: world.teacher(world.frozen)(z, t, c) + trainable["shift"]
 
-    schedule = world.schedule
-    objective = build(world, CASES[case], dataclasses.replace(world.networks, student=shifted))
-    theta, key = jnp.float32(0.1), jax.random.key(0)
-    pairs = objective.produce(theta, world.frozen, {"conditioning": world.conditioning(4)}, key)
+    objective = build(world, CASES[case], shifted)
+    theta = {"shift": jnp.float32(0.1)}
+    pairs = world.pairs(objective, 4, trainable=theta)
 
-    def loss(theta, z_m, z_n):
+    def loss(theta, frozen, z_m, z_n):
         here = pairs._replace(z_m=z_m, z_n=z_n)
-        return jnp.mean(objective.loss(theta, None, here, key)[0])
+        return jnp.mean(StageLoss(objective)(theta, frozen, here, keys(0, len(z_m)), {})[0])
 
-    found, by_z_m, by_z_n = jax.grad(loss, argnums=(0, 1, 2))(theta, pairs.z_m, pairs.z_n)
+    found, by_frozen, by_z_m, by_z_n = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(
+        theta, world.frozen, pairs.z_m, pairs.z_n
+    )
 
     student = shifted(theta, None)
-    prediction = predict_x0(student, schedule, pairs.z_m, pairs.t_m, pairs.conditioning)
-    goal = predict_x0(student, schedule, pairs.z_n, pairs.t_n, pairs.conditioning)
-    slope = -schedule.sigma(pairs.t_m) / schedule.alpha(pairs.t_m)  # of x0 in theta
-    floor = jnp.zeros_like(pairs.t_n)
+    prediction = student(pairs.z_m, pairs.t_m, pairs.conditioning)
+    target = student(pairs.z_n, pairs.t_n, pairs.conditioning)
+    slope, end = jnp.ones_like(prediction), jnp.full_like(pairs.t_n, process.end)
     if case == "node_reuse":
-        floor = pairs.boundary
-        prediction = ddim.step(schedule, pairs.z_m, prediction, pairs.t_m, floor)
-        goal = ddim.step(schedule, pairs.z_n, goal, pairs.t_n, floor)
-        slope *= ddim.coefficients(schedule, pairs.t_m, floor)[1]
-    goal = jnp.where((pairs.t_n == floor)[:, None, None, None], pairs.z_n, goal)
-    np.testing.assert_allclose(found, jnp.mean(2 * (prediction - goal) * slope), rtol=1e-4)
+        end = pairs.target_time
+        prediction = process.step(pairs.z_m, prediction, pairs.t_m, end)
+        target = process.step(pairs.z_n, target, pairs.t_n, end)
+        slope = bcast_right(process.coefficients(pairs.t_m, end)[1], target)
+    target = jnp.where(bcast_right(pairs.t_n == end, target), pairs.z_n, target)
+    expected = jnp.mean(2 * (prediction - target) * slope)
+    np.testing.assert_allclose(found["shift"], expected, rtol=1e-4)
     assert jnp.any(by_z_m)
     assert not jnp.any(by_z_n)
+    assert not any(jnp.any(g) for g in jax.tree.leaves(by_frozen))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_network_evaluations_are_those_stated(world, case):
-    settings = CASES[case]
-    stage = stages.find(stage_of(settings))
+def test_network_forwards_are_those_stated(world, case):
     forwards = Counter()
 
     def counted(role, network):
@@ -128,85 +126,172 @@ def test_network_evaluations_are_those_stated(world, case):
         return denoise
 
     networks = Networks(
+        process=world.process,
+        latent_shape=world.shape,
         student=lambda trainable, frozen: counted("student", world.student(trainable, frozen)),
-        teacher=lambda frozen: counted("teacher", world.networks.teacher(frozen)),
-        null=world.networks.null,
+        inference=lambda trainable, frozen: counted("target", world.student(trainable, frozen)),
+        teacher=lambda frozen: counted("teacher", world.teacher(frozen)),
+        null_of=world.networks.null_of,
     )
-    objective = build(world, settings, networks)
-    trainable, key = world.trainable(), jax.random.key(0)
-
-    batch = batch_of(world, 2)
-    pairs = jax.jit(objective.produce)(trainable, world.frozen, batch, key)
+    objective = CASES[case].build(networks)
+    pairs = world.pairs(objective, 2)
     jax.effects_barrier()
-    produced = Counter(forwards)
-    jax.block_until_ready(
-        jax.jit(
-            jax.value_and_grad(lambda x: jnp.sum(objective.loss(x, world.frozen, pairs, key)[0]))
-        )(trainable)
-    )
-    jax.effects_barrier()
-    forwards.subtract(produced)
+    sampled = Counter(forwards)
 
-    samples = batch_size(pairs)
-    stated = stage.evaluations_per_sample(settings)
-    assert samples == 2 * stage.examples_per_prompt(settings)
-    assert produced["teacher"] == stated.teacher * samples
-    assert produced["student"] == stated.rollout * samples
-    assert forwards["student"] == (stated.target + stated.student) * samples
+    def total(trainable):
+        return jnp.sum(objective_loss(trainable, objective, world, pairs))
+
+    jax.block_until_ready(jax.jit(jax.value_and_grad(total))(world.trainable()))
+    jax.effects_barrier()
+    forwards.subtract(sampled)
+
+    count, stated = len(pairs.z_m), objective.nfe_per_pair
+    assert count == 2 * objective.pairs_per_prompt
+    assert sampled["teacher"] == stated.teacher * count
+    assert sampled["target"] == stated.rollout * count
+    assert sampled["student"] == 0
+    assert forwards["student"] == stated.student * count
+    assert forwards["target"] == stated.target * count
     assert forwards["teacher"] == 0
 
 
-def test_the_stated_costs():
-    """Two teacher forwards a pair with node reuse, 18 with the literal path."""
-    costs = {
-        case: stages.find(stage_of(s)).evaluations_per_sample(s).total for case, s in CASES.items()
-    }
-    assert costs["node_reuse"] == costs["one_node"] == 2 + 2
-    assert costs["literal"] == 18 + 2
-    assert costs["single_step"] == 4 + 2
-    assert costs["data"] == 6 + 2
-    assert costs["finer"] == 4 + 2
-    assert costs["endpoint"] == 4 + 6 + 2
-    assert costs["shared_rollout"] == 2 + 6 + 2
-    assert costs["milestones"] == 8 + 4 + 2
-    assert costs["trajectory"] == 4 + 1
-    assert costs["whole_path"] == 2 + 1
-    # Seen three times, an example is made once.
-    thrice = stages.evaluations("endpoint_consistency", CASES["endpoint"], epochs=3)
-    assert (thrice.rollout, thrice.teacher, thrice.target, thrice.student) == (4, 6, 3, 3)
+def objective_loss(trainable, objective, world, pairs):
+    """As `StageLoss` has it, which refuses an objective that asks nothing of its own."""
+    networks = objective.networks
+    target = objective.target(networks.target(trainable, world.frozen), pairs)
+    x0 = objective.predict(networks.student(trainable, world.frozen), pairs)
+    return objective.loss(x0, target, pairs)[0] + 0 * jnp.sum(x0)
 
 
-@pytest.mark.parametrize("case", ["node_reuse", "literal", "data", "shared_rollout", "trajectory"])
-def test_examples_are_made_where_their_prompts_are(world, case):
-    """On eight devices: equal to one device's, and no latent crosses between devices."""
+def test_the_stated_costs(world):
+    """docs/method.md's figures: two teacher forwards a pair with node reuse, 18 by the paper."""
+    costs = {case: build(world, chosen).nfe_per_pair for case, chosen in CASES.items()}
+    totals = {case: cost.total for case, cost in costs.items()}
+    assert totals["node_reuse"] == totals["one_point"] == 2 + 2
+    assert totals["paper"] == 18 + 2
+    assert totals["one_step_state"] == 4 + 2
+    assert totals["data"] == 6 + 2
+    assert totals["finer"] == 4 + 2
+    assert totals["lcd"] == 4 + 6 + 2
+    assert totals["shared_rollout"] == 2 + 6 + 2
+    assert totals["milestones"] == 8 + 4 + 2
+    assert totals["terms_alone"] == 4 + 1
+    assert totals["trajectory"] == 4 + 1
+    assert totals["whole_path"] == 2 + 1
+    assert totals["own_states"] == 0.5 + 4 + 1
+    # Seen three times, a pair is made once.
+    assert costs["lcd"].visited(3) == NFE(rollout=4.0, teacher=6.0, target=3.0, student=3.0)
+    assert costs["lcd"].visited(3) + NFE(aux=2.0) == NFE(
+        rollout=4.0, teacher=6.0, target=3.0, student=3.0, aux=2.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("node_reuse", "eps"), ("paper", "flow"), ("data", "eps"), ("finer", "flow"),
+        ("shared_rollout", "eps"), ("own_states", "flow"),
+    ],
+)  # fmt: skip
+def test_a_prompt_s_pairs_are_its_own_whatever_batch_it_is_in(case, kind):
+    """To the last bit."""
+    world = world_of(kind, 1)
+    objective = build(world, CASES[case])
+    batch = {**world.batch(4), "conditioning": world.different(4)}
+    theta = disturbed(world.trainable())
+    sample = jax.jit(objective.sample_pairs)
+    whole = sample(theta, world.frozen, batch, keys(3, 4))
+    halves = [
+        sample(theta, world.frozen, *jax.tree.map(lambda x, i=i: x[i : i + 2], (batch, keys(3, 4))))
+        for i in (0, 2)
+    ]
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *halves)
+    for name, one, two in zip(whole._fields, whole, joined, strict=True):
+        jax.tree.map(
+            lambda a, b, name=name: np.testing.assert_array_equal(a, b, err_msg=name), one, two
+        )
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("node_reuse", "eps"), ("paper", "eps"), ("data", "eps"), ("shared_rollout", "eps"),
+        ("own_states", "eps"), ("finer", "flow"), ("lcd", "flow"),
+    ],
+)  # fmt: skip
+def test_pairs_are_made_where_their_prompts_are(case, kind):
+    """On eight devices: one device's to the last bit, and no latent crosses between devices."""
+    world = world_of(kind, 3)
     objective = build(world, CASES[case])
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     by_sample = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
-    batch = batch_of(world, 16)
-    arguments = (world.trainable(), world.frozen, batch, jax.random.key(0))
+    arguments = (world.trainable(), world.frozen, world.batch(16), keys(0, 16))
+    places = (whole, whole, by_sample, by_sample)
 
-    single = jax.jit(objective.produce)(*arguments)
-    produce = (
-        jax.jit(
-            objective.produce,
-            in_shardings=(whole, whole, by_sample, whole),
-            out_shardings=by_sample,
-        )
+    single = jax.jit(objective.sample_pairs)(*arguments)
+    sample = (
+        jax.jit(objective.sample_pairs, in_shardings=places, out_shardings=by_sample)
         .lower(*arguments)
         .compile()
     )
-    sharded = produce(*jax.device_put(arguments, (whole, whole, by_sample, whole)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), single, sharded)
-    text = produce.as_text()
+    sharded = sample(*jax.device_put(arguments, places))
+    jax.tree.map(np.testing.assert_array_equal, single, sharded)
+    text = sample.as_text()
     for collective in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
         assert collective not in text
 
 
-def test_a_training_step_s_examples_depend_on_the_key_alone(world):
+def test_pairs_depend_on_the_keys_alone(world):
     objective = build(world, CASES["shared_rollout"])
-    batch = batch_of(world, 2)
-    make = jax.jit(lambda key: objective.produce(world.trainable(), world.frozen, batch, key))
-    first, again, other = make(jax.random.key(1)), make(jax.random.key(1)), make(jax.random.key(2))
+    first, again, other = (world.pairs(objective, 2, seed) for seed in (1, 1, 2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.any(np.asarray(first.z_m) == np.asarray(other.z_m))
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, "v-zero-snr") for case in ("node_reuse", "paper", "data", "finer", "lcd", "own_states")]
+    + [(case, "flow") for case in ("node_reuse", "data", "lcd", "trajectory")],
+)
+def test_all_is_finite_up_to_pure_noise(case, kind):
+    """v-prediction, zero terminal SNR, where alpha is 0 at the start; and a flow, at both ends."""
+    world = world_of(kind, 3)
+    process = world.process
+
+    def from_raw(denoiser):
+        """The network as its checkpoint would have it: v, or a velocity."""
+
+        def denoise(z, t, conditioning):
+            x0 = denoiser(z, t, conditioning)
+            eps = process.to_eps(z, x0, t)
+            alpha, sigma = (bcast_right(level(t), z) for level in (process.alpha, process.sigma))
+            raw = alpha * eps - sigma * x0 if process.discrete else eps - x0
+            return process.to_x0(raw, z, t)
+
+        return denoise
+
+    networks = dataclasses.replace(
+        world.networks,
+        teacher=lambda frozen: from_raw(world.teacher(frozen)),
+        student=lambda theta, frozen: from_raw(world.student(theta, frozen)),
+    )
+    theta, objective = disturbed(world.trainable()), CASES[case].build(networks)
+
+    @jax.jit
+    def everything(theta):
+        pairs = objective.sample_pairs(theta, world.frozen, world.batch(4), keys(0, 4))
+        fresh = objective.renoise(pairs, keys(1, len(pairs.z_m)))
+
+        def mean_loss(theta, pairs):
+            return jnp.mean(objective_loss(theta, objective, world, pairs))
+
+        target = objective.target(networks.target(theta, world.frozen), pairs)
+        return pairs, fresh, target, jax.value_and_grad(mean_loss)(theta, pairs)
+
+    found = everything(theta)
+    floats = [x for x in jax.tree.leaves(found) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert all(np.all(np.isfinite(x)) for x in floats)
+    pairs = found[0]
+    if case in ("node_reuse", "finer", "trajectory"):
+        assert np.any(np.asarray(pairs.t_m) == process.start)

@@ -113,7 +113,7 @@ class World:
         ascending = jnp.asarray(milestones(self.process, self.segments)[::-1])
 
         def at(table, t):
-            segment = jnp.searchsorted(ascending, t, side="left") - 1
+            segment = jnp.searchsorted(ascending, t, method="compare_all") - 1
             low, high = ascending[segment], ascending[segment + 1]
             place = (t - low) / (high - low) * (self.knots - 1)
             left = jnp.clip(jnp.floor(place), 0, self.knots - 2).astype(jnp.int32)
