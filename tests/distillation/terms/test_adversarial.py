@@ -1,127 +1,181 @@
 """The adversarial term against known logits, and as a game that a mean wins."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from tests.support.roles import made_of, roles
-from tlcm_jax.distillation.networks import Role
-from tlcm_jax.distillation.terms.adversarial import AdversarialSettings, adversarial
+from tests.support.gaussian_world import keys
+from tests.support.noise import times as times_of
+from tests.support.roles import adversarial, context_of, outputs_of
+from tlcm_jax.distillation.terms.adversarial import DISCRIMINATOR, AdversarialSettings
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.models.lora import LoRAConfig
 
 
 @pytest.mark.parametrize("loss", ["hinge", "softplus"])
-def test_the_adversarial_losses_by_hand(world, loss):
+def test_the_adversarial_losses_by_hand(any_world, loss):
     """A discriminator with a constant and a bias only: logits are known."""
-    settings = AdversarialSettings(loss=loss, times=(0,))
-    term = adversarial(roles(world), world.schedule, settings)
+    world = any_world
+    term = adversarial(world, AdversarialSettings(loss=loss, times=(0,)))
     x = jnp.full((2, *world.shape), 0.5)
-    made = made_of(world, x, sample=2 * x)
+    outputs = outputs_of(world, x, sample=2 * x)
     psi = {"w": jnp.full(world.shape, 0.25), "v": jnp.zeros(world.shape), "b": jnp.zeros(())}
-    critic = term.critics["discriminator"]
 
     @jax.jit
-    def both(psi, key):
-        return critic.loss(psi, world.frozen, made, key), term.loss(
-            made, {}, world.frozen, {"discriminator": psi}, key
-        )
+    def both(psi):
+        context = context_of(world, term, 2, aux={DISCRIMINATOR: psi})
+        return term.aux.loss(psi, world.frozen, outputs, keys(1, 2)), term.loss(outputs, context)[0]
 
-    (value, told), (pull, _) = both(psi, jax.random.key(0))
-    # t' = 0 is all but clean: alpha_0 = 0.9996, sigma_0 = 0.029.
-    real, fake = np.asarray(told["real"]), np.asarray(told["fake"])
+    (value, metrics), own = both(psi)
+    # t' = 0 is all but clean: alpha_0 = 0.9996, sigma_0 = 0.029 on the table.
+    real, fake = np.asarray(metrics["real"]), np.asarray(metrics["fake"])
     np.testing.assert_allclose(real, 1.0, atol=0.06)
     np.testing.assert_allclose(fake, 0.5, atol=0.06)
     if loss == "hinge":
         expected = np.maximum(1 - real, 0) + np.maximum(1 + fake, 0)
-        np.testing.assert_allclose(pull, -0.5, atol=0.06)
+        np.testing.assert_allclose(own, -0.5, atol=0.06)
     else:
         expected = np.log1p(np.exp(-real)) + np.log1p(np.exp(fake))
-        np.testing.assert_allclose(pull, np.log1p(np.exp(-0.5)), atol=0.03)
+        np.testing.assert_allclose(own, np.log1p(np.exp(-0.5)), atol=0.03)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("level", [0, 374])
-def test_noise_is_added_from_the_level_on(world, level):
-    """Latents at b, noised to t', have the variance of data noised to t' at once."""
+def spied(world, settings):
+    """The term with a discriminator that keeps what it is shown."""
     seen = []
 
-    def discriminator(layers):
-        def network(psi, frozen):
-            return lambda z, t, c: (seen.append((z, t)) or jnp.zeros((len(z), 1, 1, 1)),)
+    def network(z, t, conditioning):
+        seen.append((z, t))
+        return (jnp.zeros((len(z), 1)),)
 
-        return Role(initial=lambda key: {}, network=network)
+    return adversarial(world, settings, network=network), seen
 
-    networks = dataclasses.replace(roles(world), discriminator=discriminator)
-    term = adversarial(networks, world.schedule, AdversarialSettings(times=(250,), real="goal"))
+
+@pytest.mark.parametrize(
+    ("level", "above", "then"), [(0, 250, 250), (374, 250, 624), (374, 750, 999)]
+)
+def test_noise_is_added_from_the_level_on(any_world, level, above, then):
+    """Latents at b, noised to t' by equation (3), are distributed as data noised to t' at once.
+
+    Level 0 counts as clean; t' does not go beyond pure noise.
+    """
+    world, process = any_world, any_world.process
+    term, seen = spied(world, AdversarialSettings(times=(above,), real="target"))
     count = 4000
     clean = jnp.full((count, *world.shape), 0.7)
     noise = jax.random.normal(jax.random.key(0), clean.shape)
-    z = world.schedule.diffuse(clean, noise, jnp.full(count, level)) if level else clean
-    made = made_of(world, z, goal=z, level=level)
-    term.loss(made, {}, world.frozen, {"discriminator": {}}, jax.random.key(1))
+    z = process.add_noise(clean, noise, times_of(process, [level] * count)) if level else clean
+    outputs = outputs_of(world, z, target=z, target_time=process.time(level))
+    term.loss(outputs, context_of(world, term, count, aux={DISCRIMINATOR: {}}))
     ((found, t),) = seen
-    assert np.all(np.asarray(t) == level + 250)
-    alpha, sigma = world.schedule.alphas[level + 250], world.schedule.sigmas[level + 250]
+    expected = times_of(process, [then] * count)
+    assert t.dtype == process.time_dtype
+    np.testing.assert_allclose(t, expected, rtol=1e-6)
+    alpha, sigma = (float(level(expected[:1])[0]) for level in (process.alpha, process.sigma))
     np.testing.assert_allclose(found.mean(), 0.7 * alpha, atol=0.02)
     np.testing.assert_allclose(found.std(), sigma, atol=0.02)
+    if level:  # what noise there was is kept, by c of equation (3)
+        at_b = times_of(process, [level])
+        c = alpha / float(process.alpha(at_b)[0])
+        share = c * float(process.sigma(at_b)[0]) / sigma
+        agreement = np.corrcoef(np.ravel(found), np.ravel(noise))[0, 1]
+        np.testing.assert_allclose(agreement, share, atol=0.03)
 
 
-def test_whole_samples_are_clean_wherever_the_jump_lands(world):
+def test_at_the_level_itself_nothing_is_added(any_world):
+    """No root of a rounding below 0."""
+    world, process = any_world, any_world.process
+    term, seen = spied(world, AdversarialSettings(times=(0,), real="target"))
+    t = times_of(process, range(1, 999))  # no jump ends in pure noise
+    z = jax.random.normal(jax.random.key(0), (998, *world.shape))
+    outputs = outputs_of(world, z, target=z)._replace(target_time=t)
+    term.loss(outputs, context_of(world, term, 998, aux={DISCRIMINATOR: {}}))
+    np.testing.assert_allclose(seen[0][1], t, rtol=1e-6)
+    # The root of a rounding: more where a flow's alpha all but vanishes.
+    np.testing.assert_allclose(seen[0][0], z, atol=3e-3 if process.discrete else 0.03)
+
+
+def test_times_are_drawn_for_each_sample_from_those_given(world):
+    term, seen = spied(world, AdversarialSettings())
+    clean = jnp.zeros((2000, *world.shape))
+    outputs = outputs_of(world, clean, sample=clean)
+    term.loss(outputs, context_of(world, term, 2000, aux={DISCRIMINATOR: {}}))
+    times, counts = np.unique(seen[0][1], return_counts=True)
+    np.testing.assert_array_equal(times, [10, 250, 500, 750])
+    assert np.all(np.abs(counts / 2000 - 1 / 4) < 0.04)
+
+
+def test_whole_samples_are_clean_wherever_the_jump_ends(any_world):
     """A prediction and a real latent are held together as x0, also inside a segment."""
-    seen = []
-
-    def discriminator(layers):
-        def network(psi, frozen):
-            return lambda z, t, c: (seen.append((z, t)) or jnp.zeros((len(z), 1, 1, 1)),)
-
-        return Role(initial=lambda key: {}, network=network)
-
-    networks = dataclasses.replace(roles(world), discriminator=discriminator)
-    term = adversarial(networks, world.schedule, AdversarialSettings(times=(250,)))
+    world, process = any_world, any_world.process
+    term, seen = spied(world, AdversarialSettings(times=(250,)))
     clean = jnp.full((4000, *world.shape), 0.7)
-    made = made_of(world, clean, sample=clean, level=374)
-    term.loss(made, {}, world.frozen, {"discriminator": {}}, jax.random.key(1))
-    term.critics["discriminator"].loss({}, world.frozen, made, jax.random.key(2))
+    outputs = outputs_of(world, clean, sample=clean, target_time=process.time(374))
+    term.loss(outputs, context_of(world, term, 4000, aux={DISCRIMINATOR: {}}))
+    term.aux.loss({}, world.frozen, outputs, keys(2, 4000))
+    expected = times_of(process, [250])
+    alpha, sigma = (float(level(expected)[0]) for level in (process.alpha, process.sigma))
     for z, t in seen:
-        assert np.all(np.asarray(t) == 250)
-        np.testing.assert_allclose(z.mean(), 0.7 * world.schedule.alphas[250], atol=0.02)
-        np.testing.assert_allclose(z.std(), world.schedule.sigmas[250], atol=0.02)
+        np.testing.assert_allclose(t, expected[0], rtol=1e-6)
+        np.testing.assert_allclose(z.mean(), 0.7 * alpha, atol=0.02)
+        np.testing.assert_allclose(z.std(), sigma, atol=0.02)
     assert [len(z) for z, _ in seen] == [4000, 8000]
+
+
+def test_real_and_fake_are_noised_apart_and_told_apart(world):
+    """Side by side, to one time, with the conditioning of their own sample."""
+    term, seen = spied(world, AdversarialSettings(times=(10, 250)))
+    x = jnp.zeros((50, *world.shape))
+    term.aux.loss({}, world.frozen, outputs_of(world, x, sample=x + 5), keys(0, 50))
+    ((z, t),) = seen
+    np.testing.assert_array_equal(t[0::2], t[1::2])
+    assert set(np.asarray(t)) == {10, 250}
+    near = np.asarray(t[0::2]) == 10
+    assert np.all(z[0::2][near] > 4) and np.all(np.abs(z[1::2][near]) < 1)
+    noise = z[0::2] - 5 * jnp.asarray(world.process.alphas)[t[0::2]][:, None, None, None]
+    assert not np.any(np.abs(noise - z[1::2]) < 1e-6)
+
+
+def test_a_time_beyond_the_process_is_refused(any_world):
+    settings = AdversarialSettings(times=(10, 1000))
+    with pytest.raises(ValueError, match="the largest of times = 1000: must be at most 999"):
+        settings.load(LatentModel(), any_world.networks, LoRAConfig())
 
 
 def test_the_game_carries_one_step_towards_the_sample(world):
     """A generator whose mean is off plays against a quadratic discriminator, and gets there."""
-    settings = AdversarialSettings(loss="softplus", times=(10, 250))
-    term = adversarial(roles(world), world.schedule, settings)
-    critic = term.critics["discriminator"]
-    target = jnp.asarray(world.mean)
+    term = adversarial(world, AdversarialSettings(loss="softplus", times=(10, 250)))
+    aux, goal = term.aux, jnp.asarray(world.mean)
+    assert (aux.name, aux.updates, aux.b1) == (DISCRIMINATOR, 5, 0.0)
     student, judge = optax.adam(0.02, b1=0.0), optax.adam(0.02, b1=0.0)
 
     def update(carry, index):
         mean, moments, psi, psi_moments = carry
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), index), 5)
-        noise = 0.3 * jax.random.normal(keys[0], (64, *world.shape))
-        other = 0.3 * jax.random.normal(keys[1], (64, *world.shape))
-        made = made_of(world, mean + noise, sample=target + other)
-        slope = jax.grad(lambda p: jnp.mean(critic.loss(p, world.frozen, made, keys[2])[0]))(psi)
+        fake_key, real_key, aux_key, own_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(0), index), 4
+        )
+        noise = 0.3 * jax.random.normal(fake_key, (64, *world.shape))
+        other = 0.3 * jax.random.normal(real_key, (64, *world.shape))
+        aux_keys, own_keys = jax.random.split(aux_key, 64), jax.random.split(own_key, 64)
+        outputs = outputs_of(world, mean + noise, sample=goal + other)
+        slope = jax.grad(lambda p: jnp.mean(aux.loss(p, world.frozen, outputs, aux_keys)[0]))(psi)
         # Weight decay stops the two from circling each other.
         slope = jax.tree.map(lambda g, p: g + 0.05 * p, slope, psi)
         change, psi_moments = judge.update(slope, psi_moments)
         psi = optax.apply_updates(psi, change)
 
         def loss(mean):
-            made = made_of(world, mean + noise, sample=target + other)
-            seen = {"discriminator": psi}
-            return jnp.mean(term.loss(made, {}, world.frozen, seen, keys[3])[0])
+            outputs = outputs_of(world, mean + noise, sample=goal + other)
+            context = context_of(world, term, 64, aux={DISCRIMINATOR: psi})
+            return jnp.mean(term.loss(outputs, context._replace(keys=own_keys))[0])
 
         change, moments = student.update(jax.grad(loss)(mean), moments)
         return (optax.apply_updates(mean, change), moments, psi, psi_moments), mean
 
-    mean, psi = jnp.zeros(world.shape), critic.initial(jax.random.key(0))
+    mean, psi = jnp.zeros(world.shape), aux.init(jax.random.key(0))
     start = (mean, student.init(mean), psi, judge.init(psi))
     path = jax.jit(lambda c: jax.lax.scan(update, c, jnp.arange(600))[1])(start)
-    distance = jnp.sqrt(jnp.mean((path - target) ** 2, axis=(1, 2, 3)))
+    distance = jnp.sqrt(jnp.mean((path - goal) ** 2, axis=(1, 2, 3)))
     assert float(distance[0]) > 0.5 and float(jnp.mean(distance[-100:])) < 0.1

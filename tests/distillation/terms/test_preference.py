@@ -1,64 +1,96 @@
-"""Preference by hand, and when a stage ends because scorer and judge part."""
+"""Preference by hand, and when a stage ends because scorer and held-out reward part."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from tests.support.roles import WISH, made_of, roles
-from tlcm_jax.distillation.terms.compose import at
-from tlcm_jax.distillation.terms.preference import parted, preference
+from tests.support import roles
+from tests.support.roles import WISH, context_of, outputs_of, preference
+from tlcm_jax.distillation.terms.compose import value_and_grad_at
 
 
-def test_the_preference_loss_by_hand(world):
-    networks = roles(world)
-    term = preference(networks, world.schedule, WISH)
+def at(world, term, x, texts):
+    """The term's value, gradient and metrics at predictions x with prompts `texts`."""
+    inputs = jax.tree.map(jnp.asarray, term.prompt_inputs([str(text) for text in texts]))
+
+    def loss(x):
+        return term.loss(outputs_of(world, x), context_of(world, term, len(x), inputs))
+
+    return value_and_grad_at(loss, x)
+
+
+def test_the_preference_loss_by_hand(any_world):
+    world = any_world
+    term = preference(world)
     x = jax.random.normal(jax.random.key(0), (3, *world.shape))
-    texts = jnp.array([0.2, 0.4, 0.4])
-    extras = {"reward_texts": texts, "judge_texts": texts}
-    value, told = term.loss(made_of(world, x), extras, world.frozen, {}, jax.random.key(0))
-    pictures = np.tanh(np.asarray(x))
+    texts = np.array([0.2, 0.4, 0.4])
+    value, _, metrics = at(world, term, x, texts)
+    images = np.tanh(np.asarray(x)).reshape(3, -1)
 
-    def score(target, text):
-        return 10 - np.mean(
-            (pictures - target * np.asarray(text)[:, None, None, None]) ** 2, (1, 2, 3)
-        )
+    def score(sign, text):
+        return 10 - np.mean((images - sign * text[:, None]) ** 2, axis=1)
 
     own, other = score(1.0, texts), score(1.0, np.roll(texts, 1))
     expected = np.maximum(9.9 - own, 0) + np.maximum(other, 0) * [1, 1, 0]  # 3's other is its own
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(told["score"], own, rtol=1e-5)
-    np.testing.assert_allclose(told["judge"], score(-1.0, texts), rtol=1e-5)
-    assert term.share == 0.3
+    np.testing.assert_allclose(metrics["score"], own, rtol=1e-5)
+    np.testing.assert_allclose(metrics["held_out"], score(-1.0, texts), rtol=1e-5)
+    assert (term.weight, term.max_grad_ratio) == (1.0, 0.3)
 
 
 def test_a_stage_s_own_threshold_takes_the_scorer_s_place(world):
     def value(settings):
-        term = preference(roles(world), world.schedule, settings)
-        x, texts = jnp.zeros((2, *world.shape)), jnp.array([0.2, 0.4])
-        extras = {"reward_texts": texts, "judge_texts": texts}
-        return term.loss(made_of(world, x), extras, world.frozen, {}, jax.random.key(0))[0]
+        return at(world, preference(world, settings), jnp.zeros((2, *world.shape)), [0.2, 0.4])[0]
 
-    # Grey pictures score above 9.8, so the scorer's 9.9 asks for at most 0.1 more.
+    # Grey images score above 9.8, so the scorer's 9.9 asks for at most 0.1 more.
     own, other = value(WISH), value(dataclasses.replace(WISH, threshold=20.0))
     score = 10 - np.array([0.2, 0.4]) ** 2
     np.testing.assert_allclose(other - own, 20 - score - np.maximum(9.9 - score, 0), rtol=1e-5)
 
 
-def test_descent_on_the_term_raises_its_score(world):
-    term = preference(roles(world), world.schedule, WISH)
-    texts = jnp.full(16, 0.5)
-    extras = {"reward_texts": texts, "judge_texts": texts}
-    x = jax.random.normal(jax.random.key(0), (16, *world.shape))
+def test_a_scorer_without_a_threshold_needs_one(world, monkeypatch):
+    monkeypatch.setattr(roles, "load", lambda path: roles.ToyScorer(threshold=None))
+    with pytest.raises(ValueError, match="has no threshold of its own: set `threshold`"):
+        preference(world)
+    assert preference(world, dataclasses.replace(WISH, threshold=1.0)).threshold == 1.0
 
-    def loss(x):
-        return term.loss(made_of(world, x), extras, world.frozen, {}, jax.random.key(0))
+
+def test_a_scorer_that_cannot_be_followed_is_refused_and_can_be_held_out(world, monkeypatch):
+    def load(path):
+        return roles.ToyScorer(differentiable=path == "1")
+
+    monkeypatch.setattr(roles, "load", load)
+    assert preference(world).held_out is not None
+    with pytest.raises(ValueError, match="has no gradient in the images"):
+        preference(world, dataclasses.replace(WISH, weights="2"))
+
+
+def test_without_a_decoder_it_says_so(world):
+    term = dataclasses.replace(preference(world), networks=world.networks)
+    with pytest.raises(ValueError, match="preference needs a decoder, and the model has none"):
+        at(world, term, jnp.zeros((2, *world.shape)), [0.2, 0.4])
+
+
+def test_the_held_out_reward_is_told_and_not_followed(world):
+    """Its gradient at x is nobody's, and without one there is none to tell."""
+    x = jax.random.normal(jax.random.key(0), (3, *world.shape))
+    alone = dataclasses.replace(WISH, held_out="", held_out_weights="")
+    both, one = (at(world, preference(world, s), x, [0.2, 0.4, 0.6]) for s in (WISH, alone))
+    np.testing.assert_array_equal(both[1], one[1])
+    assert "held_out" in both[2] and "held_out" not in one[2]
+
+
+def test_descent_on_the_term_raises_its_score(world):
+    term = preference(world)
+    x = jax.random.normal(jax.random.key(0), (16, *world.shape))
 
     @jax.jit
     def descend(x):
-        _, gradient, told = at(loss, x)
-        return x - 0.5 * gradient, jnp.mean(told["score"])
+        _, gradient, metrics = at(world, term, x, [0.5] * 16)
+        return x - 0.5 * gradient, jnp.mean(metrics["score"])
 
     scores = []
     for _ in range(50):
@@ -67,18 +99,19 @@ def test_descent_on_the_term_raises_its_score(world):
     assert scores[-1] > 9.85 > scores[0] + 0.1
 
 
-def test_a_stage_ends_when_scorer_and_judge_part():
-    settings = dataclasses.replace(WISH, stop_when_parted=True, tolerance=0.5)
+def test_a_stage_ends_when_scorer_and_held_out_reward_part(world):
+    settings = dataclasses.replace(WISH, stop_on_reward_hacking=True, tolerance=0.5)
 
-    def rows(score, judge):
-        return [
-            {"preference/score": s, "preference/judge": j}
-            for s, j in zip(score, judge, strict=True)
-        ]
+    def rows(score, held_out):
+        return [{"wish/score": s, "wish/held_out": h} for s, h in zip(score, held_out, strict=True)]
 
     rise, fall, drift = np.linspace(0, 2, 12), np.linspace(0, -2, 12), np.linspace(0, -0.4, 12)
-    enough = parted(settings)
-    assert "the judge fell by" in enough(rows(rise, fall))
-    assert enough(rows(rise, rise)) == enough(rows(fall, fall)) == enough(rows(rise, drift)) == ""
-    assert enough(rows(rise, fall)[:9]) == ""  # too early to say
-    assert parted(WISH)(rows(rise, fall)) == ""
+    term = preference(world, settings)
+
+    def stop(score, held_out, term=term, count=12):
+        return term.should_stop(rows(score, held_out)[:count], "wish")
+
+    assert "the held-out reward fell by" in stop(rise, fall)
+    assert stop(rise, rise) == stop(fall, fall) == stop(rise, drift) == ""
+    assert stop(rise, fall, count=9) == ""  # too early to say
+    assert stop(rise, fall, term=preference(world)) == ""
