@@ -4,7 +4,8 @@ import errno
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
 from tlcm_jax.io import files
 from tlcm_jax.io.files import atomic_write, cast, save_tensors
@@ -79,6 +80,23 @@ def test_unwritable_place_is_named(tmp_path):
         atomic_write(tmp_path / "file" / "folder"),
     ):
         pass
+
+
+def test_equal_tensors_make_equal_bytes(tmp_path):
+    """Whatever the order they come in, and the order of the library's hash map, which is random."""
+    tensors = {f"layer.{i}.weight": np.full((2, 3), i, np.float32) for i in range(20)}
+    text = {f"key {i}": 'Grüße "\n\x1f\x7f\u2028 \U0001f431' for i in range(20)}
+    for i in range(4):
+        turn = dict(sorted(tensors.items(), reverse=i % 2 == 1))
+        save_tensors(tmp_path / f"{i}.safetensors", turn, dict(reversed(text.items())))
+    contents = {(tmp_path / f"{i}.safetensors").read_bytes() for i in range(4)}
+    assert len(contents) == 1
+    read = load_file(tmp_path / "0.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(read[name], value)
+    with safe_open(tmp_path / "0.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt", **text}
 
 
 def test_cast_keeps_shape_and_order():

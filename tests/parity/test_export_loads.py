@@ -1,5 +1,6 @@
 """Every export, loaded and sampled by diffusers as a user would, draws what this library draws."""
 
+import json
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ pytest.importorskip("peft", reason=reason)
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline  # noqa: E402
 from tlcm_jax.diffusion.scheduler_config import lcm_scheduler  # noqa: E402
 from tlcm_jax.families.load import load_model  # noqa: E402
+from tlcm_jax.io import verify  # noqa: E402
 from tlcm_jax.io.json_files import write_json  # noqa: E402
 from tlcm_jax.io.model_card import Recipe  # noqa: E402
 from tlcm_jax.io.products import export_products  # noqa: E402
@@ -90,6 +92,43 @@ def test_lora_has_its_effect_in_diffusers(teacher, tmp_path, target):
     pipe.load_lora_weights(str(path.parent))  # a folder of one file will do as well
     adapted, _ = draw_consumer(pipe, ["a cat"], 2, noise, 0)
     assert np.linalg.norm(adapted - plain) > 0.1 * np.linalg.norm(plain)
+
+
+def test_products_of_zero_terminal_snr_draw_our_latents(tmp_path):
+    """Such a teacher's students sample from pure noise, in the LCMScheduler that is written too."""
+    folder = write_tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    write_json(path, {**config, "rescale_betas_zero_snr": True})
+    teacher = load_model(folder)
+    assert teacher.process.alphas[-1] == 0
+    products = export(teacher, ("lora", "pipeline"), tmp_path / "export", "fp32")
+    assert load_model(products["pipeline"]).process == teacher.process
+    results = verify_products(products, teacher.source, steps=(2,))
+    assert max(results["lora"][2], results["pipeline"][2]) < 1e-4
+
+
+@pytest.mark.parametrize(("size", "passes"), [(2.0, False), (0.5, True)])
+def test_twice_the_tolerance_fails_and_half_of_it_passes(
+    teacher, tmp_path, monkeypatch, size, passes
+):
+    product = export(teacher, ("unet",), tmp_path, "fp32")
+
+    def changed(*arguments):
+        latents, fresh = draw_consumer(*arguments)
+        change = np.random.default_rng(0).standard_normal(latents.shape, np.float32)
+        norms = np.linalg.norm(latents) / np.linalg.norm(change)
+        return latents + np.float32(size * verify.TOLERANCE * norms) * change, fresh
+
+    monkeypatch.setattr(verify, "draw_consumer", changed)
+    if passes:
+        results = verify_products(product, teacher.source, steps=(2,))
+        assert results["unet"][2] == pytest.approx(size * verify.TOLERANCE, rel=0.1)
+    else:
+        message = "unet .* failed and was deleted: its latents differ from ours by 0.0002, relative"
+        with pytest.raises(VerificationError, match=message):
+            verify_products(product, teacher.source, steps=(2,))
+    assert product["unet"].exists() == passes
 
 
 def test_product_that_fails_is_deleted_and_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -43,13 +44,14 @@ def cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
 def save_tensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file that PyTorch programs read.
+    """Writes a safetensors file that PyTorch programs read; equal tensors make equal bytes.
 
     Raises:
       OSError: it cannot be written; a full disk has `errno.ENOSPC`.
     """
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+        _sort_header(path)
     except SafetensorError as error:  # the library reports the system's error as text
         full = "No space left" in str(error) or "quota exceeded" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
@@ -57,6 +59,19 @@ def save_tensors(
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def _sort_header(path: Path) -> None:
+    """Puts the header's keys in order, which the library writes as its hash map has them."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        ordered = text.encode().ljust(size)
+        if len(ordered) != size:
+            raise ValueError(f"{path}: its header cannot be put in order")
+        file.seek(8)
+        file.write(ordered)
 
 
 @contextlib.contextmanager
