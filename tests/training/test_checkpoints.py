@@ -20,8 +20,11 @@ from tlcm_jax.training.state import create
 def make_state(on=None, trainable=None, seed=5, impl=None):
     trainable = toy.trainable() if trainable is None else trainable
     state = create(trainable, adamw(1e-2), jax.random.key(seed, impl=impl))
-    filled = jax.tree.map(lambda x: x + 0.25 if x.dtype == jnp.float32 else x, state.opt_state)
-    return sharding.place(state.replace(opt_state=filled, step=jnp.int32(3)), on, toy.RULES)
+    filled = jax.tree.map(
+        lambda x: x + 0.25 if x.dtype == jnp.float32 else x, state.student.opt_state
+    )
+    networks = {"student": state.student.replace(opt_state=filled)}
+    return sharding.place(state.replace(networks=networks, step=jnp.int32(3)), on, toy.RULES)
 
 
 def template(state, on=None):
@@ -33,6 +36,12 @@ def template(state, on=None):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
+
+
+def save(saved, position, state):
+    """And waits until it is on the disk."""
+    saved.save(position, state)
+    saved.wait()
 
 
 def at(total):
@@ -55,8 +64,7 @@ def test_names_with_dots_and_both_key_kinds_come_back_exactly(tmp_path, impl):
         "ff.net.0.proj": [jnp.float32(2.0), jnp.ones((2, 3))],
     }
     state = make_state(trainable=trainable, impl=impl)
-    saved = Checkpoints(tmp_path)
-    saved.save(at(7), state)
+    save(Checkpoints(tmp_path), at(7), state)
     again = Checkpoints(tmp_path)
     assert again.latest() == at(7)
     restored = again.restore(template(state))
@@ -70,7 +78,7 @@ def test_restores_onto_another_mesh(tmp_path):
         meshes.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4]),
     )
     state = make_state(wide)
-    Checkpoints(tmp_path).save(at(5), state)
+    save(Checkpoints(tmp_path), at(5), state)
     for on in (mixed, None):
         restored = Checkpoints(tmp_path).restore(template(state, on))
         assert_same(restored, state)
@@ -82,7 +90,7 @@ def test_restores_onto_another_mesh(tmp_path):
 def test_the_trained_leaves_are_read_alone_beside_a_run_that_saves(tmp_path):
     saved = Checkpoints(tmp_path)
     for total in (5, 6):
-        saved.save(at(total), make_state(meshes.make_mesh({"fsdp": 8}), seed=total))
+        save(saved, at(total), make_state(meshes.make_mesh({"fsdp": 8}), seed=total))
     shutil.copytree(tmp_path / "6", tmp_path / "7.orbax-checkpoint-tmp")
     reader = Checkpoints(tmp_path, keep=None)
     for total in (None, 5):
@@ -107,13 +115,13 @@ def test_the_newest_few_are_kept_and_half_written_ones_never_chosen(tmp_path):
     saved = Checkpoints(tmp_path, keep=2)
     for total in (5, 6, 7):
         saved.save(at(total), state)
-    saved.save(at(7), state)  # already there
+    save(saved, at(7), state)  # already there
     assert sorted(os.listdir(tmp_path)) == ["6", "7"]
     # What a run that was killed while saving leaves: the temporary name.
     shutil.copytree(tmp_path / "7", tmp_path / "8.orbax-checkpoint-tmp")
     again = Checkpoints(tmp_path, keep=2)
     assert again.latest() == at(7)
-    again.save(at(8), state)
+    save(again, at(8), state)
     assert Checkpoints(tmp_path).latest() == at(8)
     with pytest.raises(RuntimeError, match="step 6 was not saved.*already holds step 8"):
         again.save(at(6), state)
@@ -128,7 +136,7 @@ def test_damaged_and_missing_checkpoints_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         saved.restore(template(state))
     saved.save(at(5), state)
-    saved.save(at(6), state)
+    save(saved, at(6), state)
     for path in (tmp_path / "6/state").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[:10])
@@ -140,14 +148,14 @@ def test_damaged_and_missing_checkpoints_are_errors(tmp_path):
 
 
 def test_another_state_is_refused_leaf_by_leaf(tmp_path):
-    Checkpoints(tmp_path).save(at(5), make_state())
+    save(Checkpoints(tmp_path), at(5), make_state())
     layer = {"kernel": jnp.ones((toy.FEATURES, 4)), "scale": jnp.ones(4)}
     other = make_state(trainable={"down_blocks.0": {"attn.1": layer}})
     with pytest.raises(ValueError) as error:
         Checkpoints(tmp_path).restore(template(other))
     text = str(error.value)
-    assert "trainable/down_blocks.0/attn.1/scale: not in the checkpoint" in text
-    assert "trainable/down_blocks.0/attn.1/bias: only in the checkpoint" in text
+    assert "networks/student/params/down_blocks.0/attn.1/scale: not in the checkpoint" in text
+    assert "networks/student/params/down_blocks.0/attn.1/bias: only in the checkpoint" in text
     assert "float32[16, 8] in the checkpoint, float32[16, 4] in this run" in text
     counted = make_state()
     counted = counted.replace(step=jnp.float32(0))
@@ -157,29 +165,84 @@ def test_another_state_is_refused_leaf_by_leaf(tmp_path):
 
 def test_two_leaves_of_one_name_are_refused(tmp_path):
     state = make_state(trainable={"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
-    with pytest.raises(ValueError, match="two leaves of the state are called 'trainable/a/b'"):
+    with pytest.raises(ValueError, match="two leaves .* called 'networks/student/params/a/b'"):
         Checkpoints(tmp_path).save(at(5), state)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        ValueError("RESOURCE_EXHAUSTED: Error writing ...: No space left on device [28]"),
-    ],
-)
-def test_a_full_disk_names_the_last_good_checkpoint(tmp_path, monkeypatch, error):
-    saved, state = Checkpoints(tmp_path), make_state()
-    saved.save(at(5), state)
+COMMIT = "orbax.checkpoint._src.checkpointers.async_checkpointer._on_commit_callback"
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    ValueError("RESOURCE_EXHAUSTED: Error writing ...: No space left on device [28]"),
+]
 
-    def full(*args, **kwargs):
+
+def raising(error):
+    def call(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(saved._manager, "save", full)
+    return call
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_disk_names_the_last_good_checkpoint(tmp_path, monkeypatch, error):
+    saved, state = Checkpoints(tmp_path), make_state()
+    save(saved, at(5), state)
+    monkeypatch.setattr(saved._manager, "save", raising(error))
     with pytest.raises(OSError, match=rf"no space left .*step 6.*{tmp_path}/5: free") as raised:
         saved.save(at(6), state)
     assert raised.value.errno == errno.ENOSPC
     assert_same(Checkpoints(tmp_path).restore(template(state)), state)
-    monkeypatch.setattr(saved._manager, "save", lambda *a, **k: (_ for _ in ()).throw(KeyError(1)))
+    monkeypatch.setattr(saved._manager, "save", raising(KeyError(1)))
     with pytest.raises(KeyError):
         saved.save(at(6), state)
+    monkeypatch.setattr(saved._manager, "save", lambda *args, **kwargs: False)
+    with pytest.raises(RuntimeError, match="declined to save step 6"):
+        saved.save(at(6), state)
+
+
+@pytest.mark.parametrize("error", FULL)
+@pytest.mark.parametrize("call", ["wait", "save"])
+def test_a_disk_that_fills_up_in_the_background_is_said_by_the_next_call(
+    tmp_path, monkeypatch, error, call
+):
+    saved, state = Checkpoints(tmp_path), make_state()
+    save(saved, at(5), state)
+    with monkeypatch.context() as patch:
+        # The commit is the background's last act: until then the files have a temporary name.
+        patch.setattr(COMMIT, raising(error))
+        saved.save(at(6), state)
+        with pytest.raises(OSError, match=rf"checkpoint of step 6; .*{tmp_path}/5: free") as raised:
+            saved.wait() if call == "wait" else saved.save(at(7), state)
+    assert raised.value.errno == errno.ENOSPC
+    again = Checkpoints(tmp_path)
+    assert again.latest() == at(5)
+    save(again, at(6), state)
+    assert Checkpoints(tmp_path).latest() == at(6)
+
+
+def test_a_state_may_be_donated_while_it_is_saved(tmp_path):
+    """What is written is what it was, although its memory is another's at once."""
+    big = {"w": jnp.arange(2.0**20), "b": jnp.zeros(3)}
+    state = make_state(trainable=big)
+    expected = toy.values(state)
+    spoil = jax.jit(
+        lambda s: jax.tree.map(lambda x: x * 0 - 1 if x.dtype == jnp.float32 else x, s),
+        donate_argnums=0,
+    )
+    spoil(make_state(trainable=big))  # compiled before, so that it does not wait
+    saved = Checkpoints(tmp_path)
+    saved.save(at(5), state)
+    spoil(state)
+    saved.wait()
+    restored = Checkpoints(tmp_path).restore(template(make_state(trainable=big)))
+    for name, value in toy.values(restored).items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_the_last_good_checkpoint_is_a_whole_one(tmp_path):
+    saved, state = Checkpoints(tmp_path), make_state()
+    assert saved.last_good().startswith("none yet in")
+    for total in (9, 10):
+        save(saved, at(total), state)
+    shutil.copytree(tmp_path / "9", tmp_path / "11.orbax-checkpoint-tmp")
+    assert saved.last_good() == str(tmp_path / "10")  # by number, not by name

@@ -1,8 +1,10 @@
 """Rows: what the file holds after a resume, what a row averages, and what TensorBoard gets."""
 
+import errno
 import json
 import sys
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -69,38 +71,58 @@ def test_tensorboard_gets_the_finite_scalars_when_it_is_there(tmp_path, monkeypa
     assert MetricsWriter(tmp_path)._events is None
 
 
-def step_metrics(loss, finite=True, grad_norm_max=1.0):
-    return {"loss": jnp.float32(loss), "grad_norm_max": jnp.float32(grad_norm_max),
-            "examples": jnp.float32(32), "finite": jnp.bool_(finite)}  # fmt: skip
+def step_metrics(loss, finite=True, grad_norm=1.0):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(grad_norm),
+            "finite": jnp.bool_(finite)}  # fmt: skip
 
 
 def test_a_row_averages_its_steps_and_times_all_but_the_first(monkeypatch):
     clock = iter([0.0, 60.0, 64.0, 100.0, 108.0]).__next__
     monkeypatch.setattr("tlcm_jax.training.metrics.time.perf_counter", clock)
-    meter = Meter(evaluations_per_example=3.0)
-    for loss, top in ((1.0, 5.0), (2.0, 9.0), (6.0, 2.0)):
+    meter = Meter(nfe_per_pair=3.0, batch_size=32)
+    for loss, norm in ((1.0, 5.0), (2.0, 9.0), (6.0, 1.0)):
         meter.start()
-        meter.add(step_metrics(loss, grad_norm_max=top))
+        meter.add(step_metrics(loss, grad_norm=norm))
+    assert meter.ready() == 3
     row, bad = meter.collect()
-    assert bad is None and row["loss"] == 3.0 and row["grad_norm_max"] == 9.0
-    assert row["steps"] == 3 and row["first_step_seconds"] == 60.0
-    assert row["samples_per_second"] == 2 * 32 / 4.0
-    assert row["unet_evaluations_per_second"] == 3 * 2 * 32 / 4.0
+    assert bad is None and row["loss"] == 3.0
+    assert row["grad_norm"] == 5.0 and row["grad_norm_max"] == 9.0
+    assert row["steps"] == 3 and row["pairs"] == 96 and row["first_step_seconds"] == 60.0
+    assert row["pairs_per_second"] == 2 * 32 / 4.0
+    assert row["nfe_per_second"] == 3 * 2 * 32 / 4.0
+    assert "finite" not in row and meter.ready() == 0
     meter.start()
     meter.add(step_metrics(1.0))
     meter.add(step_metrics(float("nan"), finite=False))
     row, bad = meter.collect()
     assert bad == 1 and "first_step_seconds" not in row
-    assert row["samples_per_second"] == 2 * 32 / 8.0
+    assert row["pairs_per_second"] == 2 * 32 / 8.0
+
+
+def test_a_row_of_the_first_step_alone_has_no_throughput():
+    meter = Meter(nfe_per_pair=3.0, batch_size=32)
+    meter.start()
+    meter.add(step_metrics(1.0))
+    row, _ = meter.collect()
+    assert "pairs_per_second" not in row and row["first_step_seconds"] > 0
 
 
 def test_the_bar_shows_steps_loss_and_throughput(capsys):
     progress = Progress("second", done=4, steps=10)
     progress.at(2)
-    row = {"steps": 3, "loss": 0.25, "samples_per_second": 12.0,
-           "unet_evaluations_per_second": 65.0}  # fmt: skip
-    progress.settle(row)
+    progress.settle({"steps": 3, "loss": 0.25, "pairs_per_second": 12.0, "nfe_per_second": 65.0})
     progress.close()
     shown = capsys.readouterr().err
-    assert "7/10" in shown and "loss=0.25" in shown and "samples/s=12" in shown
-    assert "UNet/s=65" in shown and "second" in shown
+    assert "7/10" in shown and "loss=0.25" in shown and "pairs/s=12" in shown
+    assert "NFE/s=65" in shown and "second" in shown
+
+
+def test_a_full_disk_says_which_file(tmp_path, monkeypatch):
+    writer = MetricsWriter(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="no space left to write .*metrics.jsonl: .*last checkpoint"):
+        writer.write({"step": 1})

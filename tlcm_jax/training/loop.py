@@ -167,7 +167,7 @@ def _run_stage(
     show = settings.progress and jax.process_index() == 0
     progress = Progress(spec.name, position.step, spec.steps, show)
     ended = _ended(spec, writer.history)
-    stop_asked, save_due = False, False
+    save_due = False
     try:
         while position.step < spec.steps and not ended:
             # Invariant: `state` is the state after `position.step` steps and has seen exactly the
@@ -183,7 +183,7 @@ def _run_stage(
             meter.add(metrics)
             progress.at(meter.ready())
 
-            stop_asked = preemption.requested(position.total) or stop_asked
+            stop_asked = preemption.requested(position.total)
             save_due = save_due or step % settings.checkpoint_every == 0
             end = step == spec.steps
             resumable = end or stage.stream.resumable(step)
@@ -195,6 +195,7 @@ def _run_stage(
                 # uninterrupted one would have; and no state is saved before it is known finite.
                 row, bad = meter.collect()
                 if bad is not None:
+                    checkpoints.wait()  # for the last good one to be named
                     raise RuntimeError(
                         _not_finite(spec, step - row["steps"] + bad + 1, row, checkpoints)
                     )

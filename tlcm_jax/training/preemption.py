@@ -34,13 +34,14 @@ class Preemption:
             self._listening = False
 
     def requested(self, total: int) -> bool:
-        """Whether to save and stop after this step.
+        """Whether to save and stop after this step; once it is so, it stays so.
 
         Args:
           total: steps done; every process must ask with every step, in order.
         """
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(total)
+        # The service says so at one step only, which may be one at which a run cannot stop.
+        if jax.process_count() > 1 and not self._asked:
+            self._asked = multihost_utils.reached_preemption_sync_point(total)
         return self._asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

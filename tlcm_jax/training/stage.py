@@ -49,7 +49,7 @@ class StageSpec:
       optimizer: the student's, clipping included.
       frozen: what the steps read and do not change, already placed.
       nfe_per_pair: network forwards a pair costs, for the throughput.
-      accumulate: micro-batches of an update.
+      accumulate: micro-batches of an update, the auxiliary networks' too.
       ema_decay: of the student's EMA, of this stage only: the next one trains the parameters
         themselves; 0 keeps none.
       aux: auxiliary networks by name; they live for this stage only.
@@ -113,7 +113,12 @@ class Stage:
         )
         self.aux_updates = {
             name: make_update(
-                _ignore_others(aux.loss), aux.optimizer, network=name, mesh=mesh, rules=rules
+                _ignore_others(aux.loss),
+                aux.optimizer,
+                network=name,
+                accumulate=spec.accumulate,
+                mesh=mesh,
+                rules=rules,
             )
             for name, aux in spec.aux.items()
         }
