@@ -241,6 +241,24 @@ def test_several_with_weights(tmp_path, unet, adapter):
 # What is refused.
 
 
+@pytest.mark.parametrize("part", ["lora_down.weight", "lora_up.weight", "alpha"])
+def test_values_that_are_not_finite(tmp_path, unet, adapter, part):
+    path = write_lora(tmp_path / "lora.safetensors", adapter, dialect="kohya")
+
+    def damage(tensors):
+        tensors[f"lora_unet_mid_block_resnets_0_conv_shortcut.{part}"][...] = np.nan
+
+    with pytest.raises(ValueError, match="conv_shortcut holds values that are not finite"):
+        read_lora(rewrite(path, damage), unet)
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "1e39"])
+def test_a_lora_s_weight_is_a_number(tmp_path, unet, adapter, weight):
+    path = write_lora(tmp_path / "lora.safetensors", adapter)
+    with pytest.raises(ValueError, match=f"{weight}: its weight must be a number"):
+        read_loras([f"{path}:{weight}"], {"unet": unet})
+
+
 def test_ten_unmatched_keys_are_named_and_nothing_is_skipped(tmp_path, unet, adapter):
     path = write_lora(tmp_path / "lora.safetensors", adapter)
 

@@ -6,9 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tlcm_jax.diffusion.scheduler_config import lcm_scheduler
 from tlcm_jax.families.load import find_family, load_model
+from tlcm_jax.io.files import DTYPES
 from tlcm_jax.io.model_card import Recipe
 from tlcm_jax.io.products import check_products, export_products
 from tlcm_jax.io.tensors import open_component
@@ -160,6 +162,111 @@ def test_bad_json(copy, file, content, message):
     (copy / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"{file} {message}"):
         load_model(copy, on_device=False)
+
+
+def edit_json(path, **entries):
+    content = {**json.loads(path.read_text()), **entries}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("unet", {"layers_per_block": 10**9}, "layers_per_block = 1000000000: must be at most 200"),
+        (
+            "unet",
+            {"transformer_layers_per_block": [1, 10**5]},
+            "transformer_layers_per_block = 1000",
+        ),
+        ("unet", {"block_out_channels": "wide"}, ""),
+        ("unet", {"block_out_channels": 5}, "a value is not of the type it must have"),
+        ("unet", {"block_out_channels": [-32, 64]}, ""),
+        ("unet", {"cross_attention_dim": None}, ""),
+        ("unet", {"norm_num_groups": 7}, ""),
+        ("vae", {"layers_per_block": 10**5}, "layers_per_block = 100000: must be at most 200"),
+        ("vae", {"latent_channels": {"a": 1}}, ""),
+        ("vae", {"scaling_factor": float("nan")}, "scaling_factor = nan: must be at most"),
+        ("text_encoder", {"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000: must be at"),
+        ("text_encoder", {"hidden_size": "8"}, ""),
+        ("text_encoder", {"architectures": 3}, "a value is not of the type"),
+    ],
+)
+def test_configs_that_no_network_has_are_one_line_that_names_the_file(copy, file, entries, message):
+    edit_json(copy / file / "config.json", **entries)
+    with pytest.raises(ValueError, match=rf"{file}/config.json.*{message}") as error:
+        load_model(copy, on_device=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps = 1000000000: must be at most"),
+        ({"num_train_timesteps": "many"}, "invalid literal"),
+        ({"trained_betas": {"a": 1}}, "a value is not of the type"),
+        ({"beta_end": [1]}, "a value is not of the type"),
+    ],
+)
+def test_schedules_that_there_are_none_of(copy, entries, message):
+    edit_json(copy / "scheduler" / "scheduler_config.json", **entries)
+    with pytest.raises(ValueError, match=f"scheduler_config.json: {message}"):
+        load_model(copy, on_device=False)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, "fp32"), (-np.inf, "fp32"), (np.nan, "bf16"), (np.inf, "fp16")]
+)
+def test_weights_that_are_not_finite_are_refused_by_name(copy, value, dtype, on_device):
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = "mid_block.resnets.0.conv1.weight"
+    tensors[name][-1, 0, 1, 2] = value
+    save_file({key: x.astype(DTYPES[dtype]) for key, x in tensors.items()}, path)
+    with pytest.raises(ValueError, match=f"unet: {name} holds values that are not finite"):
+        load_model(copy, on_device=on_device)
+    tensors[name][-1, 0, 1, 2] = 6e4  # large, but finite in each
+    save_file({key: x.astype(DTYPES[dtype]) for key, x in tensors.items()}, path)
+    load_model(copy, on_device=on_device)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(copy):
+    path = copy / "tokenizer" / "vocab.json"
+    vocabulary = json.loads(path.read_text())
+    path.write_text(json.dumps({token: i + 1000 for token, i in vocabulary.items()}))
+    with pytest.raises(ValueError, match="tokenizer does not go with its text encoder: token ids"):
+        load_model(copy, on_device=False)
+    for content in ("[]", "{", '{"a": "b"}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="tokenizer (holds no CLIP|does not go with)"):
+            load_model(copy, on_device=False)
+
+
+def test_a_mark_that_the_vocabulary_lacks_is_refused(copy):
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        edit_json(copy / "tokenizer" / name, eos_token="zzz")
+    with pytest.raises(ValueError, match="tokenizer does not go with its text encoder"):
+        load_model(copy, on_device=False)
+
+
+def test_a_link_out_of_the_model_is_not_copied(copy, tmp_path):
+    model = load_model(copy, on_device=False)
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"key": 1}')
+    (copy / "tokenizer" / "token.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="token.json is a link to outside the model's folder"):
+        export(model, tmp_path / "out")
+    (copy / "tokenizer" / "token.json").unlink()
+    # The hub's cache is made of links into its own blobs.
+    cache = tmp_path / "models--a--b"
+    shutil.copytree(copy, cache / "snapshots" / "0a1b")
+    (cache / "blobs").mkdir()
+    vocabulary = cache / "snapshots" / "0a1b" / "tokenizer" / "vocab.json"
+    vocabulary.rename(cache / "blobs" / "1234")
+    vocabulary.symlink_to("../../../blobs/1234")
+    folder, _ = export(load_model(cache / "snapshots" / "0a1b"), tmp_path / "second")
+    assert (folder / "tokenizer" / "vocab.json").is_file()
+    assert not (folder / "tokenizer" / "vocab.json").is_symlink()
 
 
 def test_components_that_cannot_be_opened(tmp_path):

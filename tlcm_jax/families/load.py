@@ -58,7 +58,8 @@ def load_model(
 
     Raises:
       FileNotFoundError: the folder, or a part of it, is not there; the message says which.
-      ValueError: a config or tensor does not fit, or weights are pickled.
+      ValueError: a config or tensor does not fit, a weight is not a finite number, or weights are
+        pickled.
     """
     source = Source.find(path, _open_file, variant=variant, config=config)
     model = _abstract(source, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
@@ -73,11 +74,14 @@ def load_model(
     params = {}
     for name, (tensors, views) in opened.items():
         shapes = model.params[name]
-        if on_device:
-            where = None if placed is None else placed[name]
-            params[name] = to_devices(views, shapes, tensors.release, where)
-        else:
-            params[name] = to_host(views, shapes, tensors.release)
+        try:
+            if on_device:
+                where = None if placed is None else placed[name]
+                params[name] = to_devices(views, shapes, tensors.release, where)
+            else:
+                params[name] = to_host(views, shapes, tensors.release)
+        except ValueError as error:
+            raise ValueError(f"{source.label(name)}: {error}") from None
     return dataclasses.replace(model, params=params, tokenizers=tokenizers)
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from tlcm_jax.data.tokens import tokenize
 from tlcm_jax.diffusion.scheduler_config import lcm_scheduler, process_from_config
 from tlcm_jax.families.base import LatentModel, Params, Product, Student, abstract_params
-from tlcm_jax.io.json_files import read_object
+from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.ldm_names import UNET, unet_layers
 from tlcm_jax.io.lora_files import LoraNames, write_lora
 from tlcm_jax.io.model_card import FILES, Recipe, model_card
@@ -140,24 +140,32 @@ class StableDiffusion(LatentModel):
         folder = source.folder
         index = read_index(folder)
         towers = TOWERS[: 1 + index.kind.startswith("StableDiffusionXL")]
-        configs = {
-            name: read_object(folder / name / "config.json") for name in (UNET, VAE, *towers)
+        files = {name: folder / name / "config.json" for name in (UNET, VAE, *towers)}
+        files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
+        configs = {name: read_object(path) for name, path in files.items()}
+        process = parse(files["scheduler"], configs["scheduler"], process_from_config)
+
+        def network(name: str, kind: Any, config: Any, *options: Any) -> Any:
+            return kind(parse(files[name], configs[name], config.from_dict), dtype, *options)
+
+        networks = {
+            UNET: network(UNET, UNet2DConditionModel, UNetConfig, remat),
+            VAE: network(VAE, AutoencoderKL, VAEConfig),
+            **{name: network(name, CLIPTextModel, CLIPTextConfig) for name in towers},
         }
-        configs["scheduler"] = read_object(folder / "scheduler" / "scheduler_config.json")
-        networks: dict[str, Any] = {
-            UNET: UNet2DConditionModel(UNetConfig.from_dict(configs[UNET]), dtype, remat),
-            VAE: AutoencoderKL(VAEConfig.from_dict(configs[VAE]), dtype),
-            **{
-                name: CLIPTextModel(CLIPTextConfig.from_dict(configs[name]), dtype)
-                for name in towers
-            },
-        }
+        params = {}
+        for name, net in networks.items():
+            try:
+                params[name] = abstract_params(net, param_dtype)
+            except Exception as error:  # whatever a shape that does not fit raises, and where
+                reason = (str(error).split("\n") or [""])[0]
+                raise ValueError(f"{files[name]} describes no network ({reason})") from None
         return cls(
             unet=networks[UNET],
             vae=networks[VAE],
             text_encoders=tuple(networks[name] for name in towers),
-            process=process_from_config(configs["scheduler"]),
-            params={name: abstract_params(net, param_dtype) for name, net in networks.items()},
+            process=process,
+            params=params,
             configs=configs,
             zero_null=len(towers) > 1 and index.content.get("force_zeros_for_empty_prompt", True),
             source=source.name,
@@ -166,7 +174,10 @@ class StableDiffusion(LatentModel):
 
     def read_tokenizers(self, folder: Path) -> tuple[CLIPTokenizer, ...]:
         """See `LatentModel`."""
-        return tuple(_tokenizer(folder / name) for name in TOKENIZERS[: len(self.text_encoders)])
+        return tuple(
+            _tokenizer(folder / name, tower.config.vocab_size)
+            for name, tower in zip(TOKENIZERS, self.text_encoders, strict=False)
+        )
 
     @property
     def static_key(self) -> Hashable:
@@ -377,11 +388,27 @@ class StableDiffusion(LatentModel):
         return moments[0] * self.vae.config.scaling_factor
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """The CLIP tokenizer of a folder; its files are read as data, from disk only."""
+def _tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
+    """The CLIP tokenizer of a folder; its files are read as data, from disk only.
+
+    Args:
+      folder: with `vocab.json` or `tokenizer.json`.
+      vocabulary: how many tokens the text encoder knows.
+    """
     if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no vocab.json; the model folder is not whole")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    if tokenizer.model_max_length > 77:  # transformers' "unknown" is a huge number
-        tokenizer.model_max_length = 77
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        largest = max(tokenizer.get_vocab().values())
+        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        length = int(tokenizer.model_max_length)
+    except Exception as error:  # of whatever kind: the library trusts its files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} holds no CLIP tokenizer that can be read ({reason})") from None
+    if largest >= vocabulary or None in marks or length < 3:
+        raise ValueError(
+            f"{folder} does not go with its text encoder: token ids up to {largest} of a "
+            f"vocabulary of {vocabulary}; begin, end, padding {marks}; {length} tokens a text"
+        )
+    tokenizer.model_max_length = min(length, 77)  # transformers' "unknown" is a huge number
     return tokenizer

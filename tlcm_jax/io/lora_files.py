@@ -198,9 +198,12 @@ def read_networks(
             continue
         rank = down.shape[-1]
         if "alpha" in keys:
-            scale = float(np.asarray(tensors[keys["alpha"]], np.float32)) / rank
+            scale = float(np.asarray(tensors[keys["alpha"]], np.float32).reshape(-1)[0]) / rank
         else:
             scale = scales[network](name, rank)
+        if not (np.isfinite(scale) and np.all(np.isfinite(down)) and np.all(np.isfinite(up))):
+            problems.append(f"{name} holds values that are not finite")
+            continue
         adapter[(*layer, "lora_A")] = np.ascontiguousarray(down)
         adapter[(*layer, "lora_B")] = np.ascontiguousarray(up * np.float32(scale))
     names.raise_if(problems, f"{file} does not fit this model")

@@ -65,6 +65,9 @@ def _split_weight(spec: str) -> tuple[str, float]:
     if not colon or Path(spec).exists():
         return spec, 1.0
     try:
-        return path, float(weight)
+        factor = float(weight)
     except ValueError:
         return spec, 1.0
+    if not abs(factor) < 1e6:
+        raise ValueError(f"--lora {spec}: its weight must be a number of some reasonable size")
+    return path, factor

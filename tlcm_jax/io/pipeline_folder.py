@@ -101,6 +101,22 @@ def _data(component: Path) -> list[Path]:
     """A component's files that hold data; none if its weights are pickled."""
     files = [path for path in sorted(component.glob("*")) if path.is_file()]
     data = [path for path in files if path.suffix in _DATA]
+    for path in data:
+        _check_inside(path, component.parent)
     weights = any(path.suffix == ".safetensors" for path in data)
     pickled = any(path.suffix in (".bin", ".pt", ".ckpt") for path in files)
     return [] if pickled and not weights else data
+
+
+def _check_inside(path: Path, model: Path) -> None:
+    """Refuses links out of a model's folder: what they point at is copied, and then published.
+
+    The hub's cache keeps its files as links to `blobs`, beside the folder of its snapshots.
+    """
+    folders = [model.resolve()]
+    if model.resolve().parent.name == "snapshots":
+        folders.append(model.resolve().parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(folder) for folder in folders):
+        raise ValueError(
+            f"{path} is a link to outside the model's folder; put the file itself there"
+        )
