@@ -164,7 +164,7 @@ def objective_loss(trainable, objective, world, pairs):
 
 
 def test_the_stated_costs(world):
-    """docs/method.md's figures: two teacher forwards a pair with node reuse, 18 by the paper."""
+    """Two teacher forwards a pair with node reuse, 18 with the paper's path."""
     costs = {case: build(world, chosen).nfe_per_pair for case, chosen in CASES.items()}
     totals = {case: cost.total for case, cost in costs.items()}
     assert totals["node_reuse"] == totals["one_point"] == 2 + 2

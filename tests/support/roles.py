@@ -31,7 +31,12 @@ from tlcm_jax.models.lora import LoRAConfig
 SCORER = "tests.support.roles"
 WISH = PreferenceSettings(scorer=SCORER, weights="1", held_out=SCORER, held_out_weights="-1")
 MATCHING = DistributionMatchingSettings(guidance_scale=2.0, aux_updates=3)
-ADVERSE = AdversarialSettings(aux_updates=2)
+ADVERSE = AdversarialSettings(loss="softplus", aux_updates=2)
+
+
+def model_of(world) -> LatentModel:
+    """A model of no family, for the terms that ask it nothing."""
+    return LatentModel(process=world.process, params={}, configs={}, source="", folder="")
 
 
 def uncounted(role, network):
@@ -124,7 +129,7 @@ def adversarial(world, settings=ADVERSE, count=uncounted, network=None) -> Adver
 
 def preference(world, settings=WISH, count=uncounted) -> Preference:
     """Loaded as a recipe's is."""
-    return settings.load(LatentModel(), networks_of(world, count), LoRAConfig())
+    return settings.load(model_of(world), networks_of(world, count), LoRAConfig())
 
 
 def latent_lpips(weight=1.0) -> LatentLPIPSTerm:

@@ -6,11 +6,11 @@ import numpy as np
 import optax
 import pytest
 
+from tests.support import roles
 from tests.support.gaussian_world import keys
 from tests.support.noise import times as times_of
 from tests.support.roles import adversarial, context_of, outputs_of
 from tlcm_jax.distillation.terms.adversarial import DISCRIMINATOR, AdversarialSettings
-from tlcm_jax.families.base import LatentModel
 from tlcm_jax.models.lora import LoRAConfig
 
 
@@ -141,7 +141,7 @@ def test_real_and_fake_are_noised_apart_and_told_apart(world):
 def test_a_time_beyond_the_process_is_refused(any_world):
     settings = AdversarialSettings(times=(10, 1000))
     with pytest.raises(ValueError, match="the largest of times = 1000: must be at most 999"):
-        settings.load(LatentModel(), any_world.networks, LoRAConfig())
+        settings.load(roles.model_of(any_world), any_world.networks, LoRAConfig())
 
 
 def test_the_game_carries_one_step_towards_the_sample(world):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.support import roles
 from tests.support.gaussian_world import keys
 from tests.support.noise import times as times_of
 from tests.support.roles import context_of, matching, outputs_of
@@ -20,7 +21,6 @@ from tlcm_jax.distillation.terms.distribution_matching import (
     FAKE_SCORE,
     DistributionMatchingSettings,
 )
-from tlcm_jax.families.base import LatentModel
 from tlcm_jax.models.lora import LoRAConfig
 
 
@@ -108,7 +108,7 @@ def test_a_time_beyond_the_process_is_refused(any_world):
     networks: Networks = any_world.networks
     settings = DistributionMatchingSettings(high=1000)
     with pytest.raises(ValueError, match="high = 1000: must be at most 999"):
-        settings.load(LatentModel(), networks, LoRAConfig())
+        settings.load(roles.model_of(any_world), networks, LoRAConfig())
 
 
 def test_matching_carries_a_student_to_the_guided_teacher_s_distribution(world):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import roles
 from tests.support.roles import context_of, latent_lpips, outputs_of
 from tlcm_jax.distillation.terms.latent_lpips import LatentLPIPSSettings
-from tlcm_jax.families.base import LatentModel
 from tlcm_jax.io.latent_lpips_files import save_latent_lpips
 from tlcm_jax.models.latent_lpips import LatentLPIPS
 from tlcm_jax.models.lora import LoRAConfig
@@ -15,7 +15,7 @@ from tlcm_jax.models.lora import LoRAConfig
 
 def load(world, folder, **changes):
     settings = LatentLPIPSSettings(weights=str(folder), **changes)
-    return settings.load(LatentModel(), world.networks, LoRAConfig())
+    return settings.load(roles.model_of(world), world.networks, LoRAConfig())
 
 
 def test_jump_and_target_are_compared(any_world):
