@@ -14,6 +14,7 @@ pytest.importorskip("torchvision", reason=reason)
 open_clip = pytest.importorskip("open_clip", reason=reason)
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 from open_clip.model import CLIP  # noqa: E402
 from open_clip.transform import image_transform  # noqa: E402
 
@@ -80,7 +81,9 @@ def test_the_score_is_open_clips(quick, images, tokenizer):
     )
     host = np.concatenate([ours.preprocess.on_host(image[None]) for image in images])
     outputs = ours.network.apply(
-        {"params": params}, ours.preprocess.pixels(host / np.float32(255)), ours.texts(TEXTS)
+        {"params": params},
+        ours.preprocess.pixels(jnp.asarray(host, jnp.float32) / 255),
+        jnp.asarray(ours.texts(TEXTS)),
     )
     for ours_, theirs_ in zip(outputs, (u, v, scale), strict=True):
         assert relative(ours_, array(theirs_)) < 1e-5
@@ -113,10 +116,10 @@ def test_the_towers_are_transformers(images):
         }
         tokens = theirs.text_projection(text.last_hidden_state)
     for method, output in expected.items():
-        given = ids if method == "encode_text" else pixels
+        given = jnp.asarray(ids if method == "encode_text" else pixels)
         ours = network.apply({"params": params}, given, method=method)
         assert relative(ours, array(output)) < 1e-5, method
-    ours = network.apply({"params": params}, ids, method="text_tokens")
+    ours = network.apply({"params": params}, jnp.asarray(ids), method="text_tokens")
     assert relative(ours[0], array(tokens)) < 1e-5
     assert relative(ours[1], array(expected["encode_text"])) < 1e-5
 

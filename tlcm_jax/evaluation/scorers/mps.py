@@ -63,7 +63,8 @@ class MPSScorer(Scorer):
     ) -> Float[Array, " n"]:
         """Equation (3) of the network."""
         pixels = self.preprocess.pixels(images)
-        return self.network.apply({"params": params}, pixels, texts, self.texts([CONDITION]))
+        condition = jnp.asarray(self.texts([CONDITION]))
+        return self.network.apply({"params": params}, pixels, texts, condition)
 
     def values(
         self, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], annotations: Annotations
