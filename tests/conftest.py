@@ -16,4 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Kept alive for the whole session: shapes in signatures are checked on every call.
-_hook = install_import_hook(["tlcm_jax.diffusion", "tlcm_jax.distillation"], "beartype.beartype")
+_hook = install_import_hook(
+    ["tlcm_jax.diffusion", "tlcm_jax.distillation", "tlcm_jax.models"],
+    "typecheck.typecheck",
+)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from tests.support.tiny_pipeline import UNET, write_tiny_pipeline
-from tlcm_jax.config.build import networks
-from tlcm_jax.config.schema import AdapterSettings
+from tlcm_jax.distillation.networks import BASE, model_networks
+from tlcm_jax.distillation.terms.adversarial import AdversarialSettings
 from tlcm_jax.families.load import abstract_model
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.discriminator import Head, choose_layers
+from tlcm_jax.models.lora import LoRAConfig
 from tlcm_jax.models.unet import UNet2DConditionModel, feature_widths
 from tlcm_jax.models.unet_config import UNetConfig
 
@@ -38,9 +39,10 @@ def test_features_are_the_states_of_the_way_down_and_the_middle(pipeline):
     z, t = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def features(params, z, t, c):
-        return pipeline.features(params)(z, t, c)
+        return pipeline.predict(params, z, t, c, features=True)
 
-    found = jax.eval_shape(features, pipeline.params["unet"], z, t, conditioning(2))
+    base = pipeline.params[pipeline.backbone]
+    found = jax.eval_shape(features, base, z, t, conditioning(2))
     assert {k: v.shape for k, v in found.items()} == {
         "down_blocks.0": (2, 8, 8, 32), "down_blocks.1": (2, 4, 4, 64), "mid_block": (2, 4, 4, 64),
     }  # fmt: skip
@@ -50,29 +52,31 @@ def test_features_are_the_states_of_the_way_down_and_the_middle(pipeline):
 def test_nothing_is_computed_beyond_the_middle(pipeline):
     """The up blocks' weights are not even read: a discriminator costs half a forward."""
     z, t = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    below = {k: v for k, v in pipeline.params["unet"].items() if not k.startswith("up_blocks")}
+    base = pipeline.params[pipeline.backbone]
+    below = {k: v for k, v in base.items() if not k.startswith("up_blocks")}
 
     def features(params, z, t, c):
-        return pipeline.features(params)(z, t, c)
+        return pipeline.predict(params, z, t, c, features=True)
 
     assert jax.eval_shape(features, below, z, t, conditioning(1))
 
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_its_parameters_are_an_adapter_up_to_the_middle_and_heads(pipeline, merged):
-    adapter = AdapterSettings(rank=2, merged=merged)
-    role = networks(pipeline, adapter).discriminator(("down_blocks.1", "mid_block"))
-    psi = jax.eval_shape(role.initial, jax.random.key(0))
+    adapter = LoRAConfig(rank=2, merged=merged)
+    settings = AdversarialSettings(layers=("down_blocks.1", "mid_block"))
+    term = settings.load(pipeline, model_networks(pipeline, adapter), adapter)
+    psi = jax.eval_shape(term.init, jax.random.key(0))
     assert set(psi["heads"]) == {"down_blocks.1", "mid_block"}
     names = {path[0] for path in flax.traverse_util.flatten_dict(psi["adapter"])}
     assert names == {"down_blocks.0", "down_blocks.1", "mid_block"}
     z, t = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
 
-    def judge(psi, frozen, z, t, c):
-        return role.network(psi, frozen)(z, t, c)
+    def logits(psi, frozen, z, t, c):
+        return term.discriminator(psi, frozen)(z, t, c)
 
-    frozen = {"unet": pipeline.params["unet"]}
-    maps = jax.eval_shape(judge, psi, frozen, z, t, conditioning(2))
+    frozen = {BASE: pipeline.params[pipeline.backbone]}
+    maps = jax.eval_shape(logits, psi, frozen, z, t, conditioning(2))
     assert [m.shape for m in maps] == [(2, 4, 4, 1)] * 2
 
 

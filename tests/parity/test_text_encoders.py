@@ -1,5 +1,6 @@
 """CLIP's text towers, shrunk, against transformers on the same random weights."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def test_tower(name, end):
     theirs = getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
     # In memory transformers drops the prefix that the files have; not where there is a projection.
     params = twins(ours, theirs, prefix="" if projected else "text_model.")
-    states, last, pooled = ours.apply({"params": params}, IDS)
+    states, last, pooled = ours.apply({"params": params}, jnp.asarray(IDS))
     with torch.no_grad():
         expected = theirs(tensor(IDS.astype(np.int64)), output_hidden_states=True)
     assert len(states) == len(expected.hidden_states) == 4

@@ -1,10 +1,15 @@
 """The one door to attention: every network calls `attention`, and only this file picks a kernel."""
 
 import jax
-from jax import Array
+from jaxtyping import Array, Bool, Float
 
 
-def attention(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+def attention(
+    query: Float[Array, "b n heads d"],
+    key: Float[Array, "b m heads d"],
+    value: Float[Array, "b m heads d"],
+    mask: Bool[Array, "#b #heads #n m"] | None = None,
+) -> Float[Array, "b n heads d"]:
     """Scaled dot-product attention with an fp32 softmax.
 
     Args:

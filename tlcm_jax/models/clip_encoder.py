@@ -5,7 +5,7 @@
 Named as in transformers' `CLIPEncoder` (Radford et al., arXiv 2103.00020).
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ ACTIVATIONS = {
 }
 
 
+@runtime_checkable
 class TowerConfig(Protocol):
     """What a tower's config says of its transformer; the names are transformers' own."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from tlcm_jax.models.clip_encoder import ACTIVATIONS, CLIPEncoder
 from tlcm_jax.models.layers import Dense, Dtype, layer_norm
@@ -64,7 +64,7 @@ class _Embeddings(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, input_ids: Array) -> Array:
+    def __call__(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         config = self.config
         initial = nn.initializers.normal(0.02)
         tokens = nn.Embed(
@@ -85,7 +85,7 @@ class CLIPTextTransformer(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, input_ids: Array) -> tuple[list[Array], Array]:
+    def __call__(self, input_ids: Int[Array, "b n"]) -> tuple[list[Array], Float[Array, "b n d"]]:
         x = _Embeddings(self.config, self.dtype, name="embeddings")(input_ids)
         causal = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
         states = CLIPEncoder(self.config, self.dtype, name="encoder")(x, causal)
@@ -107,7 +107,9 @@ class CLIPTextModel(nn.Module):
         return (jnp.zeros((1, 8), jnp.int32),)
 
     @nn.compact
-    def __call__(self, input_ids: Array) -> tuple[list[Array], Array, Array]:
+    def __call__(
+        self, input_ids: Int[Array, " b *tokens"]
+    ) -> tuple[list[Array], Float[Array, "b m d"], Float[Array, "b p"]]:
         """Runs the tower.
 
         Chunks of a long prompt are encoded each on its own, as if it were a prompt, and their

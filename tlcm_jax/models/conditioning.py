@@ -1,7 +1,8 @@
 """What a denoiser is conditioned on, as one pytree."""
 
+from typing import Any
+
 import flax.struct
-from jax import Array
 
 
 @flax.struct.dataclass
@@ -18,7 +19,8 @@ class Conditioning:
         `time_cond_proj_dim`) is to draw as if guided by; None where the model has none.
     """
 
-    prompt_embeds: Array
-    pooled: Array | None = None
-    time_ids: Array | None = None
-    guidance_scale: Array | None = None
+    # Of any type: JAX rebuilds pytrees with shapes and shardings in the place of arrays.
+    prompt_embeds: Any
+    pooled: Any = None
+    time_ids: Any = None
+    guidance_scale: Any = None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from tlcm_jax.models.layers import Conv, Dtype, group_norm
 
@@ -25,7 +25,7 @@ class Head(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w 1"]:
         def norm(name: str, x: Array) -> Array:
             return nn.silu(group_norm(self.groups, 1e-5, self.dtype, name)(x))
 

@@ -4,14 +4,18 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Num
 
 from tlcm_jax.models.layers import Dense, Dtype
 
 
 def sinusoidal(
-    timesteps: Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
-) -> Array:
+    timesteps: Num[Array, " b"],
+    dim: int,
+    *,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float = 0.0,
+) -> Float[Array, "b d"]:
     """Sinusoidal embedding `[n] -> [n, dim]`, fp32.
 
     Matches diffusers' `get_timestep_embedding` with `max_period=10000`.
@@ -28,7 +32,7 @@ def sinusoidal(
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
-def guidance_embedding(scale: Array, dim: int) -> Array:
+def guidance_embedding(scale: Float[Array, " b"], dim: int) -> Float[Array, "b d"]:
     """The `timestep_cond` of LCM-style networks, `[b] -> [b, dim]`, fp32.
 
     Matches diffusers' `get_guidance_scale_embedding(scale - 1, dim)`, as its pipelines call it
@@ -48,7 +52,9 @@ class TimestepEmbedding(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "b d"], condition: Float[Array, "b g"] | None = None
+    ) -> Float[Array, "b out"]:
         if condition is not None:  # LCM-style guidance embedding: `time_cond_proj_dim`
             projected = Dense(x.shape[-1], use_bias=False, dtype=self.dtype, name="cond_proj")
             x = x + projected(condition)

@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from tlcm_jax.models.layers import Conv, Dense, Dtype, StoredBatchNorm
 
@@ -31,7 +31,7 @@ class LatentVGG(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> list[Array]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> list[Array]:
         stages = []
         for stage, (width, depth) in enumerate(zip(self.widths, DEPTHS, strict=True)):
             if stage == 4 and min(x.shape[1:3]) > 1:  # the one max-pool that is left
@@ -49,7 +49,9 @@ class LatentLPIPS(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, a: Array, b: Array) -> Array:
+    def __call__(
+        self, a: Float[Array, "n h w c"], b: Float[Array, "n h w c"]
+    ) -> Float[Array, " n"]:
         network = LatentVGG(self.widths, self.dtype, name="net")
         # One call, side by side, so that a sharded batch stays where it is.
         both = jnp.stack([a, b], axis=1)
@@ -77,7 +79,9 @@ class ELatentLPIPS(nn.Module):
     widths: tuple[int, ...] = WIDTHS
 
     @nn.compact
-    def __call__(self, a: Array, b: Array) -> Array:
+    def __call__(
+        self, a: Float[Array, "n h w c"], b: Float[Array, "n h w c"]
+    ) -> Float[Array, " n"]:
         both = jnp.stack([a, b], axis=1)
         x, layer = both.reshape(-1, *a.shape[1:]), 0
         total = jnp.zeros(a.shape[0])
@@ -103,7 +107,7 @@ def channels_of(params: Any) -> int:
     return first["kernel"].shape[2]
 
 
-def unit_length(x: Array, epsilon: float = 1e-10) -> Array:
+def unit_length(x: Float[Array, " *place c"], epsilon: float = 1e-10) -> Float[Array, " *place c"]:
     """Features `[..., c]` over their length; where they are all 0, 0."""
     # The root of a sum that may be 0 has no gradient there.
     length = jnp.sqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + epsilon)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 Dtype = jnp.dtype | type
 
@@ -67,12 +67,12 @@ class Dense(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, " *batch c"]) -> Float[Array, " *batch out"]:
         kernel = self.param(
             "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32
         )
         x = x.astype(self.dtype)
-        y = accumulated(jnp.matmul, x, kernel.astype(self.dtype))
+        y = accumulated(jnp.matmul, x, jnp.asarray(kernel, self.dtype))
         if self.has_variable("lora", "lora_A"):
             down = self.get_variable("lora", "lora_A").astype(self.dtype)
             up = self.get_variable("lora", "lora_B").astype(self.dtype)
@@ -100,7 +100,7 @@ class Conv(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b out_h out_w out"]:
         size = self.kernel_size
         kernel = self.param(
             "kernel",
@@ -116,7 +116,7 @@ class Conv(nn.Module):
         convolve = functools.partial(
             _convolve_patches if small else _convolve, self.strides, tuple(padding)
         )
-        y = accumulated(convolve, x, kernel.astype(self.dtype))
+        y = accumulated(convolve, x, jnp.asarray(kernel, self.dtype))
         if self.has_variable("lora", "lora_A"):
             down = convolve(x, self.get_variable("lora", "lora_A").astype(self.dtype))
             up = self.get_variable("lora", "lora_B").astype(self.dtype)
@@ -189,7 +189,7 @@ class StoredBatchNorm(nn.Module):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, " *batch c"]) -> Float[Array, " *batch c"]:
         zeros, ones = nn.initializers.zeros_init(), nn.initializers.ones_init()
         shape = x.shape[-1:]
         scale, bias = self.param("scale", ones, shape), self.param("bias", zeros, shape)
@@ -198,7 +198,9 @@ class StoredBatchNorm(nn.Module):
         return (x - mean) * (scale / jnp.sqrt(variance + self.epsilon)) + bias
 
 
-def upsample_nearest(x: Array, height: int, width: int) -> Array:
+def upsample_nearest(
+    x: Float[Array, "b h w c"], height: int, width: int
+) -> Float[Array, "b H W c"]:
     """Nearest-neighbour upsampling `[b, h, w, c] -> [b, height, width, c]`.
 
     Matches `torch.nn.functional.interpolate(mode="nearest")`, also to sizes that are not an

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array
 
 Tree = Mapping
 

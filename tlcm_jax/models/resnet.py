@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from tlcm_jax.models.layers import Conv, Dense, Dtype, group_norm, upsample_nearest
 
@@ -19,7 +19,11 @@ class ResnetBlock2D(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, time_embedding: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time_embedding: Float[Array, "b d"] | None = None,
+    ) -> Float[Array, "b h w out"]:
         h = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         if time_embedding is not None:
@@ -46,7 +50,7 @@ class Downsample2D(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b half_h half_w out"]:
         padding = self.padding if self.padding else ((0, 1), (0, 1))
         return Conv(self.features, strides=2, padding=padding, dtype=self.dtype, name="conv")(x)
 
@@ -58,7 +62,9 @@ class Upsample2D(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "b h w c"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "b up_h up_w out"]:
         height, width = size or (2 * x.shape[1], 2 * x.shape[2])
         x = upsample_nearest(x, height, width)
         return Conv(self.features, dtype=self.dtype, name="conv")(x)

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from tlcm_jax.models.attention import attention
 from tlcm_jax.models.layers import Conv, Dense, Dtype, group_norm, layer_norm
@@ -18,11 +18,13 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "b n d"], context: Float[Array, "b m e"] | None = None
+    ) -> Float[Array, "b n d"]:
         context = x if context is None else context
         inner = self.heads * self.head_dim
 
-        def project(name: str, inputs: Array) -> Array:
+        def project(name: str, inputs: Float[Array, "b m e"]) -> Float[Array, "b m heads k"]:
             layer = Dense(inner, use_bias=self.use_bias, dtype=self.dtype, name=name)
             return layer(inputs).reshape(*inputs.shape[:-1], self.heads, self.head_dim)
 
@@ -39,7 +41,7 @@ class GEGLU(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n out"]:
         x = Dense(2 * self.features, dtype=self.dtype, name="proj")(x)
         hidden, gate = jnp.split(x, 2, axis=-1)
         return hidden * jax.nn.gelu(gate, approximate=False)
@@ -51,7 +53,7 @@ class FeedForward(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n out"]:
         h = GEGLU(4 * x.shape[-1], dtype=self.dtype, name="net.0")(x)
         return Dense(x.shape[-1], dtype=self.dtype, name="net.2")(h)
 
@@ -64,7 +66,9 @@ class BasicTransformerBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "b n d"], context: Float[Array, "b m e"]
+    ) -> Float[Array, "b n d"]:
         def attend(name: str) -> Attention:
             return Attention(self.heads, self.head_dim, dtype=self.dtype, name=name)
 
@@ -91,12 +95,16 @@ class Transformer2DModel(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> Array:
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b m e"]
+    ) -> Float[Array, "b h w c"]:
         batch, height, width, channels = x.shape
         inner = self.heads * self.head_dim
         block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
 
-        def project(name: str, features: int, inputs: Array) -> Array:
+        def project(
+            name: str, features: int, inputs: Float[Array, " b *place c"]
+        ) -> Float[Array, " b *place out"]:
             if self.linear_projection:
                 return Dense(features, dtype=self.dtype, name=name)(inputs)
             return Conv(features, kernel_size=1, padding=0, dtype=self.dtype, name=name)(inputs)

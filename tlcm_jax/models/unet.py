@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Num
 
 from tlcm_jax.models.embeddings import TimestepEmbedding, sinusoidal
 from tlcm_jax.models.layers import Conv, Dtype, group_norm
@@ -60,12 +60,12 @@ class UNet2DConditionModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        sample: Array,
-        timesteps: Array,
-        encoder_hidden_states: Array,
-        text_embeds: Array | None = None,
-        time_ids: Array | None = None,
-        timestep_cond: Array | None = None,
+        sample: Float[Array, "b h w c"],
+        timesteps: Num[Array, " b"],
+        encoder_hidden_states: Float[Array, "b m e"],
+        text_embeds: Float[Array, "b p"] | None = None,
+        time_ids: Float[Array, "b ids"] | None = None,
+        timestep_cond: Float[Array, "b g"] | None = None,
         *,
         features: bool = False,
     ) -> Any:
@@ -161,11 +161,11 @@ class UNet2DConditionModel(nn.Module):
 
     def _check(
         self,
-        sample: Array,
-        encoder_hidden_states: Array,
-        text_embeds: Array | None,
-        time_ids: Array | None,
-        timestep_cond: Array | None,
+        sample: Float[Array, "b h w c"],
+        encoder_hidden_states: Float[Array, "b m e"],
+        text_embeds: Float[Array, "b p"] | None,
+        time_ids: Float[Array, "b ids"] | None,
+        timestep_cond: Float[Array, "b g"] | None,
     ) -> None:
         """Refuses inputs that do not fit the config, by name."""
         config = self.config
@@ -187,11 +187,11 @@ class UNet2DConditionModel(nn.Module):
 
     def _embed(
         self,
-        timesteps: Array,
-        text_embeds: Array | None,
-        time_ids: Array | None,
-        timestep_cond: Array | None,
-    ) -> Array:
+        timesteps: Num[Array, " b"],
+        text_embeds: Float[Array, "b p"] | None,
+        time_ids: Float[Array, "b ids"] | None,
+        timestep_cond: Float[Array, "b g"] | None,
+    ) -> Float[Array, "b d"]:
         """Time embedding `[b, 4c]`, with SDXL's pooled text and size conditioning added."""
         config = self.config
         channels = config.block_out_channels[0]

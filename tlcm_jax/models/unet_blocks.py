@@ -4,7 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from tlcm_jax.models.layers import Dtype
 from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -51,8 +51,11 @@ class DownBlock(_Block):
 
     @nn.compact
     def __call__(
-        self, x: Array, time_embedding: Array, context: Array
-    ) -> tuple[Array, list[Array]]:
+        self,
+        x: Float[Array, "b h w c"],
+        time_embedding: Float[Array, "b d"],
+        context: Float[Array, "b m e"],
+    ) -> tuple[Float[Array, "b down_h down_w out"], list[Array]]:
         skips = []
         for i in range(self.layers):
             x = self.resnet(i)(x, time_embedding)
@@ -69,7 +72,12 @@ class MidBlock(_Block):
     """Resnet, then attention and resnet pairs, at the lowest resolution."""
 
     @nn.compact
-    def __call__(self, x: Array, time_embedding: Array, context: Array) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time_embedding: Float[Array, "b d"],
+        context: Float[Array, "b m e"],
+    ) -> Float[Array, "b h w c"]:
         x = self.resnet(0)(x, time_embedding)
         for i in range(self.layers):
             x = self.attention(i)(x, context)
@@ -85,12 +93,12 @@ class UpBlock(_Block):
     @nn.compact
     def __call__(
         self,
-        x: Array,
+        x: Float[Array, "b h w c"],
         skips: list[Array],
-        time_embedding: Array,
-        context: Array,
+        time_embedding: Float[Array, "b d"],
+        context: Float[Array, "b m e"],
         size: tuple[int, int] | None,
-    ) -> Array:
+    ) -> Float[Array, "b up_h up_w out"]:
         for i in range(self.layers):
             x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
             x = self.resnet(i)(x, time_embedding)

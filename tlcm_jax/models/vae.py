@@ -10,7 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from tlcm_jax.models.layers import Conv, Dtype, group_norm
 from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -81,7 +81,7 @@ class _Block(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b out_h out_w out"]:
         for i in range(self.layers):
             x = ResnetBlock2D(
                 self.features, self.groups, _EPSILON, self.dtype, name=f"resnets.{i}"
@@ -99,7 +99,7 @@ class _PixelAttention(Attention):
     groups: int = 32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b out_h out_w out"]:
         batch, height, width, channels = x.shape
         h = group_norm(self.groups, _EPSILON, self.dtype, "group_norm")(x)
         # The parent's layers join this scope: the checkpoint keeps them beside group_norm.
@@ -115,7 +115,7 @@ class _MidBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b out_h out_w out"]:
         def resnet(name: str) -> ResnetBlock2D:
             return ResnetBlock2D(self.features, self.groups, _EPSILON, self.dtype, name=name)
 
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b out_h out_w out"]:
         config, dtype = self.config, self.dtype
         channels, groups = config.block_out_channels, config.norm_num_groups
         x = Conv(channels[0], dtype=dtype, name="conv_in")(x)
@@ -161,7 +161,9 @@ class Decoder(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, middle: bool = True, upwards: bool = True) -> Array:
+    def __call__(
+        self, x: Float[Array, "b h w c"], middle: bool = True, upwards: bool = True
+    ) -> Float[Array, "b H W out"]:
         config, dtype = self.config, self.dtype
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
         if middle:
@@ -203,7 +205,9 @@ class AutoencoderKL(nn.Module):
         if self.config.use_post_quant_conv:
             self.post_quant_conv = Conv(channels, **one_by_one)
 
-    def encode(self, images: Array) -> tuple[Array, Array]:
+    def encode(
+        self, images: Float[Array, "b H W channels"]
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Mean and log-variance of the posterior, each `[b, h/f, w/f, c]`, fp32.
 
         Args:
@@ -215,7 +219,7 @@ class AutoencoderKL(nn.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents: Array) -> Array:
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W channels"]:
         """Images `[b, h, w, 3]`, nominally in -1..1, fp32, from unscaled latents.
 
         In memory-bound cases `vae_tiling.decode_tiled` does the same by tiles. SDXL's published
@@ -223,16 +227,16 @@ class AutoencoderKL(nn.Module):
         """
         return self.decode_upwards(self.decode_middle(latents))
 
-    def decode_middle(self, latents: Array) -> Array:
+    def decode_middle(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """The first half of `decode`, `[b, h/f, w/f, d]`, at the latents' resolution."""
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents, upwards=False)
 
-    def decode_upwards(self, hidden: Array) -> Array:
+    def decode_upwards(self, hidden: Float[Array, "b h w d"]) -> Float[Array, "b H W channels"]:
         """The second half of `decode`, from what `decode_middle` returns."""
         return self.decoder(hidden, middle=False).astype(jnp.float32)
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
         """Reconstruction through the posterior mean."""
         return self.decode(self.encode(images)[0])
