@@ -42,7 +42,7 @@ def pair(request):
 
 def apply(vae, params, inputs, method):
     with blockwise():
-        return vae.apply({"params": params}, inputs, method=method)
+        return vae.apply({"params": params}, jnp.asarray(inputs), method=method)
 
 
 def test_encode(pair):

@@ -65,7 +65,8 @@ def time_ids(config: UNetConfig, batch: int) -> np.ndarray:
 def run_ours(net, variables, inputs):
     config, batch = net.config, len(inputs["sample"])
     ids = {"time_ids": time_ids(config, batch)} if config.text_time else {}
-    return net.apply(variables, timesteps=TIMES[:batch], **ids, **inputs)
+    arrays = jax.tree.map(jnp.asarray, {"timesteps": TIMES[:batch], **ids, **inputs})
+    return net.apply(variables, **arrays)
 
 
 def run_theirs(config, module, inputs):
