@@ -3,12 +3,18 @@
     python -m tlcm_jax.evaluate --model runs/emoji --prompts miniature/prompts/heldout.txt \
         --steps 1,2,3,4,8 --scores miniature.judge --output evaluations/emoji
 
+    python -m tlcm_jax.evaluate --model runs/sdxl --prompts captions_val2017.json \
+        --protocol tlcm --scorers scorers --output evaluations/table1
+
+--protocol measures as a published table does (`evaluation.protocols`): its number of prompts, its
+steps and those of its scores whose weights lie in --scorers, each in a folder of its name.
 PATH of --model is a diffusers pipeline folder, a single-file checkpoint, a hub id or the workdir of
 a run. Writes `metrics.json`, `report.html` and `samples/`. The teacher is the model without its
 adapter; a model that has none is compared with --teacher, if that is given. Its images are kept in
 `teacher/` of the workdir, or else of the output, so that they are made once.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +25,7 @@ from absl import app, flags, logging
 from tlcm_jax.data.prompt_sets import read_prompt_set
 from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import check_steps, evaluate
+from tlcm_jax.evaluation.protocols import PROTOCOLS, load_protocol
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.load import load_model
@@ -37,8 +44,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("lora", None, "LoRA to put onto the model: PATH[:WEIGHT].", **here)
     flags.DEFINE_string("teacher", None, "Undistilled pipeline folder to compare with.", **here)
     flags.DEFINE_multi_string("prompts", None, "Prompt file; may be given again.", **must)
-    flags.DEFINE_integer("limit", 0, "Prompts used of a file; 0: all.", lower_bound=0, **here)
-    flags.DEFINE_list("steps", "1,2,3,4,8", "The student's step counts.", **here)
+    flags.DEFINE_integer("limit", None, "Prompts used of a file; all.", lower_bound=0, **here)
+    flags.DEFINE_list("steps", None, "The student's step counts; 1,2,3,4,8.", **here)
+    flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "Whose table to measure as.", **here)
+    flags.DEFINE_string("scorers", None, "With --protocol: folders by score.", **here)
     flags.DEFINE_list("scores", "", "Scorers, as NAME or NAME=PATH; commas between.", **here)
     flags.DEFINE_float("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
     flags.DEFINE_float("gamma", None, "Share of fresh noise; the run's own, or 1.", **here)
@@ -62,9 +71,17 @@ def main(arguments: Sequence[str]) -> None:
 def run(values: flags.FlagValues) -> None:
     """Does what the flags say."""
     start = time.monotonic()
-    steps = check_steps(values.steps)  # what is quickly checked, before anything is loaded
-    prompt_sets = [read_prompt_set(path).first(values.limit) for path in values.prompts]
+    preset = PROTOCOLS[values.protocol] if values.protocol else None
+    # What is quickly checked, before anything is loaded.
+    steps = check_steps(values.steps or (preset.steps if preset else (1, 2, 3, 4, 8)))
+    limit = values.limit if values.limit is not None else preset.count if preset else 0
+    prompt_sets = [read_prompt_set(path).first(limit) for path in values.prompts]
     scorers = load_scorers(values.scores)
+    if preset is not None:
+        if values.scorers is None:
+            raise ValueError("--protocol needs --scorers: the folder of its scores' folders")
+        preset, more = load_protocol(values.protocol, values.scorers)
+        scorers = (*more, *(each for each in scorers if each.name not in preset.scores))
     model, adapter, base = load_with_adapter(values.model, values.lora)
     teacher = None if adapter is None and base is model else base
     if values.teacher is not None:
@@ -90,7 +107,10 @@ def run(values: flags.FlagValues) -> None:
         result,
         title=f"Evaluation of {values.model}",
         pictures=values.pictures,
-        config={name: values[name].value for name in ("model", "lora", "prompts", "scores")},
+        config={
+            **{name: values[name].value for name in ("model", "lora", "prompts", "scores")},
+            **({} if preset is None else {"protocol": dataclasses.asdict(preset)}),
+        },
         provenance=provenance(time.monotonic() - start),
     )
     evaluation_report.save(Path(values.output), result, report)

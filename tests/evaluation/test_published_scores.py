@@ -7,11 +7,12 @@ import pytest
 from absl import flags
 
 from configs import sdxl
-from tests.support.scorer_files import write_scorers
+from tests.support.scorer_files import write_clip, write_scorers
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax import evaluate as command
 from tlcm_jax import paths
 from tlcm_jax.config.schema import read
+from tlcm_jax.evaluation.protocols import PROTOCOLS, load_protocol
 from tlcm_jax.evaluation.scorers import feature_distance
 from tlcm_jax.evaluation.scorers.table import SCORERS
 
@@ -44,6 +45,30 @@ def test_every_score_is_told(given, tmp_path, monkeypatch):
     assert all(np.isfinite(value) for value in student["1"].values())
     assert all(student["1"][name] != student["2"][name] for name in scores)
     assert "clip score" in (tmp_path / "report.html").read_text()
+
+
+def test_a_protocol_takes_the_scores_that_have_weights(given, tmp_path, caplog):
+    folder, arguments = given
+    write_clip(folder / "some" / "clip")
+    given = [each for each in arguments if not each.startswith("--steps")]
+    with pytest.raises(ValueError, match="--protocol needs --scorers"):
+        run_command(*given, "--protocol=dmd2", f"--output={tmp_path}")
+    with pytest.raises(FileNotFoundError, match="holds the weights of no score; fid "):
+        run_command(
+            *given, "--protocol=dmd2", f"--scorers={folder / 'nowhere'}", f"--output={tmp_path}"
+        )
+    run_command(*given, "--protocol=dmd2", f"--scorers={folder / 'some'}", f"--output={tmp_path}")
+    student = json.loads((tmp_path / "metrics.json").read_text())["sets"]["few"]["student"]
+    assert student.keys() == {"4"} and student["4"].keys() == {"clip"}  # absent, and never 0
+    report = (tmp_path / "report.html").read_text()
+    assert "HPSv3" in report and "&#39;mps&#39; are missing" in report
+
+
+def test_every_protocol_s_scores_are_there():
+    for protocol in PROTOCOLS.values():
+        assert set(protocol.scores) <= SCORERS.keys()
+    with pytest.raises(ValueError, match="protocol 'lcm' is not one of tlcm, logcd, dmd2"):
+        load_protocol("lcm", "")
 
 
 def test_missing_weights_are_told_before_the_model_is_loaded(given, tmp_path, monkeypatch):
