@@ -99,7 +99,9 @@ def test_the_milestone_rollout_is_the_chain_of_segment_jumps(any_world):
 def test_states_of_one_rollout_lie_at_different_milestones(states):
     index = np.asarray(lcd.milestone_choices(keys(0, 4000), 8, states))
     assert index.shape == (4000, states)
-    assert all(len(set(row)) == states for row in index[:100])
+    # Spread evenly round the time axis.
+    gaps = np.diff(np.sort(index, axis=1), axis=1, append=np.sort(index, axis=1)[:, :1] + 8)
+    assert gaps.min() >= 8 // states
     for column in index.T:
         assert np.all(np.abs(np.bincount(column, minlength=8) / 4000 - 1 / 8) < 0.02)
 

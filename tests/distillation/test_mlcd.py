@@ -106,6 +106,9 @@ def test_random_target_times_lie_anywhere_between_milestone_and_target(any_world
     wide = train_steps(world, t_n) - train_steps(world, lower) > 40
     share = (s - lower)[wide] / (t_n - lower)[wide]
     assert abs(share.mean() - 0.5) < 0.05 and abs(share.std() - 12**-0.5) < 0.03
+    # Drawn for each pair, not for a path.
+    first = [share[np.flatnonzero(wide) // 17 == path] for path in range(64)]
+    assert np.mean([np.std(row) for row in first]) > 0.2
     loss, _ = world.loss(objective, pairs)
     assert np.sum(s == t_n) > 50 and np.max(loss[s == t_n]) < 1e-11
     assert np.median(loss[s < t_n]) > 1e-8

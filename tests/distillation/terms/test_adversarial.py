@@ -10,6 +10,8 @@ from tests.support import roles
 from tests.support.gaussian_world import keys
 from tests.support.noise import times as times_of
 from tests.support.roles import adversarial, context_of, outputs_of
+from tlcm_jax.diffusion.sampling import normal
+from tlcm_jax.distillation.objective import split
 from tlcm_jax.distillation.terms.adversarial import DISCRIMINATOR, AdversarialSettings
 from tlcm_jax.models.lora import LoRAConfig
 
@@ -76,12 +78,15 @@ def test_noise_is_added_from_the_level_on(any_world, level, above, then):
     alpha, sigma = (float(level(expected[:1])[0]) for level in (process.alpha, process.sigma))
     np.testing.assert_allclose(found.mean(), 0.7 * alpha, atol=0.02)
     np.testing.assert_allclose(found.std(), sigma, atol=0.02)
-    if level:  # what noise there was is kept, by c of equation (3)
-        at_b = times_of(process, [level])
-        c = alpha / float(process.alpha(at_b)[0])
-        share = c * float(process.sigma(at_b)[0]) / sigma
-        agreement = np.corrcoef(np.ravel(found), np.ravel(noise))[0, 1]
-        np.testing.assert_allclose(agreement, share, atol=0.03)
+    at_b = times_of(process, [level])
+    alpha_b, sigma_b = (
+        float(at(at_b)[0]) if level else clean
+        for at, clean in ((process.alpha, 1.0), (process.sigma, 0.0))
+    )
+    c = alpha / alpha_b
+    fresh = np.sqrt(sigma**2 - c**2 * sigma_b**2)
+    drawn = normal(split(keys(0, count), 2)[1], world.shape)
+    np.testing.assert_allclose(found, c * z + fresh * drawn, atol=2e-5)
 
 
 def test_at_the_level_itself_nothing_is_added(any_world):
