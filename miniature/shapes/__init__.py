@@ -1,0 +1,1 @@
+"""`shapes-xl`: a procedural text-to-image world in which right and wrong can be counted."""
