@@ -17,8 +17,8 @@ The paper adds its parts one by one, each row with all that the rows before it h
     9 + GAN                            `adversarial`: all of TLCM
 
 Where the paper trains each row's stages to their end, here all rows use the same evaluations, and
-stages that are added take theirs from those before. The last two stages have 8 updates a step, of
-8 examples (the paper's batch is 4): at 2 of 32 they would have only some twenty.
+stages that are added take theirs from those before. The last two stages have updates of 8 pairs
+(the paper's batch is 4): at 32 they would have only some twenty.
 
 The paper does not say how latent LPIPS is weighted. The rows have it at 1, where its gradient is 5
 to 10 times the mean square's, and `lpips_tenth` has it about as large.
@@ -33,7 +33,7 @@ from benchmarks.results.experiment import Experiment, Table
 FULL = "emoji_full:paper"
 # The stages' evaluations where they are all there; fewer share them alike.
 SHARES = {"segments8": 10.0, "endpoints": 3.0, "preference": 1.5, "matching": 3.0}
-_LATER = {"stages.preference.updates": 8, "stages.matching.updates": 8}
+_LATER = {"stages.preference.batch_size": 8, "stages.matching.batch_size": 8}
 
 
 def _row(name: str, says: str, stages: tuple[str, ...], **changes: object) -> Experiment:
@@ -56,10 +56,10 @@ _SECOND = (*_FIRST, "endpoints")
 _THIRD = (*_SECOND, "preference")
 _LAST = (*_THIRD, "matching")
 
-# One pair a prompt: as many pairs as 16 prompts' paths have.
+# One pair a prompt: as many of them as 16 prompts' paths have pairs.
 _SINGLE: dict[str, object] = {
-    "segments8__settings__mode": "single_step",
-    "segments8__batch_size": 272,
+    "segments8__settings__mode": "one_step_state",
+    "segments8__prompts_per_refill": 272,
 }
 _PLAIN: dict[str, object] = {"segments8__terms": {}}
 

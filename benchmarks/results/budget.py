@@ -1,13 +1,13 @@
 """How many steps a recipe's stages have, so that all runs use the same number of evaluations.
 
-A stage of s steps, each of n examples that cost c UNet forwards apiece, uses
+A stage of s steps, each of n pairs that cost c UNet forwards apiece, uses
 
     E = s n c                                                                    (1)
 
 forwards: the teacher's (two a guided call), the target's, the rollout's, the student's and the
-critics', as `distillation.stages.evaluations` counts them and `unet_evaluations_per_second` shows
-them. The student's backward passes, one an example, are not in E and are told beside it. For a
-total E and shares a_i,
+auxiliary networks', as `StageLoss.nfe_per_pair` counts them and `nfe_per_second` shows them; what
+made a pair is shared out over its visits. The student's backward passes, one a pair, are not in E
+and stand beside it. For a total E and shares a_i,
 
     s_i = round(a_i E / (n_i c_i)),   at least 1,                                (2)
 
@@ -16,15 +16,15 @@ total is met to within half of that stage's step, wherever a step of each stage 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from tlcm_jax.config.schema import Settings, StageSettings, read
-from tlcm_jax.diffusion.process import NoiseSchedule
-from tlcm_jax.distillation import registry as stages
-from tlcm_jax.distillation.networks import Networks, Role, Scorer
+from tlcm_jax.config.build import nfe_per_pair
+from tlcm_jax.config.schema import Settings, read
+from tlcm_jax.distillation.networks import model_networks
+from tlcm_jax.distillation.terms.compose import StageLoss
+from tlcm_jax.families.load import abstract_model
 
 # UNet forwards of a budget of 1: the default recipe's, `configs/emoji.py`, to half a percent.
 # Fixed, so that a mended default does not make all other runs anew.
@@ -36,27 +36,44 @@ class Cost:
     """What a stage costs.
 
     Attributes:
-      examples: of a step, n of (1).
-      forwards: an example, c of (1).
-      backwards: of the student, an example.
+      pairs: of a step, n of (1).
+      forwards: a pair, c of (1).
+      backwards: of the student, a pair.
     """
 
-    examples: int
+    pairs: int
     forwards: float
     backwards: float
 
     @property
     def step(self) -> float:
         """UNet forwards of a step."""
-        return self.examples * self.forwards
+        return self.pairs * self.forwards
 
 
 def costs(settings: Settings) -> dict[str, Cost]:
     """What each stage of a recipe costs, by name.
 
-    Nothing is loaded: terms are built for networks that are never called.
+    No weights are read: networks are shapes, and terms that have weights of their own cost no UNet
+    forwards.
     """
-    return {name: _cost(stage) for name, stage in settings.stages.items()}
+    model = _shapes(settings.model.path)
+    resolution = settings.model.resolution or None
+    networks = model_networks(model, settings.adapter, resolution, settings.trainable == "full")
+    found = {}
+    for name, stage in settings.stages.items():
+        terms = {
+            term: chosen.load(model, networks, settings.adapter)
+            for term, chosen in stage.terms.items()
+            if not hasattr(chosen, "weights")
+        }
+        loss = StageLoss(stage.settings.build(networks), terms)
+        forwards = nfe_per_pair(loss, stage.epochs)
+        found[name] = Cost(pairs=stage.batch_size, forwards=forwards, backwards=1.0)
+    return found
+
+
+_shapes = functools.lru_cache(abstract_model)
 
 
 def total(settings: Settings) -> float:
@@ -76,7 +93,7 @@ def scaled(
 ) -> dict[str, Any]:
     """A recipe whose stages have as many steps as so many evaluations allow, by (2).
 
-    Warm-ups keep their number of updates, up to a tenth of the stage's.
+    Warm-ups keep their number of steps, up to a tenth of the stage's.
 
     Args:
       config: the recipe as plain values; not changed.
@@ -98,39 +115,6 @@ def scaled(
     steps[last] = max(1, round(left / found[last].step))
     result = {**config, "stages": {}}
     for name, stage in config["stages"].items():
-        updates = steps[name] * stage.get("updates", 1)
-        warmup = min(stage.get("warmup_updates", 0), updates // 10)
-        result["stages"][name] = {**stage, "steps": steps[name], "warmup_updates": warmup}
+        warmup = min(stage.get("warmup_steps", 0), steps[name] // 10)
+        result["stages"][name] = {**stage, "steps": steps[name], "warmup_steps": warmup}
     return result
-
-
-def _cost(stage: StageSettings) -> Cost:
-    kind = stages.find(stage.objective)
-    terms = stages.build_terms(_STAND_INS, _SCHEDULE, stage.terms)
-    found = stages.evaluations(stage.objective, stage.settings, terms, stage.epochs)
-    return Cost(
-        examples=stage.batch_size * kind.examples_per_prompt(stage.settings),
-        forwards=found.total,
-        backwards=found.student,
-    )
-
-
-def _never(*_: Any) -> Callable:
-    raise AssertionError("a network that only stands in for one was called")
-
-
-_ROLE = Role(initial=_never, network=_never)
-_SCORER = Scorer(score=_never, threshold=0.0)
-_STAND_INS = Networks(
-    student=_never,
-    teacher=_never,
-    null=_never,
-    fake=_ROLE,
-    discriminator=lambda layers: _ROLE,
-    decode=_never,
-    reward=_SCORER,
-    judge=_SCORER,
-    perceptual=_never,
-)
-# Costs do not depend on it.
-_SCHEDULE = NoiseSchedule(np.linspace(0.99, 0.01, 1000, dtype=np.float32), "epsilon")

@@ -1,11 +1,11 @@
 """Changes of ours to the paper's recipe, one at a time, at the same number of UNet evaluations.
 
-`STAGES` changes `emoji.py:paper`. Where a change alters how many examples a prompt makes, the
-batch and the number of updates a step change with it, so that an update still sees 33 to 36
-examples: at equal evaluations an example's cost alone then decides how many updates there are.
+`STAGES` changes `emoji.py:paper`. Where a change alters how many pairs a prompt makes, the prompts
+of a refill change with it, and an update still has 33 to 36 pairs: at equal evaluations a pair's
+cost alone then decides how many updates there are.
 
     literal       the paper's algorithm, one pair a path, against node reuse
-    nodes1 ..     nodes a segment, and so a path: 9, 33, 49 against 17
+    nodes1 ..     points a segment, and so a path: 9, 33, 49 against 17
     landing       jumps to any time of a segment, as Hyper-SD's, against its milestone
     loss_x0       the loss as x0, weighted by min(SNR + 1, 5), against z
     loss_x0_flat  the same, all times weighted alike
@@ -26,7 +26,7 @@ examples: at equal evaluations an example's cost alone then decides how many upd
 
     own0          no path begins at the student's own states, against 30 % of them
     snr5          weights min(SNR + 1, 5), against all times alike
-    path25        every node of a path of 25 steps is a state, against 8 milestones of 16
+    path25        every point of a path of 25 steps is a state, against 8 milestones of 16
     epochs4       each path is gone through 4 times, against once
 """
 
@@ -45,9 +45,9 @@ def _paper(name: str, says: str, **changes: object) -> Experiment:
 
 
 def _ends(name: str, says: str, **changes: object) -> Experiment:
-    """Regression on whole trajectories alone, at a first stage's rate, 6 updates a step."""
-    alone = dict(trajectories__learning_rate=3e-4, trajectories__batch_size=24)
-    changes = {**alone, "trajectories__updates": 6, **changes}
+    """Regression on whole trajectories alone, at a first stage's rate, 6 updates a refill."""
+    alone = dict(trajectories__learning_rate=3e-4, trajectories__prompts_per_refill=24)
+    changes = {**alone, **changes}
     return _changed("emoji:regression", name, says, changes, ("trajectories",))
 
 
@@ -58,37 +58,36 @@ def _changed(
     return Experiment(name=name, says=says, recipe=recipe, stages=stages, changes=dotted)
 
 
-def _nodes(count: int, batch_size: int, updates: int) -> Experiment:
+def _points(count: int, prompts: int, batch_size: int) -> Experiment:
     return _paper(
         f"nodes{count}",
-        f"{8 * count + 1} nodes a path",
-        segments__settings__nodes_per_segment=count,
+        f"{8 * count + 1} points a path",
+        segments__settings__points_per_segment=count,
+        segments__prompts_per_refill=prompts,
         segments__batch_size=batch_size,
-        segments__updates=updates,
     )
 
 
 STAGES = Table(
     name="improvements",
     title="Changes to the paper's stages",
-    says="Each row changes one thing of `paper`: node reuse with 17 nodes a path, jumps to the "
+    says="Each row changes one thing of `paper`: node reuse with 17 points a path, jumps to the "
     "milestones, the loss in z, 4 states a rollout.",
     experiments=(
         PAPER,
         _paper(
             "literal",
             "the paper's literal algorithm: one pair a path",
-            segments__settings__mode="literal",
-            segments__batch_size=68,
-            segments__updates=2,
+            segments__settings__mode="paper",
+            segments__prompts_per_refill=68,
         ),
-        _nodes(1, batch_size=32, updates=8),
-        _nodes(4, batch_size=8, updates=8),
-        _nodes(6, batch_size=10, updates=14),
+        _points(1, prompts=32, batch_size=36),
+        _points(4, prompts=8, batch_size=33),
+        _points(6, prompts=10, batch_size=35),
         _paper(
             "landing",
             "jumps to any time between, as Hyper-SD's",
-            segments__settings__landing="trajectory",
+            segments__settings__target_time="uniform",
         ),
         _paper(
             "loss_x0",
@@ -105,7 +104,7 @@ STAGES = Table(
             "states1",
             "1 state a rollout",
             endpoints__settings__states_per_rollout=1,
-            endpoints__batch_size=64,
+            endpoints__prompts_per_refill=64,
         ),
         _paper("ema", "average of stage 2's updates, decay 0.95", endpoints__ema_decay=0.95),
     ),
@@ -131,7 +130,7 @@ PARTS = Table(
             {
                 f"segments{count}__{key}": value
                 for count in (4, 2)
-                for key, value in dict(settings__mode="literal", batch_size=68, updates=2).items()
+                for key, value in dict(settings__mode="paper", prompts_per_refill=68).items()
             },
         ),
         _changed(
@@ -169,12 +168,10 @@ ENDS = Table(
         _ends("snr5", "weights min(SNR + 1, 5)", trajectories__settings__snr_limit=5.0),
         _ends(
             "path25",
-            "every node of a 25-step path is a state",
+            "every point of a 25-step path is a state",
             trajectories__settings__segments=25,
             trajectories__settings__teacher_substeps=1,
-            trajectories__batch_size=32,
-            # 32 examples an update, as the others have.
-            trajectories__updates=25,
+            trajectories__prompts_per_refill=32,
         ),
         _ends("epochs4", "each path four times", trajectories__epochs=4),
     ),

@@ -18,7 +18,7 @@ from absl import logging
 from benchmarks.results import budget
 from benchmarks.results.measure import Measured, measure
 from benchmarks.results.runs import JOB, PICTURES, SCORES, STOPPED, TEACHER, Asked
-from tlcm_jax.config.run import distil
+from tlcm_jax.config.run import train
 from tlcm_jax.config.schema import Settings, read
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.families.load import load_model
@@ -53,11 +53,11 @@ def work(folder: Path, teacher: Path) -> None:
     else:
         with np.load(teacher / REFERENCE) as file:
             reference = file["pictures"]
-        run = distil(job["config"], folder, progress=False)
+        run = train(job["config"], folder, progress=False)
         if not run.completed:
             sys.exit(STOPPED)
         spent = accounts(settings, run.history)
-        measured = measure(run.pipeline, asked, lora=run.adapter, reference=reference)
+        measured = measure(run.model, asked, lora=run.adapter, reference=reference)
     _save(folder / PICTURES, measured.pictures)
     found = _told(job, measured, spent, time.monotonic() - start)
     with atomic_write(folder / SCORES) as part:
@@ -74,14 +74,14 @@ def accounts(settings: Settings, history: Sequence[Mapping[str, Any]]) -> dict[s
     found = budget.costs(settings)
     forwards = backwards = seconds = first = 0.0
     for row in history:
-        examples, cost = row["steps"] * row["examples"], found[row["stage"]]
-        forwards += examples * cost.forwards
-        backwards += examples * cost.backwards
+        pairs, cost = row["pairs"], found[row["stage"]]
+        forwards += pairs * cost.forwards
+        backwards += pairs * cost.backwards
         begun = row.get("first_step_seconds")
         first += begun or 0.0
-        if row.get("samples_per_second"):
+        if row.get("pairs_per_second"):
             timed = row["steps"] - (begun is not None)
-            seconds += timed * row["examples"] / row["samples_per_second"]
+            seconds += timed * cost.pairs / row["pairs_per_second"]
     return {
         "forwards": forwards,
         "backwards": backwards,

@@ -12,10 +12,8 @@ from benchmarks.results import budget, measure, numbers, queue, runs
 from benchmarks.results.experiment import Experiment, NotHere, Table, missing_files
 from benchmarks.results.job import accounts
 from tests.support.tiny_pipeline import write_tiny_pipeline
-from tlcm_jax.config.build import networks
+from tlcm_jax.config.build import load_losses, nfe_per_pair
 from tlcm_jax.config.schema import read
-from tlcm_jax.diffusion.process import NoiseSchedule
-from tlcm_jax.distillation import registry as stages
 from tlcm_jax.evaluation.scorers.base import Measure
 from tlcm_jax.families.load import load_model
 
@@ -40,7 +38,7 @@ def test_every_experiment_uses_the_same_evaluations(name):
         finest = min(cost.step for cost in found.values())
         assert abs(budget.total(settings) - share * whole) <= finest / 2
         for stage in settings.stages.values():
-            assert 10 * stage.warmup_updates <= stage.steps * stage.updates
+            assert 10 * stage.warmup_steps <= stage.steps
 
 
 def test_the_whole_budget_is_the_default_recipe_s():
@@ -56,18 +54,15 @@ def test_names_fit_over_a_column_and_mean_one_thing():
 
 
 def test_costs_are_those_that_the_stages_count(tmp_path):
-    """With the terms of real networks in the stand-ins' place."""
-    pipeline = load_model(write_tiny_pipeline(tmp_path))
+    """As a run on other weights counts them."""
+    model = load_model(write_tiny_pipeline(tmp_path))
     settings = read(EXPERIMENTS["dmd2"].config())
-    stage = settings.stages["endpoints"]
-    roles = networks(pipeline, settings.adapter)
-    terms = stages.build_terms(roles, pipeline.schedule, stage.terms)
-    assert set(terms) == {"distribution_matching", "adversarial"}
-    counted = stages.evaluations(stage.objective, stage.settings, terms)
+    loss = load_losses(settings, model)["endpoints"]
+    assert set(loss.terms) == {"distribution_matching", "adversarial"}
     cost = budget.costs(settings)["endpoints"]
-    assert (cost.forwards, cost.backwards) == (counted.total, counted.student)
-    assert cost.examples == 16 * 4 and cost.step == 64 * counted.total
-    assert isinstance(pipeline.schedule, NoiseSchedule)
+    assert cost.forwards == nfe_per_pair(loss, 1) == loss.nfe_per_pair.total
+    assert cost.backwards == loss.nfe_per_pair.student == 1
+    assert cost.pairs == 32 and cost.step == 32 * cost.forwards
 
 
 def test_steps_follow_the_shares():
@@ -78,7 +73,7 @@ def test_steps_follow_the_shares():
     parts = {"segments": 100 * segments, "endpoints": 200 * endpoints}
     result = budget.scaled(config, whole, parts)
     assert [result["stages"][n]["steps"] for n in ("segments", "endpoints")] == [100, 200]
-    assert config["stages"]["segments"]["steps"] == 80  # as it was
+    assert config["stages"]["segments"]["steps"] == 640  # as it was
     least = budget.scaled(config, 1.0, {"segments": 1, "endpoints": 1})
     assert [stage["steps"] for stage in least["stages"].values()] == [1, 1]
     with pytest.raises(ValueError, match="give a positive one"):
@@ -298,9 +293,10 @@ def test_a_run_in_a_process_of_its_own(world, monkeypatch):
         adapter=dict(rank=2, alpha=2.0, merged=True),
         stages=dict(
             trajectories=dict(
-                objective="trajectory_regression",
+                objective="trajectory_kd",
                 steps=2,
-                batch_size=8,
+                batch_size=16,
+                prompts_per_refill=8,
                 learning_rate=1e-3,
                 settings=dict(segments=2, teacher_substeps=1, guidance_scale=2.0),
             )
@@ -336,7 +332,7 @@ def test_a_run_in_a_process_of_its_own(world, monkeypatch):
     # The engine's own counter says the same an example.
     rows = [json.loads(line) for line in (student.folder / "metrics.jsonl").open()]
     row = rows[-1]
-    assert row["unet_evaluations_per_second"] / row["samples_per_second"] == pytest.approx(3)
+    assert row["nfe_per_second"] / row["pairs_per_second"] == pytest.approx(3)
     assert accounts(settings, rows)["forwards"] == found["forwards"]
     with np.load(student.folder / runs.PICTURES) as file:
         assert file["student-1"].shape == (3, 32, 32, 3)
