@@ -52,6 +52,18 @@ class Brightness(Scorer):
         return {"grey": 0.75} if prompt_set == "heldout" else {}
 
 
+class Red(Scorer):
+    """A second one, of single images."""
+
+    name = "red"
+
+    def values(self, images, prompts, annotations):
+        return {"red": images[..., 0].mean((1, 2))}
+
+    def real_data_score(self, prompt_set, count):
+        return {"red": 100.0 + count} if prompt_set == "heldout" else {}
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     return load_model(write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny"))
@@ -82,7 +94,7 @@ def result(pipeline, adapter, heldout, tmp_path_factory):
         guidance_scale=2.0,
         gamma=0.5,
         seed=5,
-        scorers=[Brightness()],
+        scorers=[Brightness(), Red()],
         cache=tmp_path_factory.mktemp("cache"),
     )
 
@@ -108,12 +120,12 @@ def test_metrics_hold_every_score_and_its_ratio_to_the_teacher(result):
     assert set(metrics["seconds"]) == {"generation", "scoring"}
     assert metrics["sets"]["other"]["real"] == {}
     heldout = metrics["sets"]["heldout"]
-    assert heldout["prompts"] == 4 and heldout["real"] == {"grey": 0.75}
+    assert heldout["prompts"] == 4 and heldout["real"] == {"grey": 0.75, "red": 104.0}
     assert set(heldout["student"]) == {"1", "4"} and set(heldout["teacher"]) == {"25", "4"}
     reference = heldout["teacher"]["25"]
-    assert set(reference) == {"grey", "contrast"}
+    assert set(reference) == {"grey", "contrast", "red"}
     for entry in (*heldout["student"].values(), heldout["teacher"]["4"]):
-        for key in ("grey", "contrast"):
+        for key in ("grey", "contrast", "red"):
             assert entry["relative"][key] == pytest.approx(entry[key] / reference[key], rel=1e-12)
 
 
@@ -127,7 +139,11 @@ def test_report_and_files_show_all_samplers(result, tmp_path):
         "heldout/contrast",
         "other/contrast",
     }
-    assert len(report.highlights) == 2
+    assert {column.key for column in report.columns if column.percent} == {
+        "heldout/grey",
+        "other/grey",
+    }
+    assert len(report.highlights) == 3
     # One of each style before a second of any.
     assert list(report.grids[0].prompts) == ["a red cat", "an icon", "a cat of ice"]
     np.testing.assert_array_equal(
@@ -168,11 +184,12 @@ def test_the_teacher_is_drawn_once_for_the_same_weights(
     changed = {**pipeline.params["unet"], "conv_out": {**pipeline.params["unet"]["conv_out"]}}
     changed["conv_out"]["bias"] = bias.at[0].add(1e-3)
     run(dataclasses.replace(pipeline, params={**pipeline.params, "unet": changed}))
-    assert drawn == [2] * 4
+    assert run(resolution=48).shape[1] == 48
+    assert drawn == [2] * 5
     for file in tmp_path.glob("*.npz"):
         file.write_bytes(file.read_bytes()[:100])
     np.testing.assert_array_equal(run(), first)
-    assert drawn == [2] * 5
+    assert drawn == [2] * 6
 
 
 def test_without_scorer_or_teacher_there_are_pictures(pipeline, heldout, tmp_path):

@@ -1,6 +1,7 @@
 """The end of a run on a tiny teacher, at values that are no one's defaults."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def ended(world):
         world / "run",
         history=HISTORY,
         config={"secret": 271828},
-        started=0.0,
+        started=time.monotonic() - 3725,
         progress=False,
     )
     return pipeline, adapter, result, world / "run"
@@ -97,6 +98,7 @@ def test_what_is_written_says_how_it_was_made(ended):
         "secret",
         "271828",
         "gradient norm",
+        "1 h 2 min",
     ):
         assert text in page
     assert "held-out" not in page and "each style" not in page

@@ -110,12 +110,12 @@ def adversarial(world, settings=ADVERSE, count=uncounted, network=None) -> Adver
     """Its discriminator is quadratic in every element, or `network`."""
 
     def discriminator(psi, frozen):
-        def judge(z, t, conditioning):
+        def quadratic(z, t, conditioning):
             weighed = (psi["w"] * z + psi["v"] * z**2).reshape(len(z), -1)
             logits = (jnp.sum(weighed, axis=1) + psi["b"])[:, None]
             return (frozen["scale"] * logits,) * 2
 
-        return count("discriminator", network or judge)
+        return count("discriminator", network or quadratic)
 
     zeros = jnp.zeros(world.shape)
     return Adversarial(

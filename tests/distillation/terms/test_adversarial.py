@@ -1,4 +1,4 @@
-"""The adversarial term against known logits, and as a game that a mean wins."""
+"""The adversarial term against known logits, and as adversarial training of a mean."""
 
 import jax
 import jax.numpy as jnp
@@ -149,12 +149,12 @@ def test_a_time_beyond_the_process_is_refused(any_world):
         settings.load(roles.model_of(any_world), any_world.networks, LoRAConfig())
 
 
-def test_the_game_carries_one_step_towards_the_sample(world):
-    """A generator whose mean is off plays against a quadratic discriminator, and gets there."""
+def test_adversarial_training_carries_one_step_towards_the_sample(world):
+    """A generator whose mean is off, against a quadratic discriminator, gets there."""
     term = adversarial(world, AdversarialSettings(loss="softplus", times=(10, 250)))
-    aux, goal = term.aux, jnp.asarray(world.mean)
+    aux, centre = term.aux, jnp.asarray(world.mean)
     assert (aux.name, aux.updates, aux.b1) == (DISCRIMINATOR, 5, 0.0)
-    student, judge = optax.adam(0.02, b1=0.0), optax.adam(0.02, b1=0.0)
+    student, rival = optax.adam(0.02, b1=0.0), optax.adam(0.02, b1=0.0)
 
     def update(carry, index):
         mean, moments, psi, psi_moments = carry
@@ -164,15 +164,15 @@ def test_the_game_carries_one_step_towards_the_sample(world):
         noise = 0.3 * jax.random.normal(fake_key, (64, *world.shape))
         other = 0.3 * jax.random.normal(real_key, (64, *world.shape))
         aux_keys, own_keys = jax.random.split(aux_key, 64), jax.random.split(own_key, 64)
-        outputs = outputs_of(world, mean + noise, sample=goal + other)
+        outputs = outputs_of(world, mean + noise, sample=centre + other)
         slope = jax.grad(lambda p: jnp.mean(aux.loss(p, world.frozen, outputs, aux_keys)[0]))(psi)
         # Weight decay stops the two from circling each other.
         slope = jax.tree.map(lambda g, p: g + 0.05 * p, slope, psi)
-        change, psi_moments = judge.update(slope, psi_moments)
+        change, psi_moments = rival.update(slope, psi_moments)
         psi = optax.apply_updates(psi, change)
 
         def loss(mean):
-            outputs = outputs_of(world, mean + noise, sample=goal + other)
+            outputs = outputs_of(world, mean + noise, sample=centre + other)
             context = context_of(world, term, 64, aux={DISCRIMINATOR: psi})
             return jnp.mean(term.loss(outputs, context._replace(keys=own_keys))[0])
 
@@ -180,7 +180,7 @@ def test_the_game_carries_one_step_towards_the_sample(world):
         return (optax.apply_updates(mean, change), moments, psi, psi_moments), mean
 
     mean, psi = jnp.zeros(world.shape), aux.init(jax.random.key(0))
-    start = (mean, student.init(mean), psi, judge.init(psi))
+    start = (mean, student.init(mean), psi, rival.init(psi))
     path = jax.jit(lambda c: jax.lax.scan(update, c, jnp.arange(600))[1])(start)
-    distance = jnp.sqrt(jnp.mean((path - goal) ** 2, axis=(1, 2, 3)))
+    distance = jnp.sqrt(jnp.mean((path - centre) ** 2, axis=(1, 2, 3)))
     assert float(distance[0]) > 0.5 and float(jnp.mean(distance[-100:])) < 0.1
