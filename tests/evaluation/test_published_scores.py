@@ -14,7 +14,7 @@ from tlcm_jax import paths
 from tlcm_jax.config.schema import read
 from tlcm_jax.evaluation.protocols import PROTOCOLS, load_protocol
 from tlcm_jax.evaluation.scorers import feature_distance
-from tlcm_jax.evaluation.scorers.table import SCORERS
+from tlcm_jax.evaluation.scorers.table import SCORERS, load_scorer
 
 
 def run_command(*arguments):
@@ -76,6 +76,12 @@ def test_missing_weights_are_told_before_the_model_is_loaded(given, tmp_path, mo
     monkeypatch.setattr(command, "load_model", None)
     with pytest.raises(FileNotFoundError, match=r"'clip' are missing \(none in .*nowhere"):
         run_command(*arguments, f"--scores=clip={folder / 'nowhere'}", f"--output={tmp_path}")
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_score_says_where_its_weights_come_from(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"of score '{name}' are missing .*fetch .* from "):
+        load_scorer(name, str(tmp_path))
 
 
 def test_the_full_size_recipe_names_scorers_that_there_are():

@@ -1,10 +1,12 @@
 """The CLIP score from its files: through the table, and what is refused."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.support.scorer_files import OPEN_CLIP, write_clip
 from tlcm_jax.evaluation.scorers.table import load_scorer
@@ -45,6 +47,23 @@ def test_a_score_is_the_same_on_one_device(folder, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     alone = scorer.values(images, prompts, {})["clip"]
     np.testing.assert_allclose(together, alone, atol=1e-4)  # of 100
+
+
+def test_a_prefix_is_before_every_text(folder):
+    plain, prefixed = (load_scorer(name, str(folder)) for name in ("clip", "clip_prefixed"))
+    written = [f"A photo depicts {prompt}" for prompt in PROMPTS]
+    np.testing.assert_array_equal(prefixed.texts(PROMPTS), plain.texts(written))
+    assert prefixed.name == "clip_prefixed"
+
+
+def test_half_precision_is_read_as_single(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "half")
+    file = tmp_path / "half" / "open_clip_model.safetensors"
+    save_tensors(file, {k: v.astype(np.float16) for k, v in load_file(file).items()})
+    scorer, whole = load_scorer("clip", str(tmp_path / "half")), load_scorer("clip", str(folder))
+    assert {leaf.dtype for leaf in jax.tree.leaves(scorer.params)} == {np.dtype(np.float32)}
+    for leaf, other in zip(*(jax.tree.leaves(s.params) for s in (scorer, whole)), strict=True):
+        np.testing.assert_allclose(leaf, other, atol=2e-3)
 
 
 def test_both_dialects_are_one_network(folder, tmp_path):

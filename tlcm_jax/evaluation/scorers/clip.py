@@ -3,7 +3,8 @@
     s = 100 cos(u(image), v(prefix + text))                                                    (1)
 
 The paper's number is OpenCLIP ViT-g/14 trained on LAION-2B (`laion2b_s12b_b42k`), without prefix;
-others prefix "A photo depicts ". Scores of other CLIPs are other numbers, so each has a name.
+`clip_prefixed` is the same with "A photo depicts ", which others put before a text. Scores of other
+CLIPs are other numbers, so each has a name.
 """
 
 import dataclasses
@@ -72,6 +73,7 @@ class CLIPScorer(Scorer):
 # Score -> the architecture it is defined by, a key of `models.clip.ARCHITECTURES`, and its weights.
 PUBLISHED = {
     "clip": ("ViT-g-14", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"),
+    "clip_prefixed": ("ViT-g-14", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"),
     "clip_h14": ("ViT-H-14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "clip_l14": ("ViT-L-14", "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"),
     "clip_openai_l14": ("ViT-L-14-quickgelu", "openai/clip-vit-large-patch14"),
@@ -80,13 +82,16 @@ PUBLISHED = {
 }
 
 
-def load(path: str, *, name: str = "clip", prefix: str = "") -> CLIPScorer:
+# What some papers put before every text.
+_PREFIXES = {"clip_prefixed": "A photo depicts "}
+
+
+def load(path: str, *, name: str = "clip") -> CLIPScorer:
     """Loads a CLIP score.
 
     Args:
       path: folder or safetensors file of its weights, the tokenizer beside them.
       name: a key of `PUBLISHED`.
-      prefix: before every text.
 
     Raises:
       FileNotFoundError: weights or tokenizer are missing.
@@ -102,7 +107,7 @@ def load(path: str, *, name: str = "clip", prefix: str = "") -> CLIPScorer:
         params=params,
         tokenizer=clip_tokenizer(name, folder, origin),
         preprocess=Preprocess(size=network.config.vision.image_size),
-        prefix=prefix,
+        prefix=_PREFIXES.get(name, ""),
     )
 
 
