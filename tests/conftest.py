@@ -16,11 +16,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Kept alive for the whole session: shapes in signatures are checked on every call.
+_PACKAGES = ("diffusion", "distillation", "families", "generation")
 _MODELS = (
     "attention", "clip_text", "discriminator", "embeddings", "latent_lpips", "resnet",
     "transformer", "unet", "unet_blocks", "vae",
 )  # fmt: skip
 _hook = install_import_hook(
-    ["tlcm_jax.diffusion", "tlcm_jax.distillation", *(f"tlcm_jax.models.{m}" for m in _MODELS)],
+    [*(f"tlcm_jax.{p}" for p in _PACKAGES), *(f"tlcm_jax.models.{m}" for m in _MODELS)],
     "typecheck.typecheck",
 )

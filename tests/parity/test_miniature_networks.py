@@ -97,7 +97,7 @@ def test_unet(ours, theirs):
     z = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
     t = np.array([999, 500, 3])
     conditioning = ours.encode(PROMPTS)
-    output = jax.jit(ours.denoiser())(z, t, conditioning)
+    output = jax.jit(ours.predict)(ours.params["unet"], z, t, conditioning)
     with torch.no_grad():
         expected = theirs.unet(
             nchw(z),

@@ -9,10 +9,11 @@ the batch does not reach are the empty prompt.
 
 import html
 from collections.abc import Sequence
+from pathlib import Path
 
 import ftfy
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 
 def tokenize(
@@ -56,6 +57,36 @@ def tokenize(
     return tuple(
         _chunked(tokenizer, rows, chunks) for tokenizer, rows in zip(tokenizers, words, strict=True)
     )
+
+
+def read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
+    """The CLIP tokenizer of a folder; its files are read as data, from disk only.
+
+    Args:
+      folder: with `vocab.json` or `tokenizer.json`.
+      vocabulary: how many tokens the text encoder knows.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it cannot be read, or is another text encoder's.
+    """
+    if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no vocab.json; the model folder is not whole")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        largest = max(tokenizer.get_vocab().values())
+        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        length = int(tokenizer.model_max_length)
+    except Exception as error:  # of whatever kind: the library trusts its files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} holds no CLIP tokenizer that can be read ({reason})") from None
+    if largest >= vocabulary or None in marks or length < 3:
+        raise ValueError(
+            f"{folder} does not go with its text encoder: token ids up to {largest} of a "
+            f"vocabulary of {vocabulary}; begin, end, padding {marks}; {length} tokens a text"
+        )
+    tokenizer.model_max_length = min(length, 77)  # transformers' "unknown" is a huge number
+    return tokenizer
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:

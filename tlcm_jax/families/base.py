@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,9 @@ class LatentModel:
         return None
 
     @classmethod
-    def from_configs(cls, source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> Self:
+    def from_configs(
+        cls, source: Source, *, dtype: Any, param_dtype: Any, remat: str
+    ) -> "LatentModel":
         """The model that `source.folder`'s configs describe: shapes for weights.
 
         Args:
@@ -147,11 +149,11 @@ class LatentModel:
         """
         raise NotImplementedError
 
-    def without_weights(self) -> Self:
+    def without_weights(self) -> "LatentModel":
         """The model's functions alone, which keep no weights alive."""
         return replace(self, params={}, tokenizers=())
 
-    def with_params(self, **components: Params) -> Self:
+    def with_params(self, **components: Params) -> "LatentModel":
         """The model with other weights of some components, by name."""
         return replace(self, params={**self.params, **components})
 
@@ -229,7 +231,7 @@ class LatentModel:
         """Whether the backbone takes the guidance scale as an input, and needs no second call."""
         return False
 
-    def with_embedded_guidance(self, scale: float) -> Self:
+    def with_embedded_guidance(self, scale: float) -> "LatentModel":
         """The model that draws as if guided by `scale`.
 
         Raises:

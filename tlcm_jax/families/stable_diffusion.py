@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 from transformers import CLIPTokenizer
 
-from tlcm_jax.data.tokens import tokenize
+from tlcm_jax.data.tokens import read_tokenizer, tokenize
 from tlcm_jax.diffusion.scheduler_config import lcm_scheduler, process_from_config
 from tlcm_jax.families.base import LatentModel, Params, Product, Student, abstract_params
 from tlcm_jax.io.json_files import parse, read_object
@@ -135,7 +135,9 @@ class StableDiffusion(LatentModel):
         return LdmFile.open(path)
 
     @classmethod
-    def from_configs(cls, source: Source, *, dtype: Any, param_dtype: Any, remat: str) -> Self:
+    def from_configs(
+        cls, source: Source, *, dtype: Any, param_dtype: Any, remat: str
+    ) -> "StableDiffusion":
         """See `LatentModel`."""
         folder = source.folder
         index = read_index(folder)
@@ -175,7 +177,7 @@ class StableDiffusion(LatentModel):
     def read_tokenizers(self, folder: Path) -> tuple[CLIPTokenizer, ...]:
         """See `LatentModel`."""
         return tuple(
-            _tokenizer(folder / name, tower.config.vocab_size)
+            read_tokenizer(folder / name, tower.config.vocab_size)
             for name, tower in zip(TOKENIZERS, self.text_encoders, strict=False)
         )
 
@@ -238,7 +240,7 @@ class StableDiffusion(LatentModel):
         """See `LatentModel`: LCM's UNets do."""
         return self.unet.config.time_cond_proj_dim is not None
 
-    def with_embedded_guidance(self, scale: float) -> Self:
+    def with_embedded_guidance(self, scale: float) -> LatentModel:
         """See `LatentModel`."""
         if not self.guidance_is_embedded:
             return super().with_embedded_guidance(scale)
@@ -386,29 +388,3 @@ class StableDiffusion(LatentModel):
         variables = {"params": self.params[VAE]}
         moments: Any = self.vae.apply(variables, 2 * images - 1, method=self.vae.encode)
         return moments[0] * self.vae.config.scaling_factor
-
-
-def _tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
-    """The CLIP tokenizer of a folder; its files are read as data, from disk only.
-
-    Args:
-      folder: with `vocab.json` or `tokenizer.json`.
-      vocabulary: how many tokens the text encoder knows.
-    """
-    if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no vocab.json; the model folder is not whole")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        largest = max(tokenizer.get_vocab().values())
-        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        length = int(tokenizer.model_max_length)
-    except Exception as error:  # of whatever kind: the library trusts its files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder} holds no CLIP tokenizer that can be read ({reason})") from None
-    if largest >= vocabulary or None in marks or length < 3:
-        raise ValueError(
-            f"{folder} does not go with its text encoder: token ids up to {largest} of a "
-            f"vocabulary of {vocabulary}; begin, end, padding {marks}; {length} tokens a text"
-        )
-    tokenizer.model_max_length = min(length, 77)  # transformers' "unknown" is a huge number
-    return tokenizer
