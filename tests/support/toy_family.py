@@ -20,7 +20,8 @@ import numpy as np
 from tests.support.tiny_pipeline import random_params
 from tlcm_jax.diffusion.process import RectifiedFlow
 from tlcm_jax.families import load
-from tlcm_jax.families.base import LatentModel, Product, abstract_params
+from tlcm_jax.families.base import LatentModel, abstract_params
+from tlcm_jax.families.product import Product
 from tlcm_jax.io import names
 from tlcm_jax.io.files import cast, save_tensors
 from tlcm_jax.io.json_files import read_object, write_json

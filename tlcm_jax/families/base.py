@@ -18,49 +18,11 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser
 from tlcm_jax.diffusion.process import Process
+from tlcm_jax.families.product import Params, Product
 from tlcm_jax.io.lora_files import LoraNames
 from tlcm_jax.io.sources import SingleFile, Source
 from tlcm_jax.io.tensors import Tensors
 from tlcm_jax.models.lora import TARGETS
-
-Params = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Student:
-    """What a product is made of.
-
-    Attributes:
-      model: the teacher, its weights in host memory.
-      adapter: the LoRA, scaled; None where the backbone was trained whole and none was extracted.
-      params: the backbone's weights with the adapter in; None for products of the adapter alone.
-      dtype: of all weights that are written, one of `io.files.DTYPES`.
-      metadata: text for the headers of files.
-    """
-
-    model: "LatentModel"
-    adapter: Params | None
-    params: Params | None
-    dtype: str
-    metadata: Mapping[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """A form in which students are handed out.
-
-    Attributes:
-      write: writes one into an empty folder.
-      file: the name of the file that is the product; None if the folder is.
-      has_weights: it holds the backbone's whole weights; otherwise the adapter alone.
-      check: raises a ValueError or FileNotFoundError for the folder of a model's configs, if there
-        can be no such product of it.
-    """
-
-    write: Callable[[Student, Path], None]
-    file: str | None = None
-    has_weights: bool = True
-    check: Callable[[Path], Any] = lambda folder: None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,6 +169,18 @@ class LatentModel:
         """
         raise NotImplementedError
 
+    def encode(
+        self,
+        prompts: Sequence[str],
+        resolution: int | None = None,
+        *,
+        prompts_2: Sequence[str] | None = None,
+        chunks: int | None = 1,
+    ) -> PyTree[Array]:
+        """Conditioning of `prompts`, leading axis `len(prompts)`; arguments as `tokenize`'s."""
+        ids = self.tokenize(prompts, prompts_2, chunks)
+        return self._jitted_encode(self.params, ids, resolution=resolution)
+
     def null_conditioning(
         self, resolution: int | None = None, like: Sequence[Any] | None = None
     ) -> PyTree[Array]:
@@ -295,6 +269,20 @@ class LatentModel:
             are decoded by; 0 decodes at once.
         """
         raise NotImplementedError
+
+    def decode(
+        self, latents: Float[Array, " b *latent"], tile: int = 0
+    ) -> Float[Array, " b *image"]:
+        """Images in 0 .. 1: `decode_latents`, compiled, by the model's own weights."""
+        return self._jitted_decode(self.params, latents, tile=tile)
+
+    @functools.cached_property
+    def _jitted_encode(self) -> Callable:
+        return jax.jit(self.encode_tokens, static_argnames="resolution")
+
+    @functools.cached_property
+    def _jitted_decode(self) -> Callable:
+        return jax.jit(self.decode_latents, static_argnames="tile")
 
     def encode_images(self, images: Float[Array, " b *image"]) -> Float[Array, " b *latent"]:
         """Scaled latents of images in 0 .. 1, for training on data; not every family has them."""

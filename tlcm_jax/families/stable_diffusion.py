@@ -1,12 +1,10 @@
 """Stable Diffusion 1.x, 2.x and SDXL: a UNet on an autoencoder's latents, told by CLIP's texts."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
@@ -14,7 +12,8 @@ from transformers import CLIPTokenizer
 
 from tlcm_jax.data.tokens import read_tokenizer, tokenize
 from tlcm_jax.diffusion.scheduler_config import lcm_scheduler, process_from_config
-from tlcm_jax.families.base import LatentModel, Params, Product, Student, abstract_params
+from tlcm_jax.families.base import LatentModel, abstract_params
+from tlcm_jax.families.product import Params, Product, Student
 from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.ldm_names import UNET, unet_layers
 from tlcm_jax.io.lora_files import LoraNames, write_lora
@@ -296,26 +295,6 @@ class StableDiffusion(LatentModel):
             guidance_scale=scale,
         )
 
-    @functools.cached_property
-    def _jitted_encode(self) -> Callable:
-        return jax.jit(self.encode_tokens, static_argnames="resolution")
-
-    @functools.cached_property
-    def _jitted_decode(self) -> Callable:
-        return jax.jit(self.decode_latents, static_argnames="tile")
-
-    def encode(
-        self,
-        prompts: Sequence[str],
-        resolution: int | None = None,
-        *,
-        prompts_2: Sequence[str] | None = None,
-        chunks: int | None = 1,
-    ) -> Conditioning:
-        """Conditioning of `prompts`, leading axis `len(prompts)`; arguments as `tokenize`'s."""
-        ids = self.tokenize(prompts, prompts_2, chunks)
-        return self._jitted_encode(self.params, ids, resolution=resolution)
-
     def null_conditioning(
         self, resolution: int | None = None, like: Sequence[Any] | None = None
     ) -> Conditioning:
@@ -378,10 +357,6 @@ class StableDiffusion(LatentModel):
             variables = {"params": params[VAE]}
             images = self.vae.apply(variables, unscaled, method=self.vae.decode)
         return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
-
-    def decode(self, latents: Float[Array, "b h w c"], tile: int = 0) -> Float[Array, "b H W 3"]:
-        """Images in 0 .. 1 from scaled latents: `decode_latents`, compiled."""
-        return self._jitted_decode(self.params, latents, tile=tile)
 
     def encode_images(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Scaled latents (the posterior's mean) of images in 0 .. 1."""

@@ -23,7 +23,8 @@ from tlcm_jax.diffusion import sampling
 from tlcm_jax.diffusion.guidance import guided
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.diffusion.trajectories import teacher_path
-from tlcm_jax.families.base import LatentModel, Params
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.families.product import Params
 from tlcm_jax.models import lora as adapters
 from tlcm_jax.training.mesh import shard_batch
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlcm_jax.families.base import LatentModel, Product, Student
+from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
+from tlcm_jax.families.product import Product, Student
 from tlcm_jax.io.files import DTYPES, atomic_write
 from tlcm_jax.io.model_card import PROJECT, Recipe
 from tlcm_jax.models import lora
