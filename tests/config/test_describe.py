@@ -46,6 +46,67 @@ def test_methods_and_data_of_the_recipes(name, variant, method, of_images):
                     "Prompts alone; no image was read.")  # fmt: skip
 
 
+PATHS = "states on the teacher's own paths from noise"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("emoji", {"TLCM": [PATHS], "Hyper-SD": ["targets at any time of a segment"]}),
+        (
+            "emoji_full",
+            {
+                "TLCM": [
+                    PATHS,
+                    "latent LPIPS beside the loss",
+                    "preference",
+                    "distribution matching",
+                ],
+                "Hyper-SD": ["targets at any time of a segment"],
+                "PCM": ["an adversarial term inside the segment"],
+            },
+        ),
+        (
+            "emoji_scott",
+            {
+                "SCott": [
+                    "a teacher that steps stochastically",
+                    "an adversarial term against the real latents",
+                ]
+            },
+        ),
+        (
+            "emoji_mcm",
+            {
+                "MCM": [
+                    "jumps to the segment's milestone",
+                    "a teacher that steps by adjusted DDIM",
+                ]
+            },
+        ),
+        ("emoji_pcm", {"TLCM": [PATHS], "PCM": ["an adversarial term inside the segment"]}),
+        (
+            "emoji_dmd2",
+            {
+                "DMD2": ["distribution matching on the student's own rollouts"],
+                "TLCM": ["an adversarial term against the student's own samples"],
+            },
+        ),
+        ("emoji_lcm", {"TLCM": [PATHS], "LCM": ["one segment, whose end every state jumps to"]}),
+    ],
+)
+def test_what_is_taken_from_which_method(name, expected):
+    assert describe.methods(read(recipe(name))) == expected
+
+
+def test_adversarial_training_alone_is_not_called_consistency():
+    raw = recipe("emoji_dmd2")
+    del raw["stages"]["endpoints"]["terms"]["distribution_matching"]
+    assert describe.methods(read(raw)) == {
+        "TLCM": ["an adversarial term against the student's own samples"]
+    }
+
+
 def test_a_recipe_in_part_of_real_latents_says_which_part():
     raw = recipe("emoji_mcm")
     raw["stages"]["then"] = recipe("emoji", "paper")["stages"]["endpoints"]
@@ -75,7 +136,10 @@ def test_times_are_those_that_the_student_was_trained_at():
     del raw["stages"]["segments"], raw["stage_order"]
     assert describe.sampling_times(read(raw))[4] == RELEASE  # eight milestones have it
     raw["stages"]["endpoints"]["settings"]["segments"] = 5
-    assert describe.sampling_times(read(raw))[4] == (999, 799, 599, 399)
+    five = describe.sampling_times(read(raw))
+    assert (
+        five[4] == (999, 799, 599, 399) and five[2] == (999, 599) and list(five) == [1, 2, 3, 4, 5]
+    )
 
 
 def test_noise_and_guidance_are_the_recipe_s():
@@ -121,7 +185,7 @@ class Teacher:
     """What a card reads of a teacher."""
 
     source = folder = "someone/tiny"
-    text_encoders = (None, None)
+    backbone = "unet"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +206,10 @@ class Teacher:
         ),
         (
             "sdxl",
-            ("a LoRA of rank 64, alpha 8, on", "| 8 | 999, 874", "scale 8, is distilled in",
+            ("a LoRA of rank 64, alpha 8, on", "| 8 | 999, 874", "A LoRA of rank 64 in diffusers'",
+             "timesteps=[999, 749, 499, 124],", "- Method: TLCM + Hyper-SD\n",
+             "1. `segments4: mlcd(",
+             "scale 8, is distilled in",
              "- Data: Prompts alone; no image was read."),
             ("MCM", "Euler"),
         ),
@@ -155,6 +222,12 @@ def test_cards(name, says, not_says):
     for text in not_says:
         assert text not in card
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_a_card_of_weights_trained_whole_has_no_rank():
+    raw = recipe("sdxl") | {"trainable": "full", "export": ["pipeline"]}
+    made = describe.student_recipe(read(raw), Teacher)
+    assert made.rank == 0 and made.trained == "all weights of the unet"
 
 
 def test_a_card_of_some_fresh_noise_names_tcd():
