@@ -18,11 +18,10 @@ from typing import Any
 import jax
 
 from configs import sdxl
-from tlcm_jax.config.build import abstract_adapter, blueprints
+from tlcm_jax.config.build import initial_trainable, load_losses, stage_spec
 from tlcm_jax.config.schema import read
 from tlcm_jax.families.load import abstract_model
 from tlcm_jax.training.mesh import make_mesh
-from tlcm_jax.training.state import create
 
 
 def size(tree: Any) -> int:
@@ -37,20 +36,18 @@ def roles(model: Path) -> Mapping[str, tuple[int, int, int]]:
     last["terms"] = {"distribution_matching": {}, "adversarial": {}}
     config |= {"stages": {"endpoints": last}, "stage_order": ("endpoints",)}
     settings = read(config)
-    pipeline = abstract_model(
+    teacher = abstract_model(
         model, dtype=settings.model.dtype, param_dtype=settings.model.param_dtype
     )
-    (plan,) = blueprints(settings, pipeline, make_mesh(settings.mesh))
-    stage = plan.stage(lambda step: None)
-    unet = pipeline.params["unet"]
-    adapter = abstract_adapter(settings, unet)
-    state = jax.eval_shape(
-        lambda theta: create(theta, stage.optimizer, jax.random.key(0), stage.players), adapter
-    )
-    whole = size(unet)
-    trained = 3 * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(unet))
-    learning = {"student": size((state.trainable, state.opt_state))}
-    learning |= {name: size(player) for name, player in state.players.items()}
+    loss = load_losses(settings, teacher)["endpoints"]
+    mesh = make_mesh(settings.mesh)
+    stage = stage_spec("endpoints", settings.stages["endpoints"], loss, mesh, lambda r: None, {})
+    adapter = jax.eval_shape(lambda: initial_trainable(settings, teacher, jax.random.key(0)))
+    state = jax.eval_shape(lambda theta: stage.create_state(theta, jax.random.key(0)), adapter)
+    base = teacher.params[teacher.backbone]
+    whole = size(base)
+    trained = 3 * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(base))
+    learning = {name: size(network) for name, network in state.networks.items()}
     return {
         "teacher, real score": (whole, whole, whole),
         "target": (0, whole, whole),
