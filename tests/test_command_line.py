@@ -26,12 +26,13 @@ def command(recipe, folder, *overrides):
     [
         ("emoji", ["--config.stages.segments2.stepz=3"], "did you mean 'steps'"),
         # A key that the recipe leaves at its default.
-        ("emoji", ["--config.stages.segments2.ema_decay=2"], "ema_decay must lie in"),
+        ("emoji", ["--config.stages.segments2.ema_decay=2"], "ema_decay = 2"),
         ("emoji", ["--config.stages.nowhere.steps=3"], "does not have: 'nowhere'"),
         ("emoji", ["--config.seed.more=3"], "sets a part of"),
         ("emoji", ["--config.evaluation=None"], "--config.evaluation.prompts='()' leaves the"),
         # Leaves the evaluation out: the next mistake is what is said.
         ("emoji", ["--config.evaluation.prompts=()", "--config.prompts=('no',)"], "no does not"),
+        ("emoji", ["--config.stages.segments2.updates=3"], "it is `steps` (which counts optimiser"),
         ("nowhere", [], "configs/nowhere.py"),
         ("emoji_full", ["--config.stages.matching.terms.adversarial.weight=-1"], "at least 0"),
     ],

@@ -10,11 +10,12 @@ import pytest
 
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.config.outputs import load_outputs, write_outputs
-from tlcm_jax.config.run import distil
+from tlcm_jax.config.run import train
 from tlcm_jax.config.schema import read
 from tlcm_jax.families.load import load_model
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.workdir import load_adapter
+from tlcm_jax.training.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +34,19 @@ def config(world):
         seed=3,
         model=dict(path=str(world / "teacher")),
         prompts=[str(world / "prompts.txt")],
-        adapter=dict(rank=2, alpha=2.0, merged=True),
+        adapter=dict(rank=2, alpha=0.25, merged=True),
         stage_order=["segments", "endpoints"],
         stages=dict(
             segments=dict(
                 stage,
-                objective="segment_consistency",
-                batch_size=8,
-                updates=3,
-                settings=dict(segments=2, nodes_per_segment=1, guidance_scale=2.0),
+                objective="mlcd",
+                batch_size=24,
+                prompts_per_refill=8,
+                settings=dict(segments=2, points_per_segment=1, guidance_scale=2.0),
             ),
             endpoints=dict(
                 stage,
-                objective="endpoint_consistency",
+                objective="lcd",
                 batch_size=8,
                 settings=dict(
                     segments=2, teacher_substeps=1, guidance_scale=2.0, rollout_timesteps=(999,)
@@ -58,6 +59,7 @@ def config(world):
             prompts=[str(world / "prompts.txt")],
             steps=[1, 4],
             guidance_scale=2.0,
+            gamma=0,
             pictures=2,
         ),
         export=["lora", "pipeline"],
@@ -66,7 +68,7 @@ def config(world):
 
 def test_from_recipe_to_report(world, config, tmp_path):
     wanted = load_outputs(read(config))
-    run = distil(config, tmp_path, progress=False)
+    run = train(config, tmp_path, progress=False)
     assert run.completed
     write_outputs(run, read(config), wanted, tmp_path, config, started=0.0, progress=False)
 
@@ -75,7 +77,7 @@ def test_from_recipe_to_report(world, config, tmp_path):
         ("segments", 1), ("segments", 2), ("endpoints", 1), ("endpoints", 2),
     ]  # fmt: skip
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
-    assert rows[0]["examples"] == 8 * 3
+    assert [row["pairs"] for row in rows] == [24, 24, 8, 8]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert set(metrics["sets"]["prompts"]["student"]) == {"1", "4"}
     page = (tmp_path / "report.html").read_text()
@@ -95,9 +97,14 @@ def test_from_recipe_to_report(world, config, tmp_path):
     for path, leaf in flax.traverse_util.flatten_dict(stored).items():
         np.testing.assert_array_equal(leaf, trained[path])
     assert any(np.any(leaf) for path, leaf in trained.items() if path[-1] == "lora_B")
+    # Once scaled by alpha / rank, whatever reads it; what is trained is not.
+    raw = Checkpoints(tmp_path / "checkpoints", keep=None).trained()
+    for path, leaf in flax.traverse_util.flatten_dict(raw).items():
+        scale = 0.125 if path[-1] == "lora_B" else 1.0
+        np.testing.assert_allclose(trained[path], scale * leaf, rtol=1e-6)
 
     # The same command again has nothing left to train, and says the same.
-    again = distil(config, tmp_path, progress=False)
+    again = train(config, tmp_path, progress=False)
     assert again.completed and len(again.history) == 4
     jax.tree.map(np.testing.assert_array_equal, again.adapter, run.adapter)
 
@@ -118,15 +125,20 @@ def changed(config, **dotted):
     [
         (dict(model__path="nowhere"), FileNotFoundError, "'nowhere' is not a folder"),
         (dict(prompts=["nowhere.txt"]), FileNotFoundError, "nowhere.txt does not exist"),
-        (dict(stages__segments__batch_size=12), ValueError, "segments.batch_size is 12"),
-        (dict(stages__segments__updates=5), ValueError, "24 examples, which updates"),
+        (
+            dict(stages__segments__prompts_per_refill=12),
+            ValueError,
+            "per_refill is 12, which the 8",
+        ),
+        (dict(stages__segments__batch_size=16), ValueError, "24 pairs, which batch_size = 16"),
+        (dict(stages__segments__updates=3), ValueError, "updates'; it is `steps` .* now"),
         (dict(mesh=dict(data=3)), ValueError, "does not fit 8 devices"),
         (dict(sede=1), ValueError, "did you mean 'seed'"),
     ],
 )
 def test_bad_input_is_found_before_anything_is_written(config, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
-        distil(changed(config, **change), tmp_path / "run", progress=False)
+        train(changed(config, **change), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 

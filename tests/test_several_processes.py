@@ -23,10 +23,10 @@ def get_config():
         name="two",
         model=dict(path="{teacher}"),
         prompts=("{prompts}",),
-        adapter=dict(rank=2, alpha=2.0),
+        adapter=dict(rank=2, alpha=0.25),
         stages=dict(segments=dict(
-            objective="segment_consistency", steps=1, batch_size=4, learning_rate=1e-2,
-            settings=dict(segments=2, nodes_per_segment=1, guidance_scale=2.0),
+            objective="mlcd", steps=1, batch_size=4, learning_rate=1e-2,
+            settings=dict(segments=2, points_per_segment=1, guidance_scale=2.0),
         )),
         mesh=dict(data=1, fsdp=-1),
         evaluation=dict(prompts=("{prompts}",), steps=(2,), guidance_scale=2.0, pictures=3),
