@@ -123,7 +123,8 @@ def test_metrics_hold_every_score_and_its_ratio_to_the_teacher(result):
     assert heldout["prompts"] == 4 and heldout["real"] == {"grey": 0.75, "red": 104.0}
     assert set(heldout["student"]) == {"1", "4"} and set(heldout["teacher"]) == {"25", "4"}
     reference = heldout["teacher"]["25"]
-    assert set(reference) == {"grey", "contrast", "red"}
+    assert set(reference) == {"grey", "contrast", "red", "intervals"}
+    assert reference["intervals"].keys() == {"red"}  # the others are of whole sets
     for entry in (*heldout["student"].values(), heldout["teacher"]["4"]):
         for key in ("grey", "contrast", "red"):
             assert entry["relative"][key] == pytest.approx(entry[key] / reference[key], rel=1e-12)

@@ -42,6 +42,9 @@ def test_every_score_is_told(given, tmp_path, monkeypatch):
     assert list(student) == ["1", "2"]
     assert student["1"].keys() >= scores.keys()
     assert abs(student["1"]["clip"]) <= 100
+    intervals = student["1"].pop("intervals")
+    assert intervals.keys() == {"aesthetic", "clip", "hps_v21", "image_reward", "mps", "pickscore"}
+    assert all(low <= student["1"][key] <= high for key, (low, high) in intervals.items())
     assert all(np.isfinite(value) for value in student["1"].values())
     assert all(student["1"][name] != student["2"][name] for name in scores)
     assert "clip score" in (tmp_path / "report.html").read_text()
@@ -59,7 +62,10 @@ def test_a_protocol_takes_the_scores_that_have_weights(given, tmp_path, caplog):
         )
     run_command(*given, "--protocol=dmd2", f"--scorers={folder / 'some'}", f"--output={tmp_path}")
     student = json.loads((tmp_path / "metrics.json").read_text())["sets"]["few"]["student"]
-    assert student.keys() == {"4"} and student["4"].keys() == {"clip"}  # absent, and never 0
+    assert student.keys() == {"4"} and student["4"].keys() == {
+        "clip",
+        "intervals",
+    }  # absent, and never 0
     report = (tmp_path / "report.html").read_text()
     assert "HPSv3" in report and "&#39;mps&#39; are missing" in report
 

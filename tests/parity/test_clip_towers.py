@@ -57,3 +57,14 @@ def test_the_towers():
     ours = network.apply({"params": params}, jnp.asarray(ids), method="text_tokens")
     assert relative(ours[0], array(tokens)) < 1e-5
     assert relative(ours[1], array(expected["encode_text"])) < 1e-5
+
+
+@pytest.mark.parametrize("second", [None, {"num_hidden_layers": 3, "hidden_act": "gelu"}])
+def test_a_config_is_read_as_transformers_reads_it(second):
+    raw = {"model_type": "clip", "projection_dim": 20, "vision_config": {"hidden_size": 24}}
+    raw |= {"text_config": {"hidden_size": 16, "num_hidden_layers": 2}, "text_config_dict": second}
+    ours, theirs = CLIPConfig.from_transformers(raw), transformers.CLIPConfig.from_dict(dict(raw))
+    for tower, other in ((ours.vision, theirs.vision_config), (ours.text, theirs.text_config)):
+        for field in ("hidden_size", "num_hidden_layers", "hidden_act", "num_attention_heads"):
+            assert getattr(tower, field) == getattr(other, field), field
+    assert ours.projection_dim == theirs.projection_dim == 20

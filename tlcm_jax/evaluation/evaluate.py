@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 
 from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion.timesteps import student_timesteps
+from tlcm_jax.evaluation.intervals import bootstrap_intervals
 from tlcm_jax.evaluation.reporting.contents import Kind
 from tlcm_jax.evaluation.scorers.base import Measure, Scorer
 from tlcm_jax.families.base import LatentModel
@@ -39,12 +40,14 @@ class Generated:
       steps: in how many steps.
       images: one a prompt.
       scores: by `Measure.key`; empty without scorers.
+      intervals: of the scores that are means over images, 95 % by resampling them.
     """
 
     kind: Kind
     steps: int
     images: UInt8[np.ndarray, "n h w 3"]
     scores: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -111,16 +114,19 @@ class Evaluation:
         Returns:
           `model`, `seed`, `guidance_scale`, `gamma`, `seconds`, and under `sets`, by name:
           `prompts` (how many), `real`, and `student` and `teacher`: by steps, the scores and,
-          beside those of the 25-step teacher, `relative` to them.
+          beside those of the 25-step teacher, `relative` to them; and their 95 % `intervals` where
+          they are means over images.
         """
         sets = {}
         for result in self.sets:
             entries: dict[str, dict] = {"student": {}, "teacher": {}}
             for one in result.generated:
                 relative = result.relative(one)
+                intervals = {key: list(ends) for key, ends in one.intervals.items()}
                 entries[one.kind][str(one.steps)] = {
                     **one.scores,
                     **({"relative": relative} if relative else {}),
+                    **({"intervals": intervals} if intervals else {}),
                 }
             count = len(result.prompts.prompts)
             sets[result.prompts.name] = {"prompts": count, "real": dict(result.real), **entries}
@@ -228,11 +234,13 @@ def evaluate(
             seconds["generation"] += time.monotonic() - start
             start = time.monotonic()
             scores: dict[str, float] = {}
+            intervals: dict[str, tuple[float, float]] = {}
             for scorer in scorers:
                 values = scorer.values(images, prompts.prompts, prompts.annotations)
                 scores |= scorer.summarise(values)
+                intervals |= bootstrap_intervals(scorer, values)
             seconds["scoring"] += time.monotonic() - start
-            generated.append(Generated(kind, count, images, scores))
+            generated.append(Generated(kind, count, images, scores, intervals))
             shown = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
             logging.info("%s, %s: %s", prompts.name, generated[-1].label, shown or "generated")
         for scorer in scorers:
