@@ -56,10 +56,10 @@ class CLIPConfig:
         """
         if raw.get("model_type") != "clip":
             raise ValueError(f"config: model_type {raw.get('model_type')!r} is not 'clip'")
-        # Older files keep each tower's choices under a second name too, which transformers heeds
-        # above the first; it may be null.
-        text = {**(raw.get("text_config") or {}), **(raw.get("text_config_dict") or {})}
-        vision = {**(raw.get("vision_config") or {}), **(raw.get("vision_config_dict") or {})}
+        # Older files keep each tower's choices under a second name too, which transformers takes
+        # in place of the first unless it is null.
+        text = raw.get("text_config_dict") or raw.get("text_config") or {}
+        vision = raw.get("vision_config_dict") or raw.get("vision_config") or {}
         return cls(
             vision=CLIPVisionConfig(
                 image_size=vision.get("image_size", 224),
