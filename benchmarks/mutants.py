@@ -9,7 +9,8 @@ returned. It is written into a copy of the repository, and the tests that name t
 until one fails; a mutant whose tests all pass has survived. One that runs out of time counts as
 found, since a test that hangs is seen. The sample is a function of the seed and of the code.
 
-Left alone: docstrings, annotations, imports, what is logged, and the text of messages.
+Left alone: docstrings, annotations, imports, how dataclasses are declared, what is logged, and the
+text of messages.
 """
 
 import argparse
@@ -93,6 +94,8 @@ def _left_alone(tree: ast.AST) -> Iterator[ast.AST]:
             below = [node.annotation]
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             below = [node.returns]
+        elif isinstance(node, ast.ClassDef):
+            below = list(node.decorator_list)
         for each in below:
             yield from ast.walk(each) if each is not None else ()
 
@@ -166,7 +169,7 @@ def run_tests(root: Path, tests: Sequence[Path], seconds: float) -> str:
     environment = {**os.environ, "PYTHONPATH": str(root)}
     try:
         ended = subprocess.run(
-            [*command, "--durations=0", "-q", *map(str, tests)],
+            [*command, *map(str, tests)],
             cwd=root,
             env=environment,
             capture_output=True,

@@ -76,6 +76,8 @@ def rows_of(folder):
     return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+# 3 minutes of compilation; by shapes it is in tests/config/test_build.py.
+@pytest.mark.slow
 def test_every_term_and_auxiliary_network_trains_an_adapter_beside_its_base(world, tmp_path):
     run = train(config(world), tmp_path, progress=False)
     rows = rows_of(tmp_path)

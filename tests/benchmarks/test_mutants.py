@@ -7,7 +7,13 @@ from pathlib import Path
 from benchmarks import mutants
 
 MODULE = '''"""A docstring with 3 numbers."""
+import dataclasses
 import logging
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """Left alone."""
 
 
 def clamp(x: int, low: int = 0) -> int:

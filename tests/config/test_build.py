@@ -12,7 +12,7 @@ from tests.support.tiny_pipeline import random_adapter
 from tests.support.tiny_world import all_terms, tiny_recipe, write_tiny_world
 from tlcm_jax.config.build import initial_trainable, load_losses, nfe_per_pair, stage_spec
 from tlcm_jax.config.outputs import load_outputs
-from tlcm_jax.config.run import PromptBatches, frozen_params
+from tlcm_jax.config.run import PromptBatches, _place_terms, frozen_params
 from tlcm_jax.config.schema import read
 from tlcm_jax.distillation.networks import TERMS, model_networks
 from tlcm_jax.families.load import abstract_model, load_model
@@ -182,7 +182,7 @@ def test_every_term_fits_the_real_networks(folder, shapes, mesh):
         return jax.eval_shape(lambda p, i: shapes.encode_tokens(p, i), shapes.text_params, ids)
 
     frozen = frozen_params(shapes, conditioning(1))
-    frozen[TERMS] = {name: term.params for name, term in loss.terms.items()}
+    frozen[TERMS] = _place_terms(loss, mesh, {})
     spec = stage_spec("last", stage, loss, mesh, lambda r: None, frozen)
     prepared = Stage(spec)
     theta = jax.eval_shape(lambda: initial_trainable(settings, shapes, jax.random.key(0)))
