@@ -86,6 +86,23 @@ def test_adapter_of_a_workdir(workdir, tiny):
         load_adapter(tiny)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "must hold a JSON object, not a list"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON: nested too deeply"),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_named(workdir, tmp_path, content, message):
+    (tmp_path / CHECKPOINTS).mkdir()
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json {message}"):
+        load_adapter(tmp_path)
+    with pytest.raises(ValueError, match=f"config.json {message}"):
+        run(sample, "--model", tmp_path, "--prompt", "a cat", "--output", tmp_path / "out.png")
+
+
 def test_export_command(workdir, tiny, tmp_path, capsys):
     arguments = ("--workdir", workdir, "--to", "lora,kohya,pipeline", "--output", tmp_path)
     run(export, *arguments, "--dtype", "fp32", "--step", 1)

@@ -19,15 +19,19 @@ _DEPTHS = frozenset(
 _DEEPEST, _LARGEST, _LONGEST = 200, 1_000_000, 10_000
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, holder: str = "model folder") -> dict[str, Any]:
     """The JSON object that a file holds.
+
+    Args:
+      path: the file.
+      holder: what it is a part of, for messages.
 
     Raises:
       FileNotFoundError: it is not there.
       ValueError: it is not JSON, or no object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the model folder is not whole")
+        raise FileNotFoundError(f"{path} is missing; the {holder} is not whole")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -60,7 +64,8 @@ def parse(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (ArithmeticError, AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{path}: a value is not of the type it must have ({error})") from None
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: a value is not of the type it must have ({reason})") from None
 
 
 def _check_numbers(value: Any, key: str = "") -> None:

@@ -266,7 +266,7 @@ def _scales(
         try:
             config = json.loads(stored)
             config = {k.removeprefix(f"{network}."): v for k, v in config.items()}
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise ValueError(f"{file}: its lora_adapter_metadata is not a JSON object") from None
     for variant in ("use_dora", "fan_in_fan_out"):
         if config.get(variant):

@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from tlcm_jax.io.json_files import read_object
+
 # What the files of a component's weights are called: by diffusers, and by transformers.
 STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -155,7 +157,7 @@ def open_component(folder: Path, stem: str, variant: str | None = None) -> Tenso
 def _shards(index: Path) -> list[str]:
     """The files that an index names; each must lie beside it."""
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_object(index)["weight_map"].values()))
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise ValueError("its weight_map must name files in the same folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

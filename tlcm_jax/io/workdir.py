@@ -1,12 +1,12 @@
 """Reads what a run left in its workdir: the config it was run with and the adapter it trained."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tlcm_jax.config.describe import sampling_times
 from tlcm_jax.config.schema import read
+from tlcm_jax.io.json_files import read_object
 from tlcm_jax.models import lora
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.workdir import CONFIG_FILE
@@ -20,7 +20,7 @@ def is_workdir(path: str | Path) -> bool:
 
 
 def drawn_with(path: str | Path, setting: str, default: float, given: float | None = None) -> float:
-    """A number to draw with: the one given, or that of a run's own evaluation, or `default`.
+    """A number to generate with: the one given, or that of a run's own evaluation, or `default`.
 
     Args:
       path: a workdir, or anything else.
@@ -30,12 +30,12 @@ def drawn_with(path: str | Path, setting: str, default: float, given: float | No
     """
     if given is not None:
         return given
-    return (_config(path).get("evaluation") or {}).get(setting, default)
+    return _section(path, "evaluation").get(setting, default)
 
 
 def trained_resolution(path: str | Path) -> int | None:
-    """Side in pixels of the pictures that a run was trained for; None for the model's own."""
-    return _config(path).get("model", {}).get("resolution") or None
+    """Side in pixels of the images that a run was trained for; None for the model's own."""
+    return _section(path, "model").get("resolution") or None
 
 
 def trained_times(path: str | Path) -> dict[int, tuple[int, ...]]:
@@ -47,7 +47,13 @@ def _config(path: str | Path) -> dict[str, Any]:
     """A run's config; empty for what is not a workdir."""
     if not is_workdir(path):
         return {}
-    return json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+    return read_object(Path(path) / CONFIG_FILE, "workdir")
+
+
+def _section(path: str | Path, name: str) -> Mapping[str, Any]:
+    """A part of a run's config; empty where there is none."""
+    found = _config(path).get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def load_adapter(
@@ -75,10 +81,7 @@ def load_adapter(
             f"{str(workdir)!r} is not a workdir (no {CONFIG_FILE} and {CHECKPOINTS}/); give the "
             "--workdir of a run of tlcm_jax.main"
         )
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is not valid JSON: {error}") from None
+    config = read_object(folder / CONFIG_FILE, "workdir")
     settings = read(config)
     checkpoints = Checkpoints(folder / CHECKPOINTS, keep=None)
     try:
