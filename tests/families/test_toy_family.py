@@ -16,6 +16,7 @@ from tlcm_jax import evaluate, export, main, sample
 from tlcm_jax.diffusion import sampling
 from tlcm_jax.families import load
 from tlcm_jax.families.load import find_family, load_model
+from tlcm_jax.generation import generate as generation
 from tlcm_jax.generation.generate import generate, generate_teacher
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.workdir import load_adapter
@@ -64,7 +65,17 @@ def test_without_its_line_the_family_is_refused_by_name(folder, monkeypatch):
         load_model(folder)
 
 
-def test_generation_is_the_samplers_own(model):
+@pytest.fixture
+def decoded(monkeypatch):
+    """The latents that images are decoded from: images themselves hide small differences."""
+    latents, decode = [], generation._decode
+    monkeypatch.setattr(
+        generation, "_decode", lambda *args: latents.append(args[-1]) or decode(*args)
+    )
+    return latents
+
+
+def test_generation_is_the_samplers_own(model, decoded):
     ids = model.tokenize(PROMPTS)
     conditioning = model.encode_tokens(model.params, ids)
     denoiser, null = model.denoiser(), model.null_conditioning()
@@ -72,11 +83,13 @@ def test_generation_is_the_samplers_own(model):
     found = generate(model, PROMPTS, 1, seed=3)
     assert found.shape == (3, 8, 8, 3) and found.dtype == np.uint8 and found.std() > 5
     assert np.max(np.abs(found - images(model, one))) <= 1
+    np.testing.assert_allclose(decoded.pop(), one, atol=1e-5)
     taught = sampling.sample_teacher(
         denoiser, model.process, noise(3, 3), conditioning, lambda c: model.null_of(null, c), 6, 3.0
     )
     found = generate_teacher(model, PROMPTS, 6, 3.0, seed=3)
     assert np.max(np.abs(found - images(model, taught))) <= 1
+    np.testing.assert_allclose(decoded.pop(), taught, atol=1e-5)
 
 
 def test_a_value_of_the_first_family_is_refused_or_not_used(model):
