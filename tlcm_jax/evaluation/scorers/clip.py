@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from transformers import CLIPTokenizer
@@ -59,8 +59,8 @@ class CLIPScorer(Scorer):
     ) -> Float[Array, " n"]:
         """Equation (1)."""
         pixels = self.preprocess.pixels(images)
-        image, text, scale = self.network.apply({"params": params}, pixels, texts)
-        return (scale if self.learned_scale else 100.0) * jax.numpy.sum(image * text, axis=-1)
+        image, text, scale = self.network.apply({"params": params}, pixels, jnp.asarray(texts))
+        return (scale if self.learned_scale else 100.0) * jnp.sum(image * text, axis=-1)
 
     def values(
         self, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], annotations: Annotations

@@ -64,7 +64,7 @@ class MPSScorer(Scorer):
         """Equation (3) of the network."""
         pixels = self.preprocess.pixels(images)
         condition = jnp.asarray(self.texts([CONDITION]))
-        return self.network.apply({"params": params}, pixels, texts, condition)
+        return self.network.apply({"params": params}, pixels, jnp.asarray(texts), condition)
 
     def values(
         self, images: UInt8[np.ndarray, "n h w 3"], prompts: Sequence[str], annotations: Annotations

@@ -59,7 +59,7 @@ class Preprocess:
 
     def pixels(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n s s 3"]:
         """What the network reads of images in 0..1 of any size."""
-        images = self.on_device(images)
+        images = self.on_device(jnp.asarray(images))
         return (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
