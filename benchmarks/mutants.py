@@ -245,8 +245,8 @@ def main() -> None:
 
 
 def survived(found: str) -> bool:
-    """Whether no test saw a mutant."""
-    return found in ("passed", "no test names the module")
+    """Whether no test saw a mutant; a run that was killed has seen nothing."""
+    return found in ("passed", "no test names the module", "no test ran")
 
 
 def table(rows: Sequence[tuple[Mutant, str]]) -> str:

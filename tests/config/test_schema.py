@@ -136,6 +136,14 @@ def test_bad_recipes_name_the_key(config, message):
         read(config)
 
 
+def test_a_network_trained_whole_is_exported_whole():
+    full = changed(trainable="full", export=["pipeline", "unet"])
+    assert read(full).export == ("pipeline", "unet")
+    for target in ("lora", "kohya"):
+        with pytest.raises(ValueError, match="has no LoRA; export 'pipeline'"):
+            read(changed(trainable="full", export=["pipeline", target]))
+
+
 def test_bounds_themselves_are_allowed():
     for config in (
         changed(seed=2**32 - 1),

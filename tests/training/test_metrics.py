@@ -40,6 +40,12 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
         MetricsWriter(tmp_path).resume(2)
 
 
+def test_the_folder_is_made_with_those_above_it(tmp_path):
+    writer = MetricsWriter(tmp_path / "runs" / "first")
+    writer.write({"step": 1})
+    assert rows(tmp_path / "runs" / "first") == [{"step": 1}]
+
+
 def test_other_processes_write_nothing(tmp_path):
     writer = MetricsWriter(tmp_path / "run", write=False)
     writer.resume(0)
@@ -77,7 +83,7 @@ def step_metrics(loss, finite=True, grad_norm=1.0):
 
 
 def test_a_row_averages_its_steps_and_times_all_but_the_first(monkeypatch):
-    clock = iter([0.0, 60.0, 64.0, 100.0, 108.0]).__next__
+    clock = iter([7.0, 67.0, 71.0, 100.0, 108.0]).__next__
     monkeypatch.setattr("tlcm_jax.training.metrics.time.perf_counter", clock)
     meter = Meter(nfe_per_pair=3.0, batch_size=32)
     for loss, norm in ((1.0, 5.0), (2.0, 9.0), (6.0, 1.0)):
