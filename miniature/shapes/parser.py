@@ -35,9 +35,9 @@ _SMALLEST = 10  # pixels: less is a speck, which no threshold of contrast lets p
 _LARGE_FROM = 7.75  # radius, pixels: between the sizes 12 to 14 and 17 to 20 across
 _CONTRAST = 0.10  # of a pixel's residual, to belong to an object
 _FAINT_CONTRAST = 0.055
-_MATCH = 0.88  # below: malformed; 1 % of real renders through the autoencoder lie below 0.94
+_MATCH = 0.88  # below: malformed; real renders, decoded, seldom lie below 0.94
 _UNEXPLAINED = 0.35  # of an object's energy, where equation (1) of `explain` decides
-_SHAPES = 3  # candidates of a component
+_SHAPES = 5  # candidates of a component
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ def _bank() -> tuple[list[tuple], np.ndarray, np.ndarray]:
     return kinds, unit(templates), unit(full)
 
 
-def _background(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """The fitted background `[64, 64, 3]`, its mean colour, and whether a grid lies on it."""
+def _fit_plane(image: np.ndarray) -> np.ndarray:
+    """Level and slopes `[3, 3]` of each channel, from the half of the pixels that fits best."""
     flat = image.reshape(-1, 3)
     keep = np.ones(len(flat), bool)
     for _ in range(5):
@@ -118,22 +118,24 @@ def _background(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         fit = np.linalg.solve(plane.T @ plane, plane.T @ flat[keep])
         error = np.abs(flat - _PLANE @ fit).max(1)
         keep = error < max(0.05, np.quantile(error, 0.5))
-    plane = (_PLANE @ fit).reshape(image.shape)
-    rest = (image - plane).mean(-1)
-    lines = []
+    return fit
+
+
+def _background(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The fitted background `[64, 64, 3]`, its mean colour, and whether a grid lies on it."""
+    fit = _fit_plane(image)
+    rest = (image - (_PLANE @ fit).reshape(image.shape)).mean(-1)
+    folded = []
     for axis in (0, 1):
         profile = np.median(rest, axis=axis)
-        folded = np.median(profile.reshape(8, 8), axis=0)  # by the phase of a period of 8
-        lines.append(folded - np.median(folded))
-    grid = all(line.min() < -0.03 for line in lines)
+        line = np.median(profile.reshape(8, 8), axis=0)  # by the phase of a period of 8
+        folded.append(np.tile(np.minimum(line - np.median(line), 0), 8))
+    grid = all(line.min() < -0.03 for line in folded)
+    lines = np.zeros(image.shape)
     if grid:
-        # Where both kinds of line cross they add; medians saw each away from the other.
-        across, down = (np.tile(np.minimum(line, 0), 8) for line in lines)
-        plane = plane + (across[None, :] + down[:, None])[..., None]
-        # The plane was fitted with some of the lines' pixels inside: shift it to the cells.
-        cells = (across[None, :] == 0) & (down[:, None] == 0)
-        plane = plane + np.median((image - plane)[cells], axis=0)
-    return plane, fit[0], grid
+        lines += (folded[0][None, :] + folded[1][:, None])[..., None]
+        fit = _fit_plane(image - lines)
+    return (_PLANE @ fit).reshape(image.shape) + lines, fit[0], grid
 
 
 def _ground(level: np.ndarray, grid: bool) -> str:
@@ -159,7 +161,11 @@ def parse(image: np.ndarray, rung: Rung) -> Parse:
     error = image - plane
     strength = np.abs(error).max(-1)
     threshold = _FAINT_CONTRAST if "faint" in rung.contrasts else _CONTRAST
-    labels, count = ndimage.label(strength > threshold, _EIGHT)
+    drawn = strength > threshold
+    # A stripe may look like the ground: parts two pixels apart are one object.
+    joined = ndimage.binary_dilation(drawn, _EIGHT) if "striped" in rung.fills else drawn
+    labels, count = ndimage.label(joined, _EIGHT)
+    labels = np.where(drawn, labels, 0)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     ground = _ground(level, grid) if len(rung.grounds) > 1 else rung.grounds[0]
     regions, matches, malformed = [], [], ""
@@ -181,7 +187,9 @@ def parse(image: np.ndarray, rung: Rung) -> Parse:
         things = [_flat(image, plane, region, rung) for region in regions]
         failed = [match < _MATCH for match in matches]
     else:
-        things, left, style = explain(image, plane, regions, rung)
+        styles = ("pixel art",) if _blocky(image, plane, regions) else rung.styles
+        explained = dataclasses.replace(rung, styles=styles)
+        things, left, style = explain(image, plane, regions, explained)
         failed = [share > _UNEXPLAINED for share in left]
     if any(failed):
         malformed = "shape"
@@ -195,6 +203,20 @@ def parse(image: np.ndarray, rung: Rung) -> Parse:
         for thing, match in zip(things, matches, strict=True)
     )
     return Parse(objects=found, style=style, ground=ground, malformed=malformed)
+
+
+def _blocky(image: np.ndarray, plane: np.ndarray, regions: Sequence[Region]) -> bool:
+    """Whether all that was drawn is made of constant 2 x 2 blocks: pixel art, and nothing else."""
+    if not regions:
+        return False
+
+    def spread(picture: np.ndarray) -> np.ndarray:
+        return np.ptp(picture.reshape(SIDE // 2, 2, SIDE // 2, 2, 3), axis=(1, 3)).max(-1)
+
+    touched = np.any([region.near for region in regions], axis=0)
+    touched = touched.reshape(SIDE // 2, 2, SIDE // 2, 2).any((1, 3))
+    touched &= spread(plane) < 0.03  # a grid's lines lie where they like
+    return bool(np.mean(spread(image)[touched] < 0.04) > 0.8)
 
 
 def _plain(rung: Rung) -> bool:

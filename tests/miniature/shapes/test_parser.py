@@ -1,6 +1,7 @@
 """The judge by construction: right on real renders, and wrong pictures found out."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from miniature.shapes.parser import parse, satisfies
 from miniature.shapes.render import render
 from miniature.shapes.scene import (
     ATTRIBUTES,
+    GROUNDS,
     RUNGS,
+    STYLES,
     TEST_START,
     Group,
     Scene,
@@ -38,6 +41,22 @@ def accuracy(rung: str, count: int, change=lambda image: image) -> float:
 @pytest.mark.parametrize("rung", ["r1", "r3"])
 def test_reads_real_renders(rung):
     assert accuracy(rung, 100) >= 0.98
+
+
+@pytest.mark.slow
+def test_reads_real_renders_of_the_whole_world():
+    assert accuracy("full", 60) >= 0.93
+
+
+def test_reads_every_style_and_ground():
+    rung = RUNGS["full"]
+    for i, (style, ground) in enumerate(itertools.product(STYLES, GROUNDS)):
+        if (style, ground) == ("outlined", "dark"):
+            continue  # a rim as dark as the ground is hard to tell
+        group = Group(shape="square", colour="blue", size="large", contrast="bold", fill="plain")
+        spec = Spec(groups=(group,), style=style, ground=ground)
+        found = parse(render(draw_scene(spec, TEST_START + i, rung)), rung)
+        assert satisfies(found, spec), (style, ground, found)
 
 
 def test_reads_renders_through_the_linear_codec():
