@@ -219,11 +219,11 @@ class StableDiffusion(LatentModel):
 
     @property
     def resolution(self) -> int:
-        """The side, in pixels, of the square pictures that the UNet was trained on."""
+        """The side, in pixels, of the square images that the UNet was trained on."""
         return self.unet.config.sample_size * self.vae.config.downsampling
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """Height, width and channels of the latents of a square picture.
+        """Height, width and channels of the latents of a square image.
 
         Raises:
           ValueError: the resolution is not a multiple of the autoencoder's factor.
@@ -275,7 +275,7 @@ class StableDiffusion(LatentModel):
         Args:
           params: as `self.params` (an argument, so that jitted callers can shard it).
           ids: what `tokenize` returns.
-          resolution: side of the pictures in pixels; the model's own by default.
+          resolution: side of the images in pixels; the model's own by default.
         """
         outputs: list[Any] = [
             tower.apply({"params": params[name]}, tokens)
