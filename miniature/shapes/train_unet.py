@@ -27,12 +27,12 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
-from miniature.fit import fit, trapezoid
 from miniature.shapes import cache
 from tlcm_jax.io import names
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.models.unet import UNet2DConditionModel
 from tlcm_jax.models.unet_config import UNetConfig
+from tlcm_jax.training.fit import fit, trapezoid
 
 CONFIG = {
     "_class_name": "UNet2DConditionModel",
