@@ -153,7 +153,7 @@ def _assert_lies(leaf, sharding):
 
 def test_weights_do_not_change_with_the_file(copy):
     path = copy / UNET
-    loaded = [load_model(copy, on_device=on_device).params["unet"] for on_device in (0, 1)]
+    loaded = [load_model(copy, on_device=on_device).params["unet"] for on_device in (False, True)]
     before = [jax.tree.map(lambda x: np.array(x, copy=True), params) for params in loaded]
     with path.open("r+b") as stream:
         stream.seek(path.stat().st_size // 2)

@@ -1,5 +1,6 @@
 """Real latents of the miniature: which pictures, in whose wording, and that a run can read them."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from miniature.captions import captions, wording
@@ -41,6 +42,6 @@ def test_latents_of_the_pictures_that_distillation_may_see(tmp_path):
         style = STYLES[data["style_ids"][row]]
         wanted = captions(f"thing {row}", style)[wording(data["class_hexcodes"][row], style)]
         assert found.captions[place] == wanted
-    expected = pipeline.encode_images(data["images"][rows] / np.float32(255))
+    expected = pipeline.encode_images(jnp.asarray(data["images"][rows] / np.float32(255)))
     np.testing.assert_allclose(found.latents, expected, rtol=2e-3, atol=2e-3)
     assert len(set(found.captions)) == 12 and found.latents.std() > 0

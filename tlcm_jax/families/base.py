@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser
@@ -158,7 +159,7 @@ class LatentModel:
         raise NotImplementedError
 
     def encode_tokens(
-        self, params: Params, ids: Sequence[Array], resolution: int | None = None
+        self, params: Params, ids: Sequence[ArrayLike], resolution: int | None = None
     ) -> PyTree[Array]:
         """Conditioning of tokenized prompts, leading axis n; traceable.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 from transformers import CLIPTokenizer
 
@@ -264,7 +265,7 @@ class StableDiffusion(LatentModel):
         return tokenize(self.tokenizers, prompts, prompts_2, chunks=chunks)
 
     def encode_tokens(
-        self, params: Params, ids: Sequence[Array], resolution: int | None = None
+        self, params: Params, ids: Sequence[ArrayLike], resolution: int | None = None
     ) -> Conditioning:
         """Conditioning of tokenized prompts; traceable.
 
@@ -278,7 +279,7 @@ class StableDiffusion(LatentModel):
           resolution: side of the images in pixels; the model's own by default.
         """
         outputs: list[Any] = [
-            tower.apply({"params": params[name]}, tokens)
+            tower.apply({"params": params[name]}, jnp.asarray(tokens))
             for tower, name, tokens in zip(self.text_encoders, TOWERS, ids, strict=False)
         ]
         batch, scale = len(ids[0]), None

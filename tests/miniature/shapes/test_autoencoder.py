@@ -1,6 +1,7 @@
 """The autoencoder is the linear codec, in Flax and in diffusers."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,5 +72,5 @@ def test_diffusers_encodes_and_decodes_the_same(codec, params, images, tmp_path)
     found = encoded.numpy().transpose(0, 2, 3, 1)
     assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
     network = autoencoder.network()
-    ours = network.apply({"params": params}, found, method=network.decode)
+    ours = network.apply({"params": params}, jnp.asarray(found), method=network.decode)
     np.testing.assert_allclose(decoded.numpy().transpose(0, 2, 3, 1), ours, atol=5e-3)
