@@ -282,7 +282,7 @@ class StableDiffusion(LatentModel):
             tower.apply({"params": params[name]}, jnp.asarray(tokens))
             for tower, name, tokens in zip(self.text_encoders, TOWERS, ids, strict=False)
         ]
-        batch, scale = len(ids[0]), None
+        batch, scale = jnp.shape(ids[0])[0], None
         if self.guidance_is_embedded:
             scale = jnp.full(batch, self.embedded_guidance, jnp.float32)
         if len(outputs) == 1:
