@@ -9,6 +9,7 @@ from tlcm_jax import paths
 # What each may import besides itself; the others say what they must not.
 ONLY = {"diffusion": set(), "models": set(), "training": set(), "data": set()}
 NEVER = {
+    "io": {"config", "distillation", "evaluation", "generation", "training"},
     "families": {"config", "distillation", "evaluation", "generation", "training"},
     "distillation": {"config", "generation", "training"},
     "generation": {"config", "distillation", "evaluation"},

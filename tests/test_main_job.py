@@ -12,9 +12,9 @@ from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.config.outputs import load_outputs, write_outputs
 from tlcm_jax.config.run import train
 from tlcm_jax.config.schema import read
+from tlcm_jax.config.workdir import load_adapter
 from tlcm_jax.families.load import load_model
 from tlcm_jax.io.lora_files import read_lora
-from tlcm_jax.io.workdir import load_adapter
 from tlcm_jax.training.checkpoints import Checkpoints
 
 

@@ -14,9 +14,9 @@ from tlcm_jax import paths
 from tlcm_jax.config.build import load_losses, stage_spec
 from tlcm_jax.config.run import PromptBatches, train
 from tlcm_jax.config.schema import read
+from tlcm_jax.config.workdir import load_adapter
 from tlcm_jax.data.latents import read_latents
 from tlcm_jax.families.load import abstract_model, load_model
-from tlcm_jax.io.workdir import load_adapter
 from tlcm_jax.training.mesh import make_mesh
 
 

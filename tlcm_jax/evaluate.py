@@ -22,6 +22,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from tlcm_jax.config.workdir import drawn_with, is_workdir, trained_resolution, trained_times
 from tlcm_jax.data.prompt_sets import read_prompt_set
 from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import check_steps, evaluate
@@ -29,7 +30,6 @@ from tlcm_jax.evaluation.protocols import PROTOCOLS, load_protocol
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.load import load_model
-from tlcm_jax.io.workdir import drawn_with, is_workdir, trained_resolution, trained_times
 from tlcm_jax.sample import load_with_adapter
 from tlcm_jax.training import compilation
 

@@ -16,11 +16,11 @@ from absl import app, flags, logging
 
 from tlcm_jax.config.describe import student_recipe
 from tlcm_jax.config.schema import read
+from tlcm_jax.config.workdir import load_adapter
 from tlcm_jax.families.load import find_family, load_model
 from tlcm_jax.io.files import DTYPES
 from tlcm_jax.io.products import check_products, export_products
 from tlcm_jax.io.verify import require_consumer, verify_products
-from tlcm_jax.io.workdir import load_adapter
 from tlcm_jax.models.adapters import is_adapter, svd_extract
 
 

@@ -16,19 +16,19 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from tlcm_jax.data.prompts import warn_truncated
-from tlcm_jax.diffusion.timesteps import student_timesteps
-from tlcm_jax.families.base import LatentModel
-from tlcm_jax.families.load import load_model
-from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
-from tlcm_jax.io.lora_stack import apply_loras
-from tlcm_jax.io.workdir import (
+from tlcm_jax.config.workdir import (
     drawn_with,
     is_workdir,
     load_adapter,
     trained_resolution,
     trained_times,
 )
+from tlcm_jax.data.prompts import warn_truncated
+from tlcm_jax.diffusion.timesteps import student_timesteps
+from tlcm_jax.families.base import LatentModel
+from tlcm_jax.families.load import load_model
+from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
+from tlcm_jax.io.lora_stack import apply_loras
 from tlcm_jax.training import compilation
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
 from tlcm_jax import evaluate as command
+from tlcm_jax.config.workdir import trained_resolution
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
 from tlcm_jax.evaluation import evaluate as evaluation
 from tlcm_jax.evaluation import report as evaluation_report
@@ -20,7 +21,6 @@ from tlcm_jax.families.load import load_model
 from tlcm_jax.families.stable_diffusion import LORA_NAMES
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.io.lora_files import write_lora
-from tlcm_jax.io.workdir import trained_resolution
 from tlcm_jax.models import lora
 
 PROMPTS = ("a red cat", "an icon", "a cat of ice", "red")

@@ -13,13 +13,13 @@ from PIL import Image
 from tests.support import toy_family
 from tests.support.toy_family import LATENT, LORA, write_toy
 from tlcm_jax import evaluate, export, main, sample
+from tlcm_jax.config.workdir import load_adapter
 from tlcm_jax.diffusion import sampling
 from tlcm_jax.families import load
 from tlcm_jax.families.load import find_family, load_model
 from tlcm_jax.generation import generate as generation
 from tlcm_jax.generation.generate import generate, generate_teacher
 from tlcm_jax.io.lora_files import read_lora
-from tlcm_jax.io.workdir import load_adapter
 from tlcm_jax.models import lora
 
 PROMPTS = ["a red cat", "an icon", "ice"]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.support.tiny_pipeline import random_adapter
 from tlcm_jax import export, sample
+from tlcm_jax.config.workdir import CHECKPOINTS, load_adapter
 from tlcm_jax.families.load import abstract_model, load_model
 from tlcm_jax.families.stable_diffusion import LORA_NAMES
 from tlcm_jax.io.lora_files import read_lora
@@ -19,7 +20,6 @@ from tlcm_jax.io.model_card import Recipe, model_card
 from tlcm_jax.io.names import match_tensors
 from tlcm_jax.io.placement import to_host
 from tlcm_jax.io.tensors import open_component
-from tlcm_jax.io.workdir import CHECKPOINTS, load_adapter
 from tlcm_jax.models import lora
 from tlcm_jax.models.adapters import svd_extract
 from tlcm_jax.training.checkpoints import Checkpoints, Position

@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from tlcm_jax.config.build import initial_trainable, load_losses, stage_spec
 from tlcm_jax.config.schema import MAY_CHANGE, ModelSettings, Settings, read
+from tlcm_jax.config.workdir import CHECKPOINTS
 from tlcm_jax.data.latents import LatentSet, read_latents
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
 from tlcm_jax.diffusion.timesteps import check_timesteps, student_timesteps
@@ -21,7 +22,6 @@ from tlcm_jax.distillation.networks import BASE, DECODER, NULL, TERMS
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
-from tlcm_jax.io.workdir import CHECKPOINTS
 from tlcm_jax.models import lora
 from tlcm_jax.training import loop
 from tlcm_jax.training.checkpoints import Checkpoints
