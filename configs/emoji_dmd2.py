@@ -3,8 +3,8 @@
     python -m tlcm_jax.main --config configs/emoji_dmd2.py --workdir runs/emoji-dmd2
 
 Four steps, 999 749 499 249, whose states are the student's own rollouts; the score's difference
-and an adversarial term, 5 updates of the critics to 1. DMD2's discriminator sees real pictures;
-here the student's own four-step samples stand in for them.
+and an adversarial term, 5 updates of the auxiliary networks to 1. DMD2's discriminator sees real
+pictures; here the student's own four-step samples stand in for them.
 """
 
 from ml_collections import ConfigDict

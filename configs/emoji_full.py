@@ -5,8 +5,9 @@
 
 Without a variant the stages are the default's (`configs/emoji.py`) with latent LPIPS beside them,
 preference beside the second too, and a third with distribution matching and the adversarial term.
-`:paper` has the paper's (arXiv 2406.05768): progressive segments, endpoints, preference, then both
-games. Batches, steps and rates are scaled down with those of `configs/emoji.py`.
+`:paper` has the paper's (arXiv 2406.05768): progressive segments, endpoints, preference, then
+matching and adversarial. Batches, steps and rates are scaled down with those of
+`configs/emoji.py`.
 """
 
 from typing import Any
@@ -40,10 +41,10 @@ def _our_stages(config: ConfigDict) -> dict[str, Any]:
     # The scorer's own threshold is the mean of real pictures, which the teacher's pass already.
     liked = dict(look, preference=dict(_scorer(), weight=10.0, max_grad_ratio=1.0, threshold=100.0))
     first, second = config.stages.to_dict().values()
-    games = _games(config)
+    last = _last_terms(config)
     # At weight 1 fifty times the jumps' gradient, which the teacher's targets hold in place.
-    games["distribution_matching"]["weight"] = 0.01
-    games["adversarial"] |= dict(real="target", weight=2e-3)
+    last["distribution_matching"]["weight"] = 0.01
+    last["adversarial"] |= dict(real="target", weight=2e-3)
     matching = dict(
         second,
         learning_rate=1e-4,
@@ -53,7 +54,7 @@ def _our_stages(config: ConfigDict) -> dict[str, Any]:
         # The paths of 4 prompts make 68 pairs: 2 updates of 34.
         batch_size=34,
         prompts_per_refill=4,
-        terms=dict(liked, **games),
+        terms=dict(liked, **last),
     )
     return dict(
         segments4=dict(first, terms=look), segments2=dict(second, terms=liked), matching=matching
@@ -75,7 +76,7 @@ def _paper_stages(config: ConfigDict) -> dict[str, Any]:
     stages["endpoints"] = dict(second, terms=look)
     later = dict(second, learning_rate=1e-4, decay="constant", steps=40)
     stages["preference"] = dict(later, terms=dict(look, preference=_scorer()))
-    stages["matching"] = dict(later, terms=dict(look, **_games(config)))
+    stages["matching"] = dict(later, terms=dict(look, **_last_terms(config)))
     return stages
 
 
@@ -83,7 +84,7 @@ def _scorer() -> dict[str, Any]:
     return dict(scorer="miniature.contrastive", weights=str(paths.MINIATURE / "scorer"))
 
 
-def _games(config: ConfigDict) -> dict[str, Any]:
+def _last_terms(config: ConfigDict) -> dict[str, Any]:
     guidance_scale = config.evaluation.guidance_scale
     return dict(
         distribution_matching=dict(guidance_scale=guidance_scale, aux_learning_rate=1e-4),

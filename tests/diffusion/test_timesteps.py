@@ -141,7 +141,7 @@ def test_subdivided_paths_have_exact_ends_and_are_padded(sd):
 
 def test_subdivided_flows_have_equal_steps(process):
     if process.discrete:
-        pytest.skip("tables: above")
+        pytest.skip("times of a table are whole: the test above")
     start, end = jnp.array([1.0, 0.9]), jnp.array([0.1, 0.3])
     found = timesteps.subdivide(process, start, end, jnp.array([3, 2]), 4)
     expected = [[1, 0.7, 0.4, 0.1, 0.1], [0.9, 0.6, 0.3, 0.3, 0.3]]

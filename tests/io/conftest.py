@@ -1,9 +1,12 @@
 """A UNet's tree of layers, small and without weights' meaning, and a tiny whole pipeline."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from tests.support.tiny_pipeline import write_tiny_pipeline
+from tlcm_jax.families.load import load_model
 
 
 @pytest.fixture
@@ -33,3 +36,13 @@ def unet():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     return write_tiny_pipeline(tmp_path_factory.mktemp("teacher") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny):
+    return load_model(tiny, on_device=False)
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "copy")

@@ -18,16 +18,6 @@ from tlcm_jax.io.tensors import open_component
 RECIPE = Recipe(name="tiny", teacher="tiny", method="TLCM", times={4: (999, 749, 499, 124)})
 
 
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return load_model(tiny, on_device=False)
-
-
-@pytest.fixture
-def copy(tiny, tmp_path):
-    return shutil.copytree(tiny, tmp_path / "copy")
-
-
 def export(model, output):
     """The folder of a student whose every weight is its teacher's and a thousandth."""
     unet = jax.tree.map(lambda x: x + np.float32(1e-3), model.params["unet"])

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +18,6 @@ from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.training.sharding import tree_shardings
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return load_model(tiny, on_device=False)
-
-
-@pytest.fixture
-def copy(tiny, tmp_path):
-    return shutil.copytree(tiny, tmp_path / "copy")
 
 
 def rewrite(path, change):

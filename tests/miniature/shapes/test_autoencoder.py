@@ -60,8 +60,8 @@ def test_decoder_is_the_linear_codec(codec, params, images):
 
 
 def test_diffusers_encodes_and_decodes_the_same(codec, params, images, tmp_path):
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch", reason="the oracle is diffusers: the extra `verify`")
+    diffusers = pytest.importorskip("diffusers", reason="the extra `verify`")
     autoencoder.save(tmp_path, params, scaling_factor=0.17)
     theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
     assert theirs.config.scaling_factor == 0.17 and theirs.config.force_upcast
