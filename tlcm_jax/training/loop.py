@@ -187,8 +187,8 @@ def _run_stage(
             save_due = save_due or step % settings.checkpoint_every == 0
             end = step == spec.steps
             resumable = end or stage.stream.resumable(step)
-            stop, save = stop_asked and resumable, (save_due or stop_asked) and resumable
-            save = save or end
+            stop = stop_asked and resumable
+            save = stop or end or (save_due and resumable)
             due = [hook for hook in hooks if end or step % hook.every == 0]
             if save or due or step % settings.log_every == 0:
                 # Rows end where checkpoints are, so a resumed run writes the rows that an
