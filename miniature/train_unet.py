@@ -8,8 +8,6 @@ network, and the null conditioning (zeros, as SDXL has it) in a tenth of the sam
 
 import argparse
 import functools
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from safetensors.numpy import save_file
 
+from miniature.teacher_folder import complete_folder, save_unet
 from tlcm_jax.diffusion.sampling import sample_teacher
 from tlcm_jax.families.base import abstract_params
 from tlcm_jax.families.load import load_model
 from tlcm_jax.families.stable_diffusion import StableDiffusion
-from tlcm_jax.io import names
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.unet import UNet2DConditionModel
 from tlcm_jax.models.unet_config import UNetConfig
@@ -52,62 +49,6 @@ CONFIG = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "use_linear_projection": True,
 }
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "trailing",
-}
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "force_zeros_for_empty_prompt": True,
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
-def complete_folder(folder: Path, tokenizer: Path) -> None:
-    """Writes what a pipeline folder holds besides its networks' weights."""
-
-    def write(path: str, content: dict) -> None:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(content, indent=2) + "\n")
-
-    write("model_index.json", MODEL_INDEX)
-    write("scheduler/scheduler_config.json", SCHEDULER)
-    write("unet/config.json", CONFIG)
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    # SDXL's second tokenizer pads with "!", which is id 0.
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        tokens = {**special, "unk_token": "<|endoftext|>", "pad_token": pad}
-        write(
-            f"{name}/tokenizer_config.json",
-            {**tokens, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"},
-        )
-        write(f"{name}/special_tokens_map.json", tokens)
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copy(tokenizer / file, folder / name / file)
-
-
-def save_unet(params: dict, folder: Path) -> None:
-    """Writes the weights in fp16."""
-    tensors = {k: v.astype(np.float16) for k, v in names.to_torch(params).items()}
-    save_file(
-        tensors,
-        folder / "unet" / "diffusion_pytorch_model.safetensors",
-        metadata={"format": "pt"},
-    )
 
 
 def encode_dataset(
@@ -163,7 +104,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=500)
     args = parser.parse_args()
 
-    complete_folder(args.output, args.tokenizer)
+    complete_folder(args.output, args.tokenizer, CONFIG, "epsilon")
     unet = UNet2DConditionModel(UNetConfig.from_dict(CONFIG))
     shapes = abstract_params(unet)
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))

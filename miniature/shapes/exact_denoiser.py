@@ -10,7 +10,7 @@ if its squared distance from the nearest member is under a fifth of an object's 
     ddim     deterministic, equal steps
     renoise  the student's sampler and times: x0, then fresh noise; the last x0 counts
 
-Numpy alone; a few minutes on one core.
+The sampling is numpy; a few minutes on one core.
 """
 
 import argparse
@@ -22,14 +22,9 @@ import numpy as np
 from miniature.shapes.codec import LinearCodec, centred
 from miniature.shapes.render import render
 from miniature.shapes.scene import RUNGS, SIDE, Group, Scene, Spec, draw_scene
+from tlcm_jax.diffusion.timesteps import student_timesteps
 
 _ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-_TIMES = {
-    2: (999, 499),
-    3: (999, 499, 124),
-    4: (999, 749, 499, 124),
-    8: (999, 874, 749, 624, 499, 374, 249, 124),
-}
 _KINDS = (
     ("star", "red"),
     ("circle", "blue"),
@@ -109,7 +104,7 @@ def right(
     """Share of samples near a member of the caption's set, with the student's sampler or DDIM."""
     energy = float((own**2).sum(1).mean())
     even = tuple(np.round(np.linspace(999, 0, steps + 1))[:-1].astype(int))
-    x0 = sample(own, every, _TIMES[steps] if fresh else even, scale, fresh, batch)
+    x0 = sample(own, every, student_timesteps(steps) if fresh else even, scale, fresh, batch)
     distances = (x0**2).sum(1)[:, None] - 2 * x0 @ own.T + (own**2).sum(1)
     return float(np.mean(distances.min(1) < _TOLERANCE * energy))
 

@@ -31,38 +31,11 @@ from miniature.shapes.scene import (
     Spec,
     draw_spec,
 )
+from miniature.teacher_folder import TEXT_ENCODERS, TOWER
 from tlcm_jax.io import names
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.training.fit import cosine, fit
 
-_TOWER = {
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 1,
-    "hidden_size": 48,
-    "intermediate_size": 192,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "layer_norm_eps": 1e-5,
-    "model_type": "clip_text_model",
-}
-CONFIGS = {
-    "text_encoder": {
-        **_TOWER,
-        "architectures": ["CLIPTextModel"],
-        "hidden_act": "quick_gelu",
-        "num_hidden_layers": 2,
-        "projection_dim": 48,
-    },
-    "text_encoder_2": {
-        **_TOWER,
-        "architectures": ["CLIPTextModelWithProjection"],
-        "hidden_act": "gelu",
-        "num_hidden_layers": 3,
-        "projection_dim": 64,
-    },
-}
 # Longest caption: 32 tokens. Attention is causal: later positions cannot change earlier ones.
 LENGTH = 32
 _GROUPS = 3
@@ -126,9 +99,9 @@ def main() -> None:
         name: dataclasses.replace(
             CLIPTextConfig.from_dict(raw),
             vocab_size=len(used),
-            eos_token_id=int(np.searchsorted(used, _TOWER["eos_token_id"])),
+            eos_token_id=int(np.searchsorted(used, TOWER["eos_token_id"])),
         )
-        for name, raw in CONFIGS.items()
+        for name, raw in TEXT_ENCODERS.items()
     }
     towers = {name: CLIPTextModel(c) for name, c in config.items()}
     eos = config["text_encoder"].eos_token_id
@@ -137,8 +110,11 @@ def main() -> None:
         name: tower.init(jax.random.key(i), compact[:1])["params"]
         for i, (name, tower) in enumerate(towers.items())
     }
-    width = 2 * _TOWER["hidden_size"]
-    for name, size in (("states", width), ("pooled", CONFIGS["text_encoder_2"]["projection_dim"])):
+    width = 2 * TOWER["hidden_size"]
+    for name, size in (
+        ("states", width),
+        ("pooled", TEXT_ENCODERS["text_encoder_2"]["projection_dim"]),
+    ):
         params[name] = jnp.zeros((size + 1, sum(_HEADS)))
 
     def logits(params: dict, ids: jax.Array) -> list[jax.Array]:
@@ -172,10 +148,10 @@ def main() -> None:
             for i, part in enumerate(np.split(np.asarray(flat), cuts, axis=-1))
         ]
         print(f"{name}: whole spec read from {np.mean(np.all(right, 0)):.3f} of unseen captions")
-    for name, raw in CONFIGS.items():
+    for name, raw in TEXT_ENCODERS.items():
         tower = params[name]
         embeddings = tower["text_model"]["embeddings"]["token_embedding"]
-        table = np.zeros((_TOWER["vocab_size"], _TOWER["hidden_size"]), np.float32)
+        table = np.zeros((TOWER["vocab_size"], TOWER["hidden_size"]), np.float32)
         table[used] = embeddings["embedding"]
         embeddings["embedding"] = table
         folder = args.output / name

@@ -16,7 +16,6 @@ steps; the same command resumes. `--init` starts from another run's written weig
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from miniature.shapes import cache
+from miniature.teacher_folder import SCHEDULER, complete_folder, save_unet
+from tlcm_jax.diffusion.process import bcast_right
+from tlcm_jax.diffusion.scheduler_config import process_from_config
+from tlcm_jax.distillation.losses import mse
 from tlcm_jax.io import names
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.models.unet import UNet2DConditionModel
@@ -59,62 +62,7 @@ CONFIG = {
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     "use_linear_projection": True,
 }
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "trailing",
-}
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "force_zeros_for_empty_prompt": True,
-    "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _EOS = 49407
-
-
-def complete_folder(folder: Path, tokenizer: Path) -> None:
-    """Writes what a pipeline folder holds besides its networks' weights."""
-
-    def write(path: str, content: dict) -> None:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(json.dumps(content, indent=2) + "\n")
-
-    write("model_index.json", MODEL_INDEX)
-    write("scheduler/scheduler_config.json", SCHEDULER)
-    write("unet/config.json", CONFIG)
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    # SDXL's second tokenizer pads with "!", which is id 0.
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        tokens = {**special, "unk_token": "<|endoftext|>", "pad_token": pad}
-        write(
-            f"{name}/tokenizer_config.json",
-            {**tokens, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"},
-        )
-        write(f"{name}/special_tokens_map.json", tokens)
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copy(tokenizer / file, folder / name / file)
-
-
-def save_unet(params: dict, folder: Path) -> None:
-    """Writes the weights in fp16, whole or not at all."""
-    tensors = {k: v.astype(np.float16) for k, v in names.to_torch(params).items()}
-    path = folder / "unet" / _WEIGHTS
-    save_file(tensors, path.with_suffix(".partial"), metadata={"format": "pt"})
-    path.with_suffix(".partial").rename(path)
 
 
 def initial_params(unet: UNet2DConditionModel) -> dict:
@@ -225,7 +173,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="unet weights of another run")
     args = parser.parse_args()
 
-    complete_folder(args.output, args.tokenizer)
+    complete_folder(args.output, args.tokenizer, CONFIG, "v_prediction")
     unet = UNet2DConditionModel(UNetConfig.from_dict(CONFIG))
     params = initial_params(unet)
     print(f"UNet: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
@@ -237,9 +185,7 @@ def main() -> None:
     deviation = scale * float(np.std(data["latents"][:5000].astype(np.float32) - mean))
     print(f"{len(data['ids'])} scenes, scaled latents' deviation {deviation:.4f}", flush=True)
     (first, first_params), (second, second_params) = towers(args.output)
-    ends = (SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5)
-    kept = np.cumprod(1 - np.linspace(*ends, SCHEDULER["num_train_timesteps"]) ** 2)
-    alphas, sigmas = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (kept, 1 - kept))
+    process = process_from_config({**SCHEDULER, "prediction_type": "v_prediction"})
 
     def condition(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         # After the caption's end the second tokenizer pads with 0.
@@ -252,23 +198,22 @@ def main() -> None:
     def loss_fn(params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
         x0 = batch["latents"]
         size = x0.shape[0]
-        time_key, noise_key, drop_key = jax.random.split(key, 3)
+        time_key, order_key, noise_key, drop_key = jax.random.split(key, 4)
         # One time a stratum: the loss of a batch varies less.
         t = (jnp.arange(size) + jax.random.uniform(time_key, (size,))) * 1000 / size
-        t = jax.random.permutation(time_key, t.astype(jnp.int32))
+        t = jax.random.permutation(order_key, t.astype(jnp.int32))
         noise = jax.random.normal(noise_key, x0.shape)
         keep = jax.random.bernoulli(drop_key, 0.9, (size,)).astype(jnp.float32)
         states, pooled = condition(batch["ids"])
         side = 8.0 * x0.shape[1]
         time_ids = jnp.broadcast_to(jnp.array([[side, side, 0, 0, side, side]]), (size, 6))
-        alpha, sigma = (table[t][:, None, None, None] for table in (alphas, sigmas))
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        wanted = bcast_right(alpha, x0) * noise - bcast_right(sigma, x0) * x0
         v = unet.apply(
-            {"params": params}, alpha * x0 + sigma * noise, t,
+            {"params": params}, process.add_noise(x0, noise, t), t,
             states * keep[:, None, None], pooled * keep[:, None], time_ids,
         )  # fmt: skip
-        error = jnp.mean((v - (alpha * noise - sigma * x0)) ** 2, axis=(1, 2, 3))
-        alpha, sigma = alpha.reshape(-1), sigma.reshape(-1)
-        error = error * (alpha**2 + sigma**2 / deviation**2)  # equation (1)
+        error = mse(v, wanted) * (alpha**2 + sigma**2 / deviation**2)  # equation (1)
         ratio = sigma / alpha
         loss = jnp.mean(error / (1 + (ratio / 5) ** 2))
         bands = ((0, 0.3), (0.3, 1), (1, 3), (3, 99))
