@@ -129,7 +129,7 @@ tags: [{", ".join(["text-to-image", "distillation", *tags])}]
 ```
 
 **Guidance is off** (`guidance_scale=0`): {guidance} distilled in.
-**Pass the timesteps**: the student was trained at them, and a scheduler's own may miss them.
+**Pass the timesteps**: they are this student's, and a scheduler's own grid is another.
 {_sampler(recipe).remark}
 
 | steps | `timesteps` |
