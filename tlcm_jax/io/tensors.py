@@ -142,7 +142,7 @@ def open_component(folder: Path, stem: str, variant: str | None = None) -> Tenso
     files = sorted(path for path in folder.glob("*") if path.is_file())
     name = weights_name([path.name for path in files], stem, variant)
     if name is not None and name.endswith(".json"):
-        return TensorFile([folder / shard for shard in _shards(folder / name)])
+        return TensorFile([folder / shard for shard in shard_names(folder / name)])
     if name is not None:
         return TensorFile([folder / name])
     others = [path.name for path in files if path.suffix == ".safetensors"]
@@ -154,8 +154,12 @@ def open_component(folder: Path, stem: str, variant: str | None = None) -> Tenso
     raise FileNotFoundError(f"{folder} holds no {wanted}{there}; the model folder is not whole")
 
 
-def _shards(index: Path) -> list[str]:
-    """The files that an index names; each must lie beside it."""
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names; each must lie beside it.
+
+    Raises:
+      ValueError: it is no index, or names files elsewhere.
+    """
     try:
         shards = sorted(set(read_object(index)["weight_map"].values()))
         if not shards or any(Path(shard).name != shard for shard in shards):
