@@ -15,7 +15,6 @@ import huggingface_hub
 import pytest
 from absl import logging
 from huggingface_hub import constants
-from safetensors.numpy import save_file
 
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.families.load import abstract_model, load_model
@@ -46,7 +45,7 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
         self.server.shutdown()
