@@ -20,7 +20,7 @@ from tlcm_jax.evaluation.scorers.base import Measure, Scorer
 from tlcm_jax.families.load import load_model
 from tlcm_jax.families.stable_diffusion import LORA_NAMES
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
-from tlcm_jax.io.lora_files import write_lora
+from tlcm_jax.io.lora_export import write_lora
 from tlcm_jax.models import lora
 
 PROMPTS = ("a red cat", "an icon", "a cat of ice", "red")

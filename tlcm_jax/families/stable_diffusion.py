@@ -17,7 +17,8 @@ from tlcm_jax.families.base import LatentModel, abstract_params
 from tlcm_jax.families.product import Params, Product, Student
 from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.ldm_names import UNET, unet_layers
-from tlcm_jax.io.lora_files import LoraNames, write_lora
+from tlcm_jax.io.lora_export import write_lora
+from tlcm_jax.io.lora_files import LoraNames
 from tlcm_jax.io.model_card import FILES, Recipe, model_card
 from tlcm_jax.io.pipeline_folder import check_components, write_component, write_pipeline
 from tlcm_jax.io.pipeline_index import read_index

@@ -1,4 +1,4 @@
-"""LoRA files in and out: diffusers/PEFT, kohya, and PEFT adapter folders.
+"""Reading LoRA files: diffusers/PEFT, kohya, and PEFT adapter folders.
 
 A file stores factors A and B and, per layer or in its header, alpha; the update is
 (alpha / r) B A. In memory an adapter is already scaled: alpha / r is folded into `lora_B`
@@ -29,16 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
-import jax
 import numpy as np
 
 from tlcm_jax.io import names
-from tlcm_jax.io.files import atomic_write, cast, save_tensors
 from tlcm_jax.io.json_files import read_object
 from tlcm_jax.io.names import Path_
 from tlcm_jax.io.tensors import TensorFile, refuse_pickle
 
-DIALECTS = ("diffusers", "kohya")
 # The names that diffusers' and PEFT's loaders look for in a folder.
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -74,61 +71,6 @@ class LoraNames:
     kohya: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     converted: Callable[[Iterable[str]], Mapping[str, str]] | None = None
     converted_stems: tuple[str, ...] = ()
-
-
-def write_lora(
-    path: str | Path,
-    adapter: Mapping[str, Any],
-    naming: LoraNames,
-    *,
-    dialect: str = "diffusers",
-    dtype: str = "fp32",
-    metadata: Mapping[str, str] | None = None,
-) -> Path:
-    """Writes an adapter as one safetensors file, over one that may be there.
-
-    Args:
-      path: the file.
-      adapter: LoRA tree of the backbone, already scaled.
-      naming: the family's.
-      dialect: `diffusers` or `kohya`; both load with `pipe.load_lora_weights`.
-      dtype: one of `files.DTYPES`.
-      metadata: text shown by tools that list a file's header.
-
-    Returns:
-      The path.
-
-    Raises:
-      ValueError: a dialect that the family has no names in, a value that does not fit in the
-        dtype, or (kohya) two layers whose names become one.
-      OSError: the file cannot be written; nothing half written is left.
-    """
-    dialects = DIALECTS if naming.backbone in naming.kohya else DIALECTS[:1]
-    if dialect not in dialects:
-        raise ValueError(f"LoRA dialect {dialect!r} is not one of {', '.join(dialects)}")
-    tensors: dict[str, np.ndarray] = {}
-    for layer, (down, up) in sorted(_layers(adapter).items()):
-        name = ".".join(layer)
-        down, up = (names.to_torch_layout(("kernel",), np.asarray(x)) for x in (down, up))
-        flat = name
-        if dialect == "diffusers":
-            full = f"{naming.backbone}.{name}"
-            stored = {f"{full}.lora_A.weight": down, f"{full}.lora_B.weight": up}
-        else:
-            flat = kohya_name(layer, naming.kohya[naming.backbone][0])
-            alpha = np.asarray(down.shape[0], np.float32)
-            stored = {
-                f"{flat}.lora_down.weight": down,
-                f"{flat}.lora_up.weight": up,
-                f"{flat}.alpha": alpha,
-            }
-        if any(key in tensors for key in stored):
-            raise ValueError(f"two layers are called {flat} in kohya's names")
-        tensors.update({key: cast(key, value, dtype) for key, value in stored.items()})
-    path = Path(path)
-    with atomic_write(path) as part:
-        save_tensors(part, tensors, metadata)
-    return path
 
 
 def read_lora(path: str | Path, backbone: Mapping[str, Any], naming: LoraNames) -> dict:
@@ -213,15 +155,6 @@ def read_networks(
 def kohya_name(layer: Path_, stem: str) -> str:
     """A layer's name in kohya's dialect, such as `lora_unet_down_blocks_0_resnets_0_conv1`."""
     return stem + "_".join(layer).replace(".", "_")
-
-
-def _layers(adapter: Mapping[str, Any]) -> dict[Path_, tuple[Any, Any]]:
-    flat = flax.traverse_util.flatten_dict(jax.tree.map(np.asarray, adapter))
-    return {
-        path[:-1]: (leaf, flat[(*path[:-1], "lora_B")])
-        for path, leaf in flat.items()
-        if path[-1] == "lora_A"
-    }
 
 
 def _locate(path: Path) -> tuple[Path, dict | None]:
