@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from absl import logging
 
 from tlcm_jax.diffusion.process import DiscreteVP, RectifiedFlow
-from tlcm_jax.diffusion.scheduler_config import process_from_config
+from tlcm_jax.diffusion.scheduler_config import SCHEDULERS, lcm_scheduler, process_from_config
 
 STABLE_DIFFUSION = {
     "_class_name": "PNDMScheduler",
@@ -34,6 +35,30 @@ def test_absent_keys_take_diffusers_defaults():
     process = process_from_config({"beta_schedule": "linear"})
     betas = np.linspace(0.0001, 0.02, 1000)
     np.testing.assert_allclose(process.alphas_cumprod, np.cumprod(1 - betas), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"beta_start": None, "beta_schedule": None, "num_train_timesteps": None},
+     {"beta_end": "0.013", "num_train_timesteps": 500}, {"trained_betas": [0.01, 0.02],
+     "num_train_timesteps": 2}, {"prediction_type": "v_prediction",
+     "rescale_betas_zero_snr": True}],
+    ids=["silent", "null", "text", "trained", "v with zero terminal SNR"],
+)  # fmt: skip
+def test_an_exported_scheduler_has_the_levels_it_was_distilled_with(kind, config):
+    process = process_from_config({"_class_name": kind, **config})
+    exported = lcm_scheduler({"_class_name": kind, **config})
+    assert process_from_config(exported) == process
+    assert process.prediction_type == exported["prediction_type"]
+
+
+def test_clip_sample_is_switched_off_as_diffusers_pipelines_do(caplog):
+    logging.use_absl_handler()
+    assert process_from_config(STABLE_DIFFUSION | {"clip_sample": True}) == process_from_config(
+        STABLE_DIFFUSION
+    )
+    assert "clip_sample = true is switched off" in caplog.text
 
 
 def test_trained_betas():
@@ -68,7 +93,6 @@ def test_a_flow_has_its_shift():
         ({"beta_schedule": "squaredcos_cap_v2"}, "'squaredcos_cap_v2'.*linear or scaled_linear"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True.*eps prediction"),
         ({"thresholding": True}, "thresholding = True.*false"),
-        ({"clip_sample": True}, "clip_sample = True.*false"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas = True.*false"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting = True.*false"),
         ({"prediction_type": "sample"}, "prediction_type = 'sample'.*epsilon or v_prediction"),

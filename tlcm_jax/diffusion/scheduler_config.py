@@ -12,10 +12,12 @@ arXiv 2305.08891, algorithm 1),
                                                                                  (2)
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float
 
 from tlcm_jax.diffusion.process import PREDICTION_TYPES, DiscreteVP, Process, RectifiedFlow
@@ -59,7 +61,6 @@ FLOWS = ("FlowMatchEulerDiscreteScheduler",)
 # distillation does not follow; with the reason that the error message gives.
 _REFUSED_IF_TRUE = {
     "thresholding": "x0 is never clipped here",
-    "clip_sample": "x0 is never clipped here",
     "use_flow_sigmas": "the model is a flow, not a diffusion with betas",
     "use_dynamic_shifting": "the shift must not depend on the resolution",
 }
@@ -69,9 +70,9 @@ def process_from_config(config: Mapping[str, Any]) -> Process:
     """Reads a diffusers `scheduler_config.json` of one of the classes in `SCHEDULERS` or `FLOWS`.
 
     Keys that only choose a sampler (spacing, Karras sigmas, solver order) do not matter here and
-    are ignored; absent keys take the class's defaults, DDIM's where no class is named.
-    `clip_sample`, true by default in some classes, counts as false when absent: diffusers' Stable
-    Diffusion pipelines switch it off.
+    are ignored; keys that are absent or null take the class's defaults, DDIM's where no class is
+    named. `clip_sample`, true by default in some classes, counts as false: diffusers' Stable
+    Diffusion pipelines switch it off, with a warning where the config asks for it.
 
     Args:
       config: the parsed JSON.
@@ -86,21 +87,26 @@ def process_from_config(config: Mapping[str, Any]) -> Process:
     for key, reason in _REFUSED_IF_TRUE.items():
         if config.get(key):
             raise ValueError(_unsupported(key, config[key], f"false ({reason})"))
-    steps = int(config.get("num_train_timesteps", 1000))
-    if config.get("_class_name") in FLOWS:
-        return RectifiedFlow(float(config.get("shift", 1.0)), steps)
-    prediction_type = config.get("prediction_type") or "epsilon"
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            _unsupported("prediction_type", prediction_type, " or ".join(PREDICTION_TYPES))
+    if config.get("clip_sample"):
+        logging.warning(
+            "scheduler config clip_sample = true is switched off: latents are not clipped"
         )
-    betas = _betas(config, steps)
-    if config.get("rescale_betas_zero_snr"):
-        if prediction_type == "epsilon":
+    if config.get("_class_name") in FLOWS:
+        shift, steps = config.get("shift"), config.get("num_train_timesteps")
+        return RectifiedFlow(
+            1.0 if shift is None else float(shift), 1000 if steps is None else int(steps)
+        )
+    noise = _noise(config)
+    if noise.prediction_type not in PREDICTION_TYPES:
+        supported = " or ".join(PREDICTION_TYPES)
+        raise ValueError(_unsupported("prediction_type", noise.prediction_type, supported))
+    betas = _betas(config, noise)
+    if noise.rescale_betas_zero_snr:
+        if noise.prediction_type == "epsilon":
             reason = "at alpha = 0 an eps prediction does not determine x0; v_prediction does"
             raise ValueError(_unsupported("rescale_betas_zero_snr", True, f"false ({reason})"))
         betas = _zero_terminal_snr(betas)
-    return DiscreteVP(_cumulated(betas), prediction_type)
+    return DiscreteVP(_cumulated(betas), noise.prediction_type)
 
 
 def lcm_scheduler(teacher: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,21 +114,15 @@ def lcm_scheduler(teacher: Mapping[str, Any]) -> dict[str, Any]:
 
     With it, diffusers' `LCMScheduler` given the student's timesteps is the sampler of
     `sampling.sample` with gamma 1; the scheduler's own grid at 1, 2, 4 and 8 steps lies on the
-    same eight milestones.
+    same eight milestones. Its levels are the teacher's: what the teacher's config leaves to its
+    class is written out.
 
     Args:
       teacher: a `scheduler_config.json` of a class with betas.
     """
-    start, end, curve = SCHEDULERS.get(str(teacher.get("_class_name")), _LINEAR)
     return {
         "_class_name": "LCMScheduler",
-        "num_train_timesteps": teacher.get("num_train_timesteps", 1000),
-        "beta_start": teacher.get("beta_start", start),
-        "beta_end": teacher.get("beta_end", end),
-        "beta_schedule": teacher.get("beta_schedule", curve),
-        "trained_betas": teacher.get("trained_betas"),
-        "prediction_type": teacher.get("prediction_type") or "epsilon",
-        "rescale_betas_zero_snr": bool(teacher.get("rescale_betas_zero_snr", False)),
+        **dataclasses.asdict(_noise(teacher)),
         "original_inference_steps": 8,
         "timestep_scaling": 10.0,
         "timestep_spacing": "leading",
@@ -131,6 +131,36 @@ def lcm_scheduler(teacher: Mapping[str, Any]) -> dict[str, Any]:
         "clip_sample": False,
         "thresholding": False,
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Noise:
+    """What a scheduler's config says of its noise levels, silence filled in from `SCHEDULERS`.
+
+    The one reading that training and export share; the names are diffusers' own.
+    """
+
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    trained_betas: Sequence[float] | None
+    prediction_type: str
+    rescale_betas_zero_snr: bool
+
+
+def _noise(config: Mapping[str, Any]) -> _Noise:
+    given = {key: value for key, value in config.items() if value is not None}
+    start, end, curve = SCHEDULERS.get(str(given.get("_class_name")), _LINEAR)
+    return _Noise(
+        num_train_timesteps=int(given.get("num_train_timesteps", 1000)),
+        beta_start=float(given.get("beta_start", start)),
+        beta_end=float(given.get("beta_end", end)),
+        beta_schedule=given.get("beta_schedule", curve),
+        trained_betas=given.get("trained_betas"),
+        prediction_type=given.get("prediction_type", "epsilon"),
+        rescale_betas_zero_snr=bool(given.get("rescale_betas_zero_snr", False)),
+    )
 
 
 def _cumulated(betas: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"]:
@@ -151,18 +181,18 @@ def _zero_terminal_snr(betas: Float[np.ndarray, " T"]) -> Float[np.ndarray, " T"
     return 1 - alphas
 
 
-def _betas(config: Mapping[str, Any], steps: int) -> Float[np.ndarray, " T"]:
+def _betas(config: Mapping[str, Any], noise: _Noise) -> Float[np.ndarray, " T"]:
     """The float32 betas that a scheduler config describes."""
-    kind = config.get("_class_name", "unknown")
-    silent = "beta_schedule" not in config and config.get("trained_betas") is None
-    if kind not in SCHEDULERS and ("_class_name" in config or silent):
+    kind, steps = config.get("_class_name"), noise.num_train_timesteps
+    silent = config.get("beta_schedule") is None and noise.trained_betas is None
+    if kind not in SCHEDULERS and (kind is not None or silent):
         lack = "has no beta_schedule and " if silent else ""
         raise ValueError(
-            f"scheduler config of class {kind} {lack}is not supported; supported: discrete-time"
-            f" diffusion by one of {', '.join(SCHEDULERS)}"
+            f"scheduler config of class {kind or 'unknown'} {lack}is not supported; supported: "
+            f"discrete-time diffusion by one of {', '.join(SCHEDULERS)}"
         )
-    if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], np.float32)
+    if noise.trained_betas is not None:
+        betas = np.asarray(noise.trained_betas, np.float32)
         if betas.shape != (steps,) or not np.all((betas > 0) & (betas < 1)):
             raise ValueError(
                 _unsupported(
@@ -172,10 +202,7 @@ def _betas(config: Mapping[str, Any], steps: int) -> Float[np.ndarray, " T"]:
                 )
             )
         return betas
-    default_start, default_end, default_curve = SCHEDULERS.get(kind, _LINEAR)
-    start = float(config.get("beta_start", default_start))
-    end = float(config.get("beta_end", default_end))
-    curve = config.get("beta_schedule", default_curve)
+    start, end, curve = noise.beta_start, noise.beta_end, noise.beta_schedule
     if curve == "linear":
         return _linspace(start, end, steps)
     if curve == "scaled_linear":
