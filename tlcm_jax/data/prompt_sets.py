@@ -1,17 +1,14 @@
 """Prompts to evaluate on, with what each of them asks for where that is known."""
 
-import csv
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tlcm_jax.data.prompt_files import split_column
 from tlcm_jax.data.prompts import read_prompts
-
-_TABLES = (".csv", ".jsonl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +55,7 @@ def read_prompt_set(path: str | os.PathLike, name: str = "") -> PromptSet:
     | file | prompts |
     |---|---|
     | COCO's captions, `.json` | each image's first caption in the file, images by their id |
-    | `.csv`, `.jsonl` | a column: `prompts.csv:caption`, or by default `prompt` |
-    | any other text | one a line (`data.prompts.read_prompts`) |
+    | any other | text or a table: `data.prompt_files` |
 
     Beside a text file a JSON file of the same name may say more: a list with one object a prompt,
     in order, each with the same keys; `prompt` is the text as the prompt file has it, the other
@@ -73,13 +69,10 @@ def read_prompt_set(path: str | os.PathLike, name: str = "") -> PromptSet:
       FileNotFoundError: there is no such file.
       ValueError: it is no prompt file, or the JSON beside it does not belong to it.
     """
-    path, column = _split(os.fspath(path))
-    if path.suffix in (*_TABLES, ".json"):
-        read = _read_captions if path.suffix == ".json" else functools.partial(_read_column, column)
-        if not path.is_file():
-            raise FileNotFoundError(f"prompt file {path} does not exist")
-        return PromptSet(name=name or path.stem, prompts=read(path))
-    prompts = tuple(read_prompts([path]))
+    path, _ = split_column(given := path)
+    if path.suffix == ".json":
+        return PromptSet(name=name or path.stem, prompts=_read_captions(path))
+    prompts = tuple(read_prompts([given]))
     beside = path.with_suffix(".json")
     annotations = {}
     if beside != path and beside.is_file():
@@ -112,16 +105,10 @@ def _read_annotations(beside: Path, path: Path, prompts: Sequence[str]) -> dict[
     return {key: [row[key] for row in rows] for key in keys}
 
 
-def _split(path: str) -> tuple[Path, str]:
-    """A path, and the column named after its colon."""
-    stem, _, column = path.rpartition(":")
-    if Path(stem).suffix in _TABLES:
-        return Path(stem), column
-    return Path(path), "prompt"
-
-
 def _read_captions(path: Path) -> tuple[str, ...]:
     """Of COCO's `captions_*.json`, each image's first caption, by image id."""
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt file {path} does not exist")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         first: dict[int, str] = {}
@@ -133,23 +120,3 @@ def _read_captions(path: Path) -> tuple[str, ...]:
             "prompts of your own give a text file, a .csv or a .jsonl"
         ) from None
     return tuple(" ".join(first[image].split()) for image in sorted(first))
-
-
-def _read_column(column: str, path: Path) -> tuple[str, ...]:
-    """A column of a table with a header, or a key of JSON objects, one a line."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows: list[Any] = list(csv.DictReader(file))
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is no {path.suffix[1:]} file in UTF-8 ({error})") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            known = ", ".join(map(str, row)) if isinstance(row, dict) else "no names"
-            raise ValueError(
-                f"{path}: row {number} has no text under {column!r} (it has {known}); name the "
-                f"column, {path}:COLUMN"
-            )
-    return tuple(text for row in rows if (text := " ".join(row[column].split())))

@@ -1,10 +1,9 @@
-"""Prompts: text files, one prompt a line, and the endless stream of batches drawn from them.
+"""Prompts, and the endless stream of batches drawn from them.
 
 The trainer sees prompts only as text or as numbers of text, so a batch can be encoded on the way
 or looked up among embeddings made before.
 """
 
-import codecs
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,60 +12,34 @@ from typing import Any
 
 import numpy as np
 
+from tlcm_jax.data.prompt_files import is_table, read_column, read_lines, split_column
+
 # Tokens that CLIP's position table holds, start and end included.
 TOKEN_LIMIT = 77
 
 
 def read_prompts(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Reads prompt files.
+    """Reads prompt files: `data.prompt_files` says which.
 
-    One prompt a line, UTF-8 (a byte order mark is allowed). White space around a prompt is
-    dropped, and so are blank lines and lines that begin with `#`, which are comments: a file can
-    name its source and licence. Duplicates are kept, they are a weight.
+    White space around a prompt is dropped. Duplicates are kept, they are a weight.
 
     Args:
-      paths: files, read in order.
+      paths: files, read in order; of a table, `FILE:COLUMN` names its column.
 
     Returns:
       The prompts, at least one from each file.
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: no file is given, a file has no prompt, or is not UTF-8 (naming line and byte).
+      ValueError: no file is given, or one is no file of prompts.
     """
     if isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"prompt files must be a list, got {paths!r}: write [{str(paths)!r}]")
     if not paths:
         raise ValueError("no prompt file is given: name at least one")
-    return [prompt for path in paths for prompt in _read_file(path)]
-
-
-def _read_file(path: str | os.PathLike) -> list[str]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"prompt file {os.fspath(path)} does not exist") from None
-    except IsADirectoryError:
-        raise ValueError(f"prompt file {os.fspath(path)} is a folder: name a text file") from None
-    body = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start + len(data) - len(body)
-        line = data.count(b"\n", 0, offset) + 1
-        raise ValueError(
-            f"prompt file {os.fspath(path)} is not UTF-8: line {line}, byte {offset} of the file "
-            f"is 0x{data[offset]:02x}; save it as UTF-8"
-        ) from None
-    # Only line feeds separate: splitlines would also cut at characters that a prompt may hold.
-    lines = (line.strip() for line in text.split("\n"))
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(
-            f"prompt file {os.fspath(path)} has no prompt: write one a line (blank lines and "
-            f"lines that begin with # do not count)"
-        )
+    prompts = []
+    for path, column in map(split_column, paths):
+        prompts += read_column(path, column) if is_table(path) else read_lines(path)
     return prompts
 
 
