@@ -1,0 +1,66 @@
+"""The shapes world: distils shapes-xl, whose pictures a parser reads, on whatever machine this is.
+
+    python -m tlcm_jax.main --config configs/shapes.py --workdir runs/shapes \\
+        --config.model.path=runs/shapes-teacher/shapes-xl
+
+The teacher is trained as miniature/shapes/README.md says; rung `r1`, one object in a picture.
+
+    --config configs/shapes.py:smoke        a few steps of each stage, to see that all is in place
+"""
+
+from ml_collections import ConfigDict
+
+from tlcm_jax import paths
+
+VARIANTS = ("", "smoke")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe, or its variant: see above."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/shapes.py has no variant {variant!r}; use ':smoke'")
+    smoke = variant == "smoke"
+    prompts = paths.MINIATURE / "shapes/prompts/r1"
+    guidance_scale = 3.0
+    stages = {
+        f"segments{count}": dict(
+            objective="mlcd",
+            steps=16 if smoke else 600,
+            # The paths of 16 prompts make 272 pairs: 8 updates of 34.
+            batch_size=34,
+            prompts_per_refill=16,
+            learning_rate=3e-4,
+            warmup_steps=10,
+            decay="cosine",
+            final_fraction=0.1,
+            settings=dict(
+                segments=count,
+                points_per_segment=16 // count,
+                target_time="uniform",
+                guidance_scale=guidance_scale,
+            ),
+        )
+        for count in (4, 2)
+    }
+    return ConfigDict(
+        dict(
+            name="shapes-xl",
+            seed=0,
+            model=dict(path=str(paths.MINIATURE / "shapes-xl"), dtype="float32"),
+            prompts=(str(prompts / "train.txt"),),
+            adapter=dict(rank=64, alpha=64.0, merged=True),
+            stage_order=tuple(stages),
+            stages=stages,
+            mesh=dict(data=-1, fsdp=1),
+            log_every=8 if smoke else 40,
+            sample_every=300,
+            checkpoint_every=160,
+            evaluation=dict(
+                prompts=(str(prompts / "test.txt"), str(prompts / "composition.txt")),
+                scorers=("miniature.shapes.scorer",),
+                guidance_scale=guidance_scale,
+                limit=16 if smoke else 0,
+            ),
+            export=("lora", "pipeline"),
+        )
+    )
