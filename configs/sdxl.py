@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
             mesh=dict(data=-1, fsdp=1),
             log_every=10,
             checkpoint_every=250,
-            export=("lora", "kohya"),
+            export=("kohya", "lora"),
         )
     )
 

@@ -28,7 +28,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags in `values`."""
     where = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "The run to export.", required=True, **where)
-    flags.DEFINE_list("to", ["lora"], "Products, of those of the model's family.", **where)
+    flags.DEFINE_list("to", ["kohya"], "Products, of those of the model's family.", **where)
     flags.DEFINE_string("output", None, "Folder of the products.", required=True, **where)
     flags.DEFINE_enum("dtype", "fp16", list(DTYPES), "Dtype of the weights written.", **where)
     flags.DEFINE_bool("verify", False, "Compare each product with diffusers.", **where)

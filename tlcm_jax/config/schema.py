@@ -168,7 +168,7 @@ class Settings:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     evaluation: EvaluationSettings | None = None
-    export: tuple[str, ...] = ("lora",)
+    export: tuple[str, ...] = ("kohya",)
 
     def __post_init__(self) -> None:
         if not self.stages:

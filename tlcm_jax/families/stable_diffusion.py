@@ -12,18 +12,16 @@ from jaxtyping import Array, Float, Num
 from transformers import CLIPTokenizer
 
 from tlcm_jax.data.tokens import read_tokenizer, tokenize
-from tlcm_jax.diffusion.scheduler_config import lcm_scheduler, process_from_config
+from tlcm_jax.diffusion.scheduler_config import process_from_config
 from tlcm_jax.families.base import LatentModel, abstract_params
-from tlcm_jax.families.product import Params, Product, Student
+from tlcm_jax.families.product import Params
+from tlcm_jax.families.stable_diffusion_products import LORA_NAMES, PRODUCTS, TOWERS, VAE
 from tlcm_jax.io.json_files import parse, read_object
-from tlcm_jax.io.ldm_names import UNET, unet_layers
-from tlcm_jax.io.lora_export import write_lora
-from tlcm_jax.io.lora_files import LoraNames
-from tlcm_jax.io.model_card import FILES, Recipe, model_card
-from tlcm_jax.io.pipeline_folder import check_components, write_component, write_pipeline
+from tlcm_jax.io.ldm_names import UNET
+from tlcm_jax.io.model_card import Recipe, model_card
 from tlcm_jax.io.pipeline_index import read_index
-from tlcm_jax.io.single_file import LdmFile, layout_of, write_single_file
-from tlcm_jax.io.sources import CONFIG_FOLDER, Source
+from tlcm_jax.io.single_file import LdmFile
+from tlcm_jax.io.sources import Source
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.embeddings import guidance_embedding
@@ -32,67 +30,7 @@ from tlcm_jax.models.unet_config import UNetConfig
 from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 from tlcm_jax.models.vae_tiling import decode_tiled
 
-VAE, TOWERS = "vae", ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-LORA_NAMES = LoraNames(
-    backbone=UNET,
-    kohya={
-        UNET: ("lora_unet_",),
-        TOWERS[0]: ("lora_te_", "lora_te1_"),  # alone, and as the first of two
-        TOWERS[1]: ("lora_te2_",),
-    },
-    converted=unet_layers,
-    converted_stems=tuple(
-        f"lora_unet_{stem}_"
-        for stem in (
-            "input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out",
-        )
-    ),
-)  # fmt: skip
-
-
-def _lora(dialect: str, file: str) -> Product:
-    def write(student: Student, folder: Path) -> None:
-        write_lora(
-            folder / file, student.adapter or {}, LORA_NAMES, dialect=dialect,
-            dtype=student.dtype, metadata=student.metadata,
-        )  # fmt: skip
-
-    return Product(write=write, file=file, has_weights=False)
-
-
-def _write_unet(student: Student, folder: Path) -> None:
-    config = student.model.configs[UNET]
-    write_component(folder, config, student.params or {}, student.dtype)
-
-
-def _write_pipeline(student: Student, folder: Path, weights: bool = True) -> None:
-    model = student.model
-    params = {**model.params, UNET: student.params}
-    write_pipeline(
-        folder,
-        Path(model.folder),
-        {name: (model.configs[name], params[name] if weights else None) for name in model.params},
-        kind="StableDiffusionXLPipeline" if TOWERS[1] in params else "StableDiffusionPipeline",
-        scheduler=lcm_scheduler(model.configs["scheduler"]),
-        dtype=student.dtype,
-    )
-
-
-def _check_single_file(folder: Path) -> None:
-    check_components(folder)
-    towers = [name for name in TOWERS if (folder / name / "config.json").is_file()]
-    layout_of({name: read_object(folder / name / "config.json") for name in towers})
-
-
-def _write_single_file(student: Student, folder: Path) -> None:
-    params = {**student.model.params, UNET: student.params}
-    layout = layout_of(student.model.configs)
-    write_single_file(
-        folder / FILES["single-file"], params, layout, student.dtype, student.metadata
-    )
-    # What the file itself cannot say, so that it loads without a network.
-    _write_pipeline(student, folder / CONFIG_FOLDER, weights=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,15 +57,7 @@ class StableDiffusion(LatentModel):
     decoder = VAE
     unused_by_features = ("up_blocks",)
     lora_names = LORA_NAMES
-    products = {
-        "lora": _lora("diffusers", FILES["lora"]),
-        "kohya": _lora("kohya", FILES["kohya"]),
-        UNET: Product(write=_write_unet),
-        "pipeline": Product(write=_write_pipeline, check=check_components),
-        "single-file": Product(
-            write=_write_single_file, file=FILES["single-file"], check=_check_single_file
-        ),
-    }
+    products = PRODUCTS
     verified_by = "diffusers"
 
     @classmethod

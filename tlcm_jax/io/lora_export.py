@@ -1,6 +1,10 @@
 """Writing a student's LoRA, in diffusers' names or kohya's (`io.lora_files` reads them all).
 
 What is written has the scale folded into B, so alpha = r and every reader's own scale is 1.
+
+kohya's trainer names a layer by its place in the network that it trains: for SD 1.x and 2.x that is
+diffusers' (`lora_unet_up_blocks_0_upsamplers_0_conv`), for SDXL the single-file checkpoint's
+(`lora_unet_output_blocks_2_2_conv`). Those are the names that every other program knows.
 """
 
 from collections.abc import Mapping
@@ -25,6 +29,7 @@ def write_lora(
     naming: LoraNames,
     *,
     dialect: str = "diffusers",
+    renamed: Mapping[str, str] | None = None,
     dtype: str = "fp32",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
@@ -35,6 +40,8 @@ def write_lora(
       adapter: LoRA tree of the backbone, already scaled.
       naming: the family's.
       dialect: `diffusers` or `kohya`; both load with `pipe.load_lora_weights`.
+      renamed: what kohya's names are made of, for each layer of the backbone; by default the
+        layers' own names.
       dtype: one of `files.DTYPES`.
       metadata: text shown by tools that list a file's header.
 
@@ -58,7 +65,7 @@ def write_lora(
             full = f"{naming.backbone}.{name}"
             stored = {f"{full}.lora_A.weight": down, f"{full}.lora_B.weight": up}
         else:
-            flat = kohya_name(layer, naming.kohya[naming.backbone][0])
+            flat = kohya_name(((renamed or {}).get(name, name),), naming.kohya[naming.backbone][0])
             alpha = np.asarray(down.shape[0], np.float32)
             stored = {
                 f"{flat}.lora_down.weight": down,
