@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tests.support.tiny_pipeline import random_adapter
 from tlcm_jax.families.stable_diffusion import LORA_NAMES
 from tlcm_jax.io import lora_export, lora_files, lora_stack
-from tlcm_jax.io.lora_files import kohya_name
+from tlcm_jax.io.lora_names import kohya_name
 from tlcm_jax.models import lora
 
 RANK = 3
@@ -36,7 +36,10 @@ def write_lora(path, adapter, **options):
 
 
 def read_loras(specs, networks):
-    return lora_stack.read_loras(specs, networks, LORA_NAMES)
+    read = [(path, weight) for path, weight in map(lora_stack._split_weight, specs)]
+    return lora_stack.combine(
+        [(lora_files.read_networks(path, networks, LORA_NAMES), weight) for path, weight in read]
+    )
 
 
 def flat(tree):
@@ -224,11 +227,10 @@ def test_ten_unmatched_keys_are_named_and_nothing_is_skipped(tmp_path, unet, ada
     "key",
     [
         "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
-        f"unet.{TO_OUT}.lora_magnitude_vector",
-        "down_blocks.0.resnets.0.conv1.lora_A.weight",
         "unet.conv1.lora_A.weight",
+        f"unet.{TO_OUT}.lora_C.weight",
     ],
-    ids=["text encoder", "DoRA", "no prefix", "only a name's ending"],
+    ids=["text encoder", "only a name's ending", "no part"],
 )
 def test_unmatched_key(tmp_path, unet, adapter, key):
     path = write_lora(tmp_path / "lora.safetensors", adapter)
@@ -262,7 +264,7 @@ def test_half_a_layer(tmp_path, unet, adapter):
 def test_factors_of_another_network(tmp_path, unet, adapter):
     path = write_lora(tmp_path / "lora.safetensors", adapter)
     unet["down_blocks.0"]["resnets.0"]["time_emb_proj"]["kernel"] = np.zeros((32, 8), np.float32)
-    with pytest.raises(ValueError, match=r"time_emb_proj has factors .* for a kernel \(32, 8\)"):
+    with pytest.raises(ValueError, match=r"time_emb_proj has lora_A .* for a weight \(8, 32\)"):
         read_lora(path, unet)
 
 
@@ -298,7 +300,7 @@ def test_broken_inputs(tmp_path, unet, adapter):
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         read_lora(path, unet)
     folder = peft_folder(tmp_path / "adapter", adapter)
-    with pytest.raises(FileNotFoundError, match="give a folder that does: .*/adapter$"):
+    with pytest.raises(FileNotFoundError, match="give one of .*/adapter$"):
         read_lora(tmp_path, unet)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
@@ -308,8 +310,9 @@ def test_broken_inputs(tmp_path, unet, adapter):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "LOHA"}, "does not describe a LoRA"),
-        ({"use_dora": True}, "use_dora are not supported"),
+        ({"peft_type": "IA3"}, "of kind IA3 .peft_type.; LoRA, DoRA, LoCon, LoHa and LoKr are r"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out are not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "begun by 'pissa_niter_4' goes with weights th"),
         ({"lora_alpha": "much"}, "must hold numbers"),
         ({"alpha_pattern": {"(a+)+$": 4}}, "not a plain layer name"),
     ],

@@ -26,7 +26,7 @@ from tlcm_jax.io import names
 from tlcm_jax.io.files import cast, save_tensors
 from tlcm_jax.io.json_files import read_object, write_json
 from tlcm_jax.io.lora_export import write_lora
-from tlcm_jax.io.lora_files import LoraNames
+from tlcm_jax.io.lora_names import LoraNames
 from tlcm_jax.io.model_card import PROJECT
 from tlcm_jax.io.tensors import TensorFile, Tensors
 from tlcm_jax.models.layers import Dense

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Num, PyTree
 from tlcm_jax.diffusion.guidance import Denoiser
 from tlcm_jax.diffusion.process import Process
 from tlcm_jax.families.product import Params, Product
-from tlcm_jax.io.lora_files import LoraNames
+from tlcm_jax.io.lora_names import LoraNames
 from tlcm_jax.io.sources import SingleFile, Source
 from tlcm_jax.io.tensors import Tensors
 from tlcm_jax.models.lora import TARGETS

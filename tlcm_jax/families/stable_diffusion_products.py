@@ -1,6 +1,6 @@
 """What students of Stable Diffusion are handed out as; which programs take each is in its card."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import flax.traverse_util
@@ -10,28 +10,34 @@ from tlcm_jax.families.product import Product, Student
 from tlcm_jax.io.json_files import read_object
 from tlcm_jax.io.ldm_names import UNET, unet_layers
 from tlcm_jax.io.lora_export import write_lora
-from tlcm_jax.io.lora_files import LoraNames
+from tlcm_jax.io.lora_names import LoraNames
 from tlcm_jax.io.model_card import FILES
 from tlcm_jax.io.pipeline_folder import check_components, write_component, write_pipeline
 from tlcm_jax.io.single_file import layout_of, write_single_file
 from tlcm_jax.io.sources import CONFIG_FOLDER
 
 VAE, TOWERS = "vae", ("text_encoder", "text_encoder_2")
+
+
+def _converted(layers: Iterable[str]) -> dict[str, str]:
+    """The single-file names of a UNet's layers, but LCM's guidance embedding, which has none."""
+    return unet_layers(set(layers) - {"time_embedding.cond_proj"})
+
+
 LORA_NAMES = LoraNames(
     backbone=UNET,
     kohya={
-        UNET: ("lora_unet_",),
+        UNET: ("lora_unet_", "lycoris_"),
         TOWERS[0]: ("lora_te_", "lora_te1_"),  # alone, and as the first of two
         TOWERS[1]: ("lora_te2_",),
     },
-    converted=unet_layers,
-    converted_stems=tuple(
-        f"lora_unet_{stem}_"
-        for stem in (
-            "input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out",
-        )
-    ),
-)  # fmt: skip
+    dotted={
+        UNET: ("diffusion_model.", "model.diffusion_model."),
+        TOWERS[0]: ("text_encoders.clip_l.transformer.", "clip_l.transformer."),
+        TOWERS[1]: ("text_encoders.clip_g.transformer.", "clip_g.transformer."),
+    },
+    converted=_converted,
+)
 
 
 def _write_lora(student: Student, folder: Path) -> None:

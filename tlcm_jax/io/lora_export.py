@@ -17,7 +17,7 @@ import numpy as np
 
 from tlcm_jax.io import names
 from tlcm_jax.io.files import atomic_write, cast, save_tensors
-from tlcm_jax.io.lora_files import LoraNames, kohya_name
+from tlcm_jax.io.lora_names import LoraNames, kohya_name
 from tlcm_jax.io.names import Path_
 
 DIALECTS = ("diffusers", "kohya")

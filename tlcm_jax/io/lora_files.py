@@ -1,80 +1,86 @@
-"""Reading LoRA files: diffusers/PEFT, kohya, and PEFT adapter folders.
+"""Reading LoRA files of every dialect (`io.lora_names`) and kind (`io.lora_algebra`).
 
 A file stores factors A and B and, per layer or in its header, alpha; the update is
 (alpha / r) B A. In memory an adapter is already scaled: alpha / r is folded into `lora_B`
-(`models.lora.scaled`). What is written has it folded in too, so alpha = r and every reader's own
-scale is 1.
+(`models.lora.scaled`). Updates that are not of low rank are kept as they are stored, to be added to
+the weights (`io.lora_stack`).
 
-| dialect | names |
-|---|---|
-| diffusers | `<network>.<path>.lora_A.weight` `[r, in]`, `.lora_B.weight` `[out, r]` |
-| kohya | `lora_<..>_<path, dots as underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha` |
-| PEFT folder | `base_model.model.<path>.lora_A.weight`, alpha in `adapter_config.json` |
-
-A network is called by its component's name, `<network>`; how kohya's files call it, and whether
-there are such files, is the family's to say (`LoraNames`).
-
-Convolutions are `[r, in, kh, kw]` and `[out, r, 1, 1]`. In kohya's names an underscore may be a
-dot or an underscore; they are resolved through the network's own module paths. For SDXL kohya's
-own trainer names layers as single-file checkpoints do (`lora_unet_input_blocks_4_1_...`), and so
-may a file here. Diffusers' former `.lora.down.weight` and PEFT's `.lora_A.default.weight` are read
-too.
+Alpha is, in this order: a layer's own tensor; in PEFT's `adapter_config.json`, or diffusers'
+`lora_adapter_metadata` in the header; r, for a scale of 1.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
+from absl import logging
 
-from tlcm_jax.io import names
-from tlcm_jax.io.json_files import read_object
+from tlcm_jax.io import lora_algebra, names
+from tlcm_jax.io.lora_kinds import describe, other_family
+from tlcm_jax.io.lora_names import LoraNames, find_parts
+from tlcm_jax.io.lora_sources import PEFT_CONFIG, find_lora
 from tlcm_jax.io.names import Path_
-from tlcm_jax.io.tensors import TensorFile, refuse_pickle
+from tlcm_jax.io.tensors import TensorFile
 
-# The names that diffusers' and PEFT's loaders look for in a folder.
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
-
-_PARTS = {
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_A.default.weight": "lora_A",
-    ".lora_B.default.weight": "lora_B",
-    ".lora.down.weight": "lora_A",
-    ".lora.up.weight": "lora_B",
-    ".lora_down.weight": "lora_A",
-    ".lora_up.weight": "lora_B",
-    ".alpha": "alpha",
-}
+_READ = "LoRA, DoRA, LoCon, LoHa and LoKr are read"
+# Embeddings that some trainers put beside the LoRA they go with.
+_BESIDE = "bundle_emb."
+_PEFT_TYPES = ("LORA", "LOHA", "LOKR")
+# PEFT's ways of starting that change the weights which the adapter is then trained on.
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraNames:
-    """How LoRA files name the layers of a model family.
+class DenseUpdate:
+    """A layer's update that is no product of two factors: DoRA, LoHa, LoKr.
 
     Attributes:
-      backbone: the network that PEFT's files, which name none, are for.
-      kohya: how kohya's names of a network's layers begin, the one that is written first; empty
-        where there are no such files.
-      converted: the names of the backbone's layers, given all of them, in single-file checkpoints,
-        by which kohya's files may call them; None where they do not.
-      converted_stems: how the converted names begin, and no other layer's.
+      parts: the file's tensors by `lora_algebra`'s names, float32, in PyTorch's layout.
+      scale: alpha / r.
+      label: file and layer, for messages.
     """
 
-    backbone: str
-    kohya: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    converted: Callable[[Iterable[str]], Mapping[str, str]] | None = None
-    converted_stems: tuple[str, ...] = ()
+    parts: Mapping[str, np.ndarray]
+    scale: float
+    label: str
+
+    def delta(self, kernel: Any) -> np.ndarray:
+        """What is added to a Flax kernel: float32, of its shape.
+
+        Raises:
+          ValueError: the parts do not fit it, or the result is not finite.
+        """
+        weight = names.to_torch_layout(("kernel",), np.asarray(kernel, np.float32))
+        try:
+            change = lora_algebra.delta(self.parts, self.scale, weight)
+        except ValueError as error:
+            raise ValueError(f"{self.label} {error}") from None
+        if not np.all(np.isfinite(change)):
+            raise ValueError(f"{self.label} holds values that are not finite")
+        return names.to_flax_layout(("kernel",), change)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """What a file changes.
+
+    Attributes:
+      adapters: of the networks that it adapts by low-rank updates, by their names: float32 numpy
+        arrays, scaled, fit for `models.lora.merge`.
+      dense: updates of the other layers, by paths that begin with the network's name.
+    """
+
+    adapters: Mapping[str, dict]
+    dense: Mapping[Path_, DenseUpdate]
 
 
 def read_lora(path: str | Path, backbone: Mapping[str, Any], naming: LoraNames) -> dict:
-    """Reads a LoRA of the backbone alone.
+    """Reads a low-rank LoRA of the backbone alone.
 
     Args:
       path: as of `read_networks`.
@@ -87,199 +93,181 @@ def read_lora(path: str | Path, backbone: Mapping[str, Any], naming: LoraNames) 
     Raises:
       FileNotFoundError, ValueError: as of `read_networks`; layers of text encoders match nothing.
     """
-    return read_networks(path, {naming.backbone: backbone}, naming)[naming.backbone]
+    found = read_networks(path, {naming.backbone: backbone}, naming)
+    if found.dense:
+        raise ValueError(f"{path} holds updates that are not of low rank; merge them into a model")
+    return found.adapters[naming.backbone]
 
 
-def read_networks(
-    path: str | Path, networks: Mapping[str, Any], naming: LoraNames
-) -> dict[str, dict]:
-    """Reads a LoRA of any dialect.
+def read_networks(path: str | Path, networks: Mapping[str, Any], naming: LoraNames) -> LoraFile:
+    """Reads a LoRA of any dialect and kind.
 
     Args:
-      path: a safetensors file, a PEFT adapter folder, or a folder as diffusers'
-        `save_lora_weights` writes it.
+      path: a safetensors file, a PEFT adapter folder, a folder as diffusers' `save_lora_weights`
+        writes it, or on the hub `OWNER/NAME[@REVISION][:FILE]`.
       networks: parameter trees (arrays or shapes), which say what layers there are, by the names
         of the components.
       naming: the family's.
 
-    Returns:
-      The adapters of those networks that the file adapts, by their names: float32 numpy arrays,
-      scaled, fit for `models.lora.merge`.
-
     Raises:
       FileNotFoundError: there is no such file, or the folder holds no LoRA.
-      ValueError: a pickle, a broken file, a key that matches no layer (the first ten are named),
-        half a layer, factors that do not fit the layer, or an unsupported variant.
+      ValueError: a pickle, a broken file, another kind of file (which is named), a key that
+        matches no layer (the first ten are named), half a layer, or parts that do not fit it.
     """
-    file, config = _locate(Path(path))
+    file, config = find_lora(path)
     tensors = TensorFile([file])
-    scales = {name: _scales(file, tensors.metadata, config, name) for name in networks}
     kernels = {
         (name, *layer[:-1]): tuple(leaf.shape)
         for name, tree in networks.items()
         for layer, leaf in flax.traverse_util.flatten_dict(tree).items()
         if layer[-1] == "kernel"
     }
-    parts = _resolve(tensors, kernels, naming, file)
+    if config is not None:
+        _check_config(file.parent / PEFT_CONFIG, config)
+    try:
+        keys, strays = find_parts(tensors, kernels, naming)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    _check_strays(file, tensors, strays, kernels)
+    scales = {name: _scales(file, tensors.metadata, config, name, naming) for name in networks}
     adapter: dict[Path_, np.ndarray] = {}
+    dense: dict[Path_, DenseUpdate] = {}
     problems = []
-    for layer, keys in parts.items():
+    for layer, found in keys.items():
         network, name = layer[0], ".".join(layer[1:])
-        if "lora_A" not in keys or "lora_B" not in keys:
-            problems.append(f"{name} has only {', '.join(sorted(keys))}")
+        parts = {part: np.array(tensors[key], np.float32) for part, key in found.items()}
+        alpha = parts.pop("alpha", None)
+        if missing := lora_algebra.lacks(parts):
+            problems.append(f"{name} has only {', '.join(sorted(found))}, no {missing[0]}")
             continue
-        down, up = (
-            names.to_flax_layout(("kernel",), np.array(tensors[keys[which]], np.float32))
-            for which in ("lora_A", "lora_B")
-        )
-        if not _fits(down.shape, up.shape, kernels[layer]):
-            problems.append(
-                f"{name} has factors {tensors[keys['lora_A']].shape} and "
-                f"{tensors[keys['lora_B']].shape} for a kernel {kernels[layer]}"
-            )
-            continue
-        rank = down.shape[-1]
-        if "alpha" in keys:
-            scale = float(np.asarray(tensors[keys["alpha"]], np.float32).reshape(-1)[0]) / rank
-        else:
+        rank = lora_algebra.rank(parts)
+        if alpha is None:
             scale = scales[network](name, rank)
-        if not (np.isfinite(scale) and np.all(np.isfinite(down)) and np.all(np.isfinite(up))):
+        elif alpha.size == 1:
+            # LyCORIS' files of LoKr that show no rank have a scale of 1.
+            scale = float(alpha.reshape(())) / rank if rank else 1.0
+        else:
+            problems.append(f"{name} has an alpha of shape {alpha.shape}")
+            continue
+        if not all(np.all(np.isfinite(value)) for value in (*parts.values(), np.asarray(scale))):
             problems.append(f"{name} holds values that are not finite")
             continue
-        adapter[(*layer, "lora_A")] = np.ascontiguousarray(down)
-        adapter[(*layer, "lora_B")] = np.ascontiguousarray(up * np.float32(scale))
+        if not lora_algebra.is_low_rank(parts):
+            dense[layer] = DenseUpdate(parts=parts, scale=scale, label=f"{file}: {name}")
+            continue
+        shape = _torch_shape(kernels[layer])
+        try:
+            down, up = lora_algebra.factors(parts, shape)
+        except ValueError as error:
+            problems.append(f"{name} {error}")
+            continue
+        adapter[(*layer, "lora_A")] = names.to_flax_layout(("kernel",), down)
+        adapter[(*layer, "lora_B")] = names.to_flax_layout(("kernel",), up * np.float32(scale))
+    if problems and (kind := _other_family(tensors, kernels)):
+        raise ValueError(f"{file} is {kind}, which this model is not")
     names.raise_if(problems, f"{file} does not fit this model")
-    return flax.traverse_util.unflatten_dict(adapter)
+    contiguous = {path: np.ascontiguousarray(value) for path, value in adapter.items()}
+    return LoraFile(adapters=flax.traverse_util.unflatten_dict(contiguous), dense=dense)
 
 
-def kohya_name(layer: Path_, stem: str) -> str:
-    """A layer's name in kohya's dialect, such as `lora_unet_down_blocks_0_resnets_0_conv1`."""
-    return stem + "_".join(layer).replace(".", "_")
+def _check_strays(
+    file: Path, tensors: TensorFile, strays: list[str], kernels: Mapping[Path_, tuple]
+) -> None:
+    """Refuses a file with keys of no layer, or with nothing else, as what it is."""
+    if beside := [key for key in strays if key.startswith(_BESIDE)]:
+        logging.warning("%s: left out %d tensors of embeddings beside it", file, len(beside))
+        strays = [key for key in strays if key not in beside]
+    if not strays and len(beside) < len(tensors):
+        return
+    if kind := _other_family(tensors, kernels) or describe(strays):
+        raise ValueError(f"{file} is {kind}; {_READ}, of this model's layers ({strays[0]})")
+    if not any("lora" in key or "lokr" in key or "hada" in key for key in tensors):
+        raise ValueError(f"{file} holds no LoRA; {_READ}")
+    networks = ", ".join(dict.fromkeys(layer[0] for layer in kernels))
+    names.raise_if(strays, f"{file}: keys that match no layer of {networks}")
 
 
-def _locate(path: Path) -> tuple[Path, dict | None]:
-    """The safetensors file, and the PEFT config if it is an adapter folder."""
-    if path.is_file():
-        refuse_pickle(path)
-        return path, None
-    if not path.is_dir():
-        raise FileNotFoundError(f"LoRA {str(path)!r} does not exist; give a safetensors file")
-    if (path / PEFT_CONFIG).is_file():
-        if not (path / PEFT_FILE).is_file():
-            for other in sorted(path.iterdir()):
-                refuse_pickle(other)
-            raise FileNotFoundError(f"{path} holds no {PEFT_FILE}; the adapter folder is not whole")
-        return path / PEFT_FILE, _read_config(path / PEFT_CONFIG)
-    if (path / DIFFUSERS_FILE).is_file():
-        return path / DIFFUSERS_FILE, None
-    for other in sorted(path.iterdir()):
-        refuse_pickle(other)
-    inside = sorted(str(found.parent) for found in path.glob(f"**/{PEFT_CONFIG}"))
-    raise FileNotFoundError(
-        f"{path} holds neither {PEFT_CONFIG} nor {DIFFUSERS_FILE}; give "
-        + (f"a folder that does: {', '.join(inside[:10])}" if inside else "the safetensors file")
+def _other_family(tensors: TensorFile, kernels: Mapping[Path_, tuple]) -> str | None:
+    widths = {shape[0] for layer, shape in kernels.items() if layer[-2:] == ("attn2", "to_k")}
+    networks = {layer[0] for layer in kernels}
+    return other_family(
+        {key: tensors[key].shape for key in tensors},
+        min(widths, default=None),
+        sum(name.startswith("text_encoder") for name in networks) if len(networks) > 1 else 2,
     )
 
 
-def _read_config(path: Path) -> dict:
-    config = read_object(path)
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise ValueError(f"{path} does not describe a LoRA (peft_type)")
-    return config
+def _torch_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a Flax kernel's weight in PyTorch's layout."""
+    return (kernel[-1], kernel[-2], *kernel[:-2])
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses PEFT's adapters of other kinds, and those that belong to other weights."""
+    kind = str(config.get("peft_type", "LORA")).upper()
+    if kind not in _PEFT_TYPES:
+        raise ValueError(f"{path} describes an adapter of kind {kind} (peft_type); {_READ}")
+    start = str(config.get("init_lora_weights")).lower()
+    if any(name in start for name in _OTHER_BASE):
+        raise ValueError(
+            f"{path}: an adapter begun by {start!r} goes with weights that are not the model's; "
+            "save it with `path_initial_model_for_weight_conversion`"
+        )
+    for key in ("fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora"):
+        if config.get(key):
+            raise ValueError(f"{path}: adapters with {key} are not supported")
 
 
 def _scales(
-    file: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, network: str
-) -> Callable[[str, int], float]:
+    file: Path, metadata: Mapping[str, str], config: Mapping[str, Any] | None, network: str,
+    naming: LoraNames,
+) -> Callable[[str, int | None], float]:  # fmt: skip
     """The scale of a network's layer without an alpha tensor: `(name, rank) -> alpha / rank`."""
     if config is None:
         stored = metadata.get("lora_adapter_metadata")
         if stored is None:
             return lambda name, rank: 1.0
         try:
-            config = json.loads(stored)
-            config = {k.removeprefix(f"{network}."): v for k, v in config.items()}
+            found = json.loads(stored)
+            config = {
+                key.removeprefix(f"{network}."): value
+                for key, value in found.items()
+                if key.startswith(f"{network}.") or (network == naming.backbone and "." not in key)
+            }
         except (ValueError, AttributeError, RecursionError):
             raise ValueError(f"{file}: its lora_adapter_metadata is not a JSON object") from None
-    for variant in ("use_dora", "fan_in_fan_out"):
-        if config.get(variant):
-            raise ValueError(f"{file}: adapters with {variant} are not supported")
+        if not config:  # the header speaks of other networks
+            return lambda name, rank: 1.0
+        _check_config(file, config)
+    lora = str(config.get("peft_type", "LORA")).upper() == "LORA"
     try:
-        default = float(config.get("lora_alpha", 8))  # PEFT's own default
+        default = float(config.get("lora_alpha" if lora else "alpha") or 8)  # PEFT's own default
         alphas = {k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()}
-    except (TypeError, ValueError, AttributeError):
-        raise ValueError(f"{file}: lora_alpha and alpha_pattern must hold numbers") from None
-    patterns = {_literal(key, file): alpha for key, alpha in alphas.items()}
+        ranks = {k: int(v) for k, v in (config.get("rank_pattern") or {}).items()}
+        usual = int(config.get("r") or 8)
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        raise ValueError(
+            f"{file}: r, alpha and their patterns must hold numbers in its PEFT config"
+        ) from None
     root = math.sqrt if config.get("use_rslora") else float
 
-    def scale(name: str, rank: int) -> float:
-        for pattern, alpha in patterns.items():
-            if name == pattern or name.endswith("." + pattern):
-                return alpha / root(rank)
-        return default / root(rank)
+    def scale(name: str, rank: int | None) -> float:
+        # What LoKr stores may not show its rank.
+        shown = rank if lora and rank is not None else _of_pattern(ranks, name, usual, file)
+        return _of_pattern(alphas, name, default, file) / root(shown)
 
     return scale
 
 
-def _literal(pattern: str, file: Path) -> str:
-    """A PEFT pattern that is a plain name; regular expressions of a file are not run."""
-    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if not name.replace(".", "").replace("_", "").isalnum():
-        raise ValueError(f"{file}: alpha_pattern {pattern!r} is not a plain layer name")
-    return name
+def _of_pattern(patterns: Mapping[str, Any], name: str, default: Any, file: Path) -> Any:
+    """A layer's value in one of PEFT's patterns that are plain names.
 
-
-def _resolve(
-    tensors: Mapping[str, np.ndarray],
-    kernels: Mapping[Path_, tuple],
-    naming: LoraNames,
-    file: Path,
-) -> dict[Path_, dict[str, str]]:
-    """For each layer, the file's key of `lora_A`, `lora_B` and, where there is one, `alpha`.
-
-    Layers are paths that begin with their network's name.
+    Regular expressions of a file are not run.
     """
-    dotted = {".".join(layer): layer for layer in kernels}
-    flat: dict[str, list[Path_]] = {}
-    for layer in kernels:
-        for stem in naming.kohya.get(layer[0], ()):
-            flat.setdefault(kohya_name(layer[1:], stem), []).append(layer)
-    if naming.converted and any(key.startswith(naming.converted_stems) for key in tensors):
-        own = {".".join(layer[1:]): layer for layer in kernels if layer[0] == naming.backbone}
-        stem = naming.kohya[naming.backbone][0]
-        for name, converted in naming.converted(own).items():
-            flat.setdefault(kohya_name((converted,), stem), []).append(own[name])
-    stems = tuple(stem for stems in naming.kohya.values() for stem in stems)
-    parts: dict[Path_, dict[str, str]] = {}
-    problems = []
-    for key in tensors:
-        suffix = next((s for s in _PARTS if key.endswith(s)), "")
-        stem = key.removesuffix(suffix)
-        if stem.startswith(stems):
-            found = flat.get(stem, [])
-        else:
-            # PEFT's prefix alone is the backbone's; diffusers may have put a network's before it.
-            network, prefix, rest = stem.partition("base_model.model.")
-            name = (network or f"{naming.backbone}.") + rest if prefix else stem
-            found = [dotted[name]] if name in dotted else []
-        if not suffix or not found:
-            problems.append(key)
-        elif len(found) > 1:
-            named = " and ".join(".".join(layer[1:]) for layer in found)
-            raise ValueError(f"{file}: {stem} may be {named}; convert the file to diffusers' names")
-        elif _PARTS[suffix] in parts.setdefault(found[0], {}):
-            raise ValueError(f"{file} holds {'.'.join(found[0][1:])} twice, in two dialects")
-        else:
-            parts[found[0]][_PARTS[suffix]] = key
-    networks = dict.fromkeys(layer[0] for layer in kernels)
-    names.raise_if(problems, f"{file}: keys that match no layer of {', '.join(networks)}")
-    if not parts:
-        raise ValueError(f"{file} holds no LoRA")
-    return parts
-
-
-def _fits(down: tuple, up: tuple, kernel: tuple) -> bool:
-    """Whether factors in Flax layout are a low-rank update of the kernel."""
-    ones = (1,) * (len(kernel) - 2)
-    rank = down[-1]
-    return down[:-1] == kernel[:-1] and up == (*ones, rank, kernel[-1]) and rank > 0
+    for pattern, value in patterns.items():
+        literal = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not literal.replace(".", "").replace("_", "").isalnum():
+            raise ValueError(f"{file}: pattern {pattern!r} is not a plain layer name")
+        if name == literal or name.endswith("." + literal):
+            return value
+    return default

@@ -1,11 +1,18 @@
-"""Several LoRAs at once, each with its weight: what `--lora` means."""
+"""Several LoRAs at once, each with its weight: what `--lora` means.
+
+Low-rank updates of the backbone stay an adapter. Those that are not of low rank, and all of text
+encoders, are added to the weights: a weight w of a LoRA adds w times what it would change, of
+DoRA's too (ComfyUI's convention; PEFT scales DoRA's inner update).
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
+
 from tlcm_jax.families.base import LatentModel
-from tlcm_jax.io.lora_files import LoraNames, read_networks
+from tlcm_jax.io.lora_files import LoraFile, read_networks
 from tlcm_jax.models import lora
 from tlcm_jax.models.adapters import concat_loras
 
@@ -17,46 +24,50 @@ def apply_loras(
 
     Args:
       model: what they belong to.
-      specs: as of `read_loras`.
+      specs: `PATH` or `PATH:WEIGHT`, such as `style.safetensors:0.8`; a path as of
+        `read_networks`.
 
     Returns:
-      The model, its text encoders' weights changed as the LoRAs say; and the backbone's adapter,
-      None where they adapt text encoders alone.
+      The model, its weights changed as far as the LoRAs are not of low rank, and its text encoders'
+      in any case; and the backbone's adapter, None where there is no low-rank update of it.
 
     Raises:
       FileNotFoundError, ValueError: as `read_networks`.
     """
     networks = {name: tree for name, tree in model.params.items() if name != model.decoder}
-    adapters = read_loras(specs, networks, model.lora_names)
-    merged = {
-        name: lora.merge(networks[name], adapter)
-        for name, adapter in adapters.items()
-        if name != model.backbone
-    }
-    return model.with_params(**merged), adapters.get(model.backbone)
-
-
-def read_loras(
-    specs: Sequence[str], networks: Mapping[str, Any], naming: LoraNames
-) -> dict[str, Mapping[str, Any]]:
-    """Reads several LoRAs, each with its weight, as one adapter a network.
-
-    Args:
-      specs: `PATH` or `PATH:WEIGHT`, such as `style.safetensors:0.8`.
-      networks: as in `read_networks`.
-      naming: the family's.
-
-    Returns:
-      By network, as far as one of the LoRAs adapts it.
-
-    Raises:
-      FileNotFoundError, ValueError: as `read_networks`.
-    """
-    found: dict[str, list] = {}
+    found = []
     for path, weight in map(_split_weight, specs):
-        for network, adapter in read_networks(path, networks, naming).items():
+        found.append((read_networks(path, networks, model.lora_names), weight))
+    adapters = combine(found)
+    backbone = adapters.pop(model.backbone, None)
+    changed = _with_dense(networks, found)
+    for name, adapter in adapters.items():
+        changed[name] = lora.merge(changed.get(name, networks[name]), adapter)
+    return model.with_params(**changed), backbone
+
+
+def combine(files: Sequence[tuple[LoraFile, float]]) -> dict[str, Mapping[str, Any]]:
+    """The low-rank updates of several files, each with its weight, as one adapter a network."""
+    found: dict[str, list] = {}
+    for file, weight in files:
+        for network, adapter in file.adapters.items():
             found.setdefault(network, []).append((adapter, weight))
     return {network: concat_loras(*zip(*pairs, strict=True)) for network, pairs in found.items()}
+
+
+def _with_dense(
+    networks: Mapping[str, Any], files: Sequence[tuple[LoraFile, float]]
+) -> dict[str, Any]:
+    """The networks that updates of full rank change; each is that of the unchanged weights."""
+    flat: dict[str, dict] = {}
+    for file, weight in files:
+        for (network, *layer), update in file.dense.items():
+            original = flax.traverse_util.flatten_dict(networks[network])
+            leaves = flat.setdefault(network, dict(original))
+            path = (*layer, "kernel")
+            change = weight * update.delta(original[path])
+            leaves[path] = (leaves[path] + change).astype(original[path].dtype)
+    return {network: flax.traverse_util.unflatten_dict(leaves) for network, leaves in flat.items()}
 
 
 def _split_weight(spec: str) -> tuple[str, float]:
