@@ -39,7 +39,8 @@ def _our_stages(config: ConfigDict) -> dict[str, Any]:
     # Its gradient is as large as the jumps'; at five times that, in one run, 1 step gained and the
     # Frechet distance at 3 to 8 steps grew.
     # The scorer's own threshold is the mean of real pictures, which the teacher's pass already.
-    liked = dict(look, preference=dict(_scorer(), weight=10.0, max_grad_ratio=1.0, threshold=100.0))
+    scorers = dict(contrastive=dict(_scorer(), threshold=100.0))
+    liked = dict(look, preference=dict(scorers=scorers, weight=10.0, max_grad_ratio=1.0))
     first, second = config.stages.to_dict().values()
     last = _last_terms(config)
     # At weight 1 fifty times the jumps' gradient, which the teacher's targets hold in place.
@@ -75,7 +76,8 @@ def _paper_stages(config: ConfigDict) -> dict[str, Any]:
         stages[f"segments{segments}"] = dict(first, steps=steps, settings=settings, terms=look)
     stages["endpoints"] = dict(second, terms=look)
     later = dict(second, learning_rate=1e-4, decay="constant", steps=40)
-    stages["preference"] = dict(later, terms=dict(look, preference=_scorer()))
+    preference = dict(scorers=dict(contrastive=_scorer()))
+    stages["preference"] = dict(later, terms=dict(look, preference=preference))
     stages["matching"] = dict(later, terms=dict(look, **_last_terms(config)))
     return stages
 

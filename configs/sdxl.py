@@ -98,8 +98,7 @@ def _full_stages() -> dict[str, Any]:
     later = dict(stages["endpoints"], learning_rate=1e-5)
     preference = dict(
         # s0 = 16, the scorer's own.
-        scorer="mps",
-        weights="scorers/mps",
+        scorers=dict(mps=dict(weights="scorers/mps")),
         held_out="image_reward",
         held_out_weights="scorers/image_reward",
     )

@@ -65,7 +65,7 @@ def costs(settings: Settings) -> dict[str, Cost]:
         terms = {
             term: chosen.load(model, networks, settings.adapter)
             for term, chosen in stage.terms.items()
-            if not hasattr(chosen, "weights")
+            if not hasattr(chosen, "weights") and not hasattr(chosen, "scorers")
         }
         loss = StageLoss(stage.settings.build(networks), terms)
         forwards = nfe_per_pair(loss, stage.epochs)

@@ -125,8 +125,9 @@ def missing_files(settings: Settings) -> str:
         return "the real latents are missing (`python -m miniature.encode_latents` makes them)"
     for stage in settings.stages.values():
         for name, chosen in stage.terms.items():
-            folder = getattr(chosen, "weights", "")
-            if chosen.weight > 0 and folder and not Path(folder).is_dir():
+            parts = (chosen, *getattr(chosen, "scorers", {}).values())
+            folders = [folder for part in parts if (folder := getattr(part, "weights", ""))]
+            if chosen.weight > 0 and not all(Path(folder).is_dir() for folder in folders):
                 maker = _MAKERS.get(name)
                 hint = f" (`python -m miniature.{maker}` makes them)" if maker else ""
                 return f"the weights of {name} are missing{hint}"

@@ -205,7 +205,7 @@ def test_every_term_fits_the_real_networks(folder, shapes, mesh):
     moved, metrics = jax.eval_shape(prepared.update, state, frozen, pairs)
     assert jax.tree.map(lambda x: x.shape, moved) == jax.tree.map(lambda x: x.shape, state)
     named = {f"{term}/{what}" for term in stage.terms for what in ("loss", "grad_norm")}
-    assert named | {"preference/score", "preference/held_out", "mse_x0"} <= set(metrics)
+    assert named | {"preference/liked/score", "preference/held_out", "mse_x0"} <= set(metrics)
 
 
 def test_alpha_over_rank_scales_the_adapter_once_beside_and_merged(folder):
@@ -299,7 +299,7 @@ def test_gamma_0_reaches_the_evaluation(folder):
             "stages.last: layers = .*this UNet has down_blocks.0",
         ),
         (
-            dict(terms=dict(preference=dict(scorer="nothing", weights=""))),
+            dict(terms=dict(preference=dict(scorers=dict(nothing={})))),
             "unknown scorer 'nothing'; known: ",
         ),
         (
@@ -318,6 +318,7 @@ def test_what_does_not_fit_is_said_with_its_stage(folder, shapes, mesh, last, me
 
 
 def test_weights_that_are_not_there_are_said(folder, shapes, mesh):
-    terms = dict(preference=dict(scorer="miniature.contrastive", weights="nowhere"))
+    liked = dict(scorer="miniature.contrastive", weights="nowhere")
+    terms = dict(preference=dict(scorers=dict(liked=liked)))
     with pytest.raises(FileNotFoundError, match="nowhere holds no scorer"):
         build(folder, shapes, mesh, stages(folder, terms=terms))

@@ -72,7 +72,8 @@ def test_terms_are_settings_of_a_stage():
 
 
 def test_a_term_of_weight_0_is_as_one_that_is_not_there():
-    preference = {"scorer": "miniature.contrastive", "weights": "nowhere", "weight": 0}
+    liked = {"scorer": "miniature.contrastive", "weights": "nowhere"}
+    preference = {"scorers": {"liked": liked}, "weight": 0}
     assert read(changed(stages__first__terms={"preference": preference})) == read(MINIMAL)
 
 
@@ -105,8 +106,16 @@ def test_progressive_segments_are_a_list_of_stages():
             "stages.first.terms.adversarial: weight = -1.0: must be at least 0",
         ),
         (
-            changed(stages__first__terms={"preference": {"scorer": "a"}}),
-            "'stages.first.terms.preference.weights' is missing",
+            changed(stages__first__terms={"preference": {}}),
+            "'stages.first.terms.preference.scorers' is missing",
+        ),
+        (
+            changed(stages__first__terms={"preference": {"scorers": {"mps": {"weight": -1}}}}),
+            "stages.first.terms.preference.scorers.mps: weight = -1.0: must be at least 0",
+        ),
+        (
+            changed(stages__first__terms={"preference": {"scorers": {"mps": "scorers/mps"}}}),
+            "'stages.first.terms.preference.scorers.mps' must be a mapping, got 'scorers/mps'",
         ),
         (changed(stages__first__objective=["a"]), "'stages.first.objective' must be a name"),
         (changed(stages__first=3), "'stages.first' must be a mapping"),

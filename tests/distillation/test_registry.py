@@ -44,6 +44,8 @@ def stage(objective="mlcd", terms=None, **settings):
         (stage(target_time="trajectory"), "must be one of milestone, uniform"),
         (stage(terms={"gan": {}}), "unknown 'gan'; known: latent_lpips, preference"),
         (stage(terms={"preference": {"share": 0.3}}), "share'; it is `max_grad_ratio` now"),
+        (stage(terms={"preference": {"scorer": "a"}}), "scorer'; it is `scorers`, a mapping"),
+        (stage(terms={"preference": {"threshold": 3.0}}), "'; it is each scorer's own, in"),
         (stage(terms={"preference": {"judge": "a"}}), "judge'; it is `held_out` now"),
         (stage(terms={"preference": {"judge_weights": ""}}), "it is `held_out_weights` now"),
         (stage(terms={"preference": {"stop_when_parted": True}}), "`stop_on_reward_hacking` now"),

@@ -22,14 +22,15 @@ from tlcm_jax.distillation.terms.distribution_matching import (
     DistributionMatchingSettings,
 )
 from tlcm_jax.distillation.terms.latent_lpips import LatentLPIPSTerm
-from tlcm_jax.distillation.terms.preference import Preference, PreferenceSettings
+from tlcm_jax.distillation.terms.preference import LikedSettings, Preference, PreferenceSettings
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.models.latent_lpips import LatentLPIPS
 from tlcm_jax.models.lora import LoRAConfig
 
 SCORER = "tests.support.roles"
-WISH = PreferenceSettings(scorer=SCORER, weights="1", held_out=SCORER, held_out_weights="-1")
+TOY = LikedSettings(scorer=SCORER, weights="1")
+WISH = PreferenceSettings(scorers={"toy": TOY}, held_out=SCORER, held_out_weights="-1")
 MATCHING = DistributionMatchingSettings(guidance_scale=2.0, aux_updates=3)
 ADVERSE = AdversarialSettings(loss="softplus", aux_updates=2)
 

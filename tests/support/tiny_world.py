@@ -38,8 +38,9 @@ def all_terms(folder: Path) -> dict:
     return dict(
         latent_lpips=dict(weights=str(folder / "lpips")),
         preference=dict(
-            scorer="miniature.contrastive",
-            weights=str(folder / "scorer"),
+            scorers=dict(
+                liked=dict(scorer="miniature.contrastive", weights=str(folder / "scorer"))
+            ),
             held_out="miniature.contrastive",
             held_out_weights=str(folder / "held_out"),
         ),

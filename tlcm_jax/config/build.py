@@ -34,7 +34,7 @@ def load_losses(settings: Settings, model: LatentModel) -> dict[str, StageLoss]:
     """
     resolution = settings.model.resolution or None
     networks = model_networks(model, settings.adapter, resolution, settings.trainable == "full")
-    loaded: dict[Any, Term | None] = {}
+    loaded: list[tuple[Any, Term | None]] = []
     losses = {}
     for name, stage in settings.stages.items():
         try:
@@ -42,11 +42,11 @@ def load_losses(settings: Settings, model: LatentModel) -> dict[str, StageLoss]:
             terms = {}
             for term, chosen in stage.terms.items():
                 # Stages with the same term share it, and its weights.
-                if chosen not in loaded:
-                    loaded[chosen] = chosen.load(model, networks, settings.adapter)
-                found = loaded[chosen]
-                if found is not None:
-                    terms[term] = found
+                if not (known := [made for like, made in loaded if like == chosen]):
+                    known = [chosen.load(model, networks, settings.adapter)]
+                    loaded.append((chosen, known[0]))
+                if known[0] is not None:
+                    terms[term] = known[0]
             losses[name] = StageLoss(objective, terms)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None

@@ -229,4 +229,6 @@ def _value(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{k}: {_value(v)}" for k, v in value.items())
+    if dataclasses.is_dataclass(value):
+        return f"({_fields(value)})"
     return str(value)

@@ -204,6 +204,8 @@ RENAMED = {
     "nodes_per_segment": "`points_per_segment`",
     "landing": '`target_time` ("milestone" or "uniform")',
     "share": "`max_grad_ratio`",
+    "scorer": "`scorers`, a mapping by name, such as {'mps': {'weights': 'scorers/mps'}}",
+    "threshold": "each scorer's own, in `scorers`",
     "judge": "`held_out`",
     "judge_weights": "`held_out_weights`",
     "stop_when_parted": "`stop_on_reward_hacking`",

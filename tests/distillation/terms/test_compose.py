@@ -23,7 +23,7 @@ from tlcm_jax.distillation.terms.adversarial import AdversarialSettings
 from tlcm_jax.distillation.terms.base import Context, StudentOutputs, Term
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.distillation.terms.distribution_matching import DistributionMatchingSettings
-from tlcm_jax.distillation.terms.preference import PreferenceSettings
+from tlcm_jax.distillation.terms.preference import LikedSettings, PreferenceSettings
 from tlcm_jax.evaluation.scorers.table import load_scorer
 from tlcm_jax.models.lora import LoRAConfig
 from tlcm_jax.training.pairs import PairSource
@@ -351,6 +351,9 @@ def test_a_term_held_against_the_target_needs_one(world, name, make):
         build(world, {name: make(world)}, settings)
 
 
+ONE = {"a": LikedSettings(weights="b")}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
@@ -362,21 +365,24 @@ def test_a_term_held_against_the_target_needs_one(world, name, make):
         (AdversarialSettings, {"times": ()}, "number of times = 0"),
         (AdversarialSettings, {"times": (-1,)}, "the smallest of times = -1"),
         (AdversarialSettings, {"real": "data"}, "must be one of sample, target"),
+        (PreferenceSettings, {"scorers": ONE, "max_grad_ratio": 2.0}, "max_grad_ratio = 2.0"),
         (
             PreferenceSettings,
-            {"scorer": "a", "weights": "b", "max_grad_ratio": 2.0},
-            "max_grad_ratio = 2.0",
+            {"scorers": ONE, "held_out": "a", "held_out_weights": "b"},
+            "held_out: scorer 'a' cannot be its own check",
         ),
         (
             PreferenceSettings,
-            {"scorer": "a", "weights": "b", "held_out": "a", "held_out_weights": "b"},
-            "cannot be its own check",
-        ),
-        (
-            PreferenceSettings,
-            {"scorer": "a", "weights": "b", "stop_on_reward_hacking": True},
+            {"scorers": ONE, "stop_on_reward_hacking": True},
             "needs a held_out scorer",
         ),
+        (PreferenceSettings, {"scorers": {}}, "scorers: none has a weight above 0"),
+        (
+            PreferenceSettings,
+            {"scorers": {**ONE, "c": LikedSettings(scorer="a", weights="b", weight=2.0)}},
+            "scorers: 'c' is 'a' again; name each once",
+        ),
+        (LikedSettings, {"weight": -1.0}, "weight = -1.0: must be at least 0"),
     ],
 )
 def test_bad_settings_are_refused(kind, changes, message):

@@ -51,8 +51,8 @@ def load_scorer(name: str, path: str = "", *, differentiable: bool = False) -> S
         return scorer
     if not scorer.differentiable:
         raise ValueError(
-            f"scorer {name!r} has no gradient in the images, so preference cannot follow it; it "
-            "can be the held-out reward"
+            f"scorer {name!r} has no gradient in the images, so preference cannot follow it; "
+            "`evaluate` can tell it"
         )
     if "." in name:  # the library's own are tested; a plug-in's claim is tried
         check_gradient(name, scorer)
