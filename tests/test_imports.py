@@ -14,6 +14,8 @@ NEVER = {
     "distillation": {"config", "generation", "training"},
     "generation": {"config", "distillation", "evaluation"},
     "evaluation": {"config", "distillation", "training"},
+    "planning": {"evaluation", "generation", "io"},
+    "config": {"planning"},
 }
 # Of the repository, what a library cannot count on.
 OUTSIDE = {"benchmarks", "configs", "miniature", "tests"}

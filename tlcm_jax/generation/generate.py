@@ -26,7 +26,7 @@ from tlcm_jax.diffusion.trajectories import teacher_path
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.product import Params
 from tlcm_jax.models import lora as adapters
-from tlcm_jax.training.mesh import shard_batch
+from tlcm_jax.training.mesh import known_mesh, shard_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,8 +264,9 @@ def _generate(
     batches = list(whole_batches(count, size))
     for rows in tqdm(batches, desc=label, unit="batch", disable=not options.progress):
         ids, noise_keys = shard_batch(mesh, (tuple(t[rows] for t in tokens), keys[rows]))
-        found = latents(_encode(static, model.text_params, ids), noise_keys)
-        images.append(np.asarray(_decode(static, decoder, found)))
+        with known_mesh(mesh):
+            found = latents(_encode(static, model.text_params, ids), noise_keys)
+            images.append(np.asarray(_decode(static, decoder, found)))
     return np.concatenate(images)[:count]
 
 

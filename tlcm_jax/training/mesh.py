@@ -4,8 +4,10 @@ The batch is split over both axes; `fsdp` additionally splits large parameters (
 `sharding`). The same code runs on one CPU, on simulated devices, on a GPU and on a pod.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -64,6 +66,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
+
+
+def known_mesh(mesh: Mesh | None) -> AbstractContextManager:
+    """A context in which what is traced knows the mesh; none where it is None.
+
+    The compiler cuts all else by itself; kernels of our own must be told how a batch lies.
+    """
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def traced_on(mesh: Mesh | None, function: Callable) -> Callable:
+    """The function, to be jitted, traced in the context of `known_mesh`."""
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with known_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def check_batch(mesh: Mesh | None, batch_size: int, what: str = "the batch size") -> None:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from tlcm_jax.training.mesh import AXES
+from tlcm_jax.training.mesh import AXES, traced_on
 from tlcm_jax.training.state import TrainState
 
 # Folded into a stage's key for what is drawn here; updates fold in steps, which stay below.
@@ -81,7 +81,7 @@ class PairStream:
           mesh: what they lie on; None for one device.
         """
         self.source = source
-        self.refill = jax.jit(partial(_refill, source, mesh))
+        self.refill = jax.jit(traced_on(mesh, partial(_refill, source, mesh)))
         self._held: tuple[int, PyTree[Array]] | None = None
 
     def resumable(self, step: int) -> bool:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from tlcm_jax.training.mesh import traced_on
 from tlcm_jax.training.pairs import PairSource, PairStream
 from tlcm_jax.training.sharding import RULES, Rules
 from tlcm_jax.training.state import Aux, TrainState, create
@@ -123,7 +124,7 @@ class Stage:
             for name, aux in spec.aux.items()
         }
         self._rounds = max((aux.updates for aux in spec.aux.values()), default=0)
-        self._aux_batch = jax.jit(self._make_aux_batch)
+        self._aux_batch = jax.jit(traced_on(mesh, self._make_aux_batch))
 
     def step(
         self, state: TrainState, frozen: PyTree[Array], pairs: PyTree[Array]

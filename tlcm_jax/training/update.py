@@ -24,7 +24,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from tlcm_jax.training.mesh import replicated
+from tlcm_jax.training.mesh import replicated, traced_on
 from tlcm_jax.training.sharding import RULES, Rules, tree_shardings
 from tlcm_jax.training.state import STUDENT, NetworkState, TrainState
 
@@ -79,7 +79,6 @@ def make_update(
     gradient = jax.grad(partial(_mean_loss, loss), has_aux=True)
     salt = 0 if network == STUDENT else zlib.crc32(network.encode())
 
-    @partial(jax.jit, donate_argnums=0)
     def update(
         state: TrainState, frozen: PyTree[Array], batch: PyTree[Array], turn: int | Array = 0
     ) -> tuple[TrainState, Metrics]:
@@ -123,7 +122,7 @@ def make_update(
             metrics = jax.lax.with_sharding_constraint(metrics, replicated(mesh))
         return state, metrics
 
-    return update
+    return jax.jit(traced_on(mesh, update), donate_argnums=0)
 
 
 def sample_keys(state: TrainState, count: int, salt: int, turn: int | Array = 0) -> PRNGKeyArray:

@@ -2,11 +2,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.flops import count, unet_forward
+from benchmarks.flops import unet_forward
 from tests.support.published import UNET
 from tlcm_jax.models.attention import attention
 from tlcm_jax.models.layers import Conv
 from tlcm_jax.models.unet_config import UNetConfig
+from tlcm_jax.planning.flops import count
 
 
 def test_products_convolutions_and_attention():

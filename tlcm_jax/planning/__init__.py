@@ -1,0 +1,1 @@
+"""What a recipe needs on hardware that is not here: compiled ahead of time, and added up."""
