@@ -6,12 +6,17 @@
     python -m tlcm_jax.evaluate --model runs/sdxl --prompts captions_val2017.json \
         --protocol tlcm --scorers scorers --output evaluations/table1
 
+    python -m tlcm_jax.evaluate --model runs/sdxl --prompts prompts.txt --steps 4 \
+        --baseline dmd2=dmd2_sdxl_4step_lora.safetensors --output evaluations/rivals
+
 --protocol measures as a published table does (`evaluation.protocols`): its number of prompts, its
 steps and those of its scores whose weights lie in --scorers, each in a folder of its name.
+--baseline puts published models beside, each sampled as its authors say (`evaluation.baselines`).
 PATH of --model is a diffusers pipeline folder, a single-file checkpoint, a hub id or the workdir of
-a run. Writes `metrics.json`, `report.html` and `samples/`. The teacher is the model without its
-adapter; a model that has none is compared with --teacher, if that is given. Its images are kept in
-`teacher/` of the workdir, or else of the output, so that they are made once.
+a run. Writes `metrics.json`, `scores.md`, `report.html` and `samples/`. The teacher is the model
+without its adapter; a model that has none is compared with --teacher, if that is given. All images
+are kept in `images/` of the workdir, or else of the output: the same command, stopped and begun
+again, makes only those that are missing.
 """
 
 import dataclasses
@@ -24,16 +29,17 @@ from absl import app, flags, logging
 
 from tlcm_jax.config.workdir import drawn_with, is_workdir, trained_resolution, trained_times
 from tlcm_jax.data.prompt_sets import read_prompt_set
+from tlcm_jax.diffusion.samplers import SAMPLERS
 from tlcm_jax.evaluation import report as evaluation_report
+from tlcm_jax.evaluation.baselines import BaselineFile, contestants
 from tlcm_jax.evaluation.evaluate import check_steps, evaluate
+from tlcm_jax.evaluation.final_eval import IMAGES
 from tlcm_jax.evaluation.protocols import PROTOCOLS, load_protocol
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.load import load_model
 from tlcm_jax.sample import load_with_adapter
 from tlcm_jax.training import compilation
-
-CACHE = "teacher"
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -49,8 +55,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("protocol", None, list(PROTOCOLS), "Whose table to measure as.", **here)
     flags.DEFINE_string("scorers", None, "With --protocol: folders by score.", **here)
     flags.DEFINE_list("scores", "", "Scorers, as NAME or NAME=PATH; commas between.", **here)
-    flags.DEFINE_float("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
-    flags.DEFINE_float("gamma", None, "Share of fresh noise; the run's own, or 1.", **here)
+    flags.DEFINE_list("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
+    flags.DEFINE_list("gamma", None, "Shares of fresh noise; the run's own, or 1.", **here)
+    flags.DEFINE_list("sampler", "consistency", f"Student's: {', '.join(SAMPLERS)}.", **here)
+    flags.DEFINE_multi_string("baseline", None, "NAME=PATH or NAME:STEPS=PATH.", **here)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
     flags.DEFINE_integer("batch_size", 25, "Images at a time.", lower_bound=1, **here)
     flags.DEFINE_integer("pictures", 12, "Prompts in the report.", lower_bound=1, **here)
@@ -76,6 +84,8 @@ def run(values: flags.FlagValues) -> None:
     steps = check_steps(values.steps or (preset.steps if preset else (1, 2, 3, 4, 8)))
     limit = values.limit if values.limit is not None else preset.count if preset else 0
     prompt_sets = [read_prompt_set(path).first(limit) for path in values.prompts]
+    files = [BaselineFile.parse(text) for text in values.baseline or ()]
+    scales, gammas = (_numbers(values, name) for name in ("guidance_scale", "gamma"))
     scorers = load_scorers(values.scores)
     if preset is not None:
         if values.scorers is None:
@@ -93,13 +103,16 @@ def run(values: flags.FlagValues) -> None:
         lora=adapter,
         teacher=teacher,
         steps=steps,
-        guidance_scale=drawn_with(values.model, "guidance_scale", 8.0, given=values.guidance_scale),
-        gamma=drawn_with(values.model, "gamma", 1.0, given=values.gamma),
+        guidance_scales=scales or [drawn_with(values.model, "guidance_scale", 8.0)],
+        gammas=gammas or [drawn_with(values.model, "gamma", 1.0)],
+        samplers=values.sampler,
         timesteps={} if values.lora else trained_times(values.model),
         seed=values.seed,
         resolution=trained_resolution(values.model),
+        baselines=tuple(contestants(files, lambda: teacher or base, steps)),
         scorers=scorers,
-        cache=home / CACHE,
+        pictures=values.pictures,
+        store=home / IMAGES,
         batch_size=values.batch_size,
         progress=sys.stderr.isatty(),
     )
@@ -108,13 +121,24 @@ def run(values: flags.FlagValues) -> None:
         title=f"Evaluation of {values.model}",
         pictures=values.pictures,
         config={
-            **{name: values[name].value for name in ("model", "lora", "prompts", "scores")},
+            **{
+                name: values[name].value
+                for name in ("model", "lora", "prompts", "scores", "baseline")
+            },
             **({} if preset is None else {"protocol": dataclasses.asdict(preset)}),
         },
         provenance=provenance(time.monotonic() - start),
     )
     evaluation_report.save(Path(values.output), result, report)
-    print(f"{values.output}/report.html, metrics.json and samples/")
+    print(f"{values.output}/report.html, scores.md, metrics.json and samples/")
+
+
+def _numbers(values: flags.FlagValues, name: str) -> list[float]:
+    """A flag's numbers."""
+    try:
+        return [float(text) for text in values[name].value or ()]
+    except ValueError:
+        raise ValueError(f"--{name} {','.join(values[name].value)}: give numbers") from None
 
 
 if __name__ == "__main__":

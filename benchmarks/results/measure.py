@@ -15,9 +15,9 @@ import numpy as np
 
 from benchmarks.results.runs import Asked
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
-from tlcm_jax.evaluation.evaluate import REFERENCE_STEPS, SetResult, evaluate
-from tlcm_jax.evaluation.report import chosen
+from tlcm_jax.evaluation.evaluate import evaluate
 from tlcm_jax.evaluation.reporting.contents import Kind
+from tlcm_jax.evaluation.results import REFERENCE_STEPS, SetResult, chosen
 from tlcm_jax.evaluation.scorers import pairwise
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.base import LatentModel
@@ -81,8 +81,8 @@ def measure(
             lora=lora,
             teacher=pipeline if of_teacher else None,
             steps=asked.steps,
-            guidance_scale=asked.guidance_scale,
-            gamma=asked.gamma,
+            guidance_scales=(asked.guidance_scale,),
+            gammas=(asked.gamma,),
             seed=noise,
             scorers=scorers,
         )

@@ -13,6 +13,7 @@ from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
 from tlcm_jax import evaluate as command
 from tlcm_jax.config.workdir import trained_resolution
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
+from tlcm_jax.evaluation import contestants
 from tlcm_jax.evaluation import evaluate as evaluation
 from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import evaluate
@@ -91,11 +92,11 @@ def result(pipeline, adapter, heldout, tmp_path_factory):
         teacher=pipeline,
         steps=(4, 1),
         further_steps=(4,),
-        guidance_scale=2.0,
-        gamma=0.5,
+        guidance_scales=(2.0,),
+        gammas=(0.5,),
         seed=5,
         scorers=[Brightness(), Red()],
-        cache=tmp_path_factory.mktemp("cache"),
+        store=tmp_path_factory.mktemp("images"),
     )
 
 
@@ -151,46 +152,149 @@ def test_report_and_files_show_all_samplers(result, tmp_path):
         report.grids[0].rows[2].images, result.sets[0].generated[2].images[:3]
     )
     evaluation_report.save(tmp_path / "out", result, report)
+    table = (tmp_path / "out/scores.md").read_text().splitlines()
+    assert table[0].startswith("|  | heldout: grey | heldout: contrast | heldout: red score |")
+    first = result.sets[0].generated[0]
+    low, high = first.intervals["red"]
+    assert table[2].startswith(f"| student, 1 step | {100 * first.scores['grey']:.1f} % |")
+    assert f"{first.scores['red']:.0f} ({low:.0f} to {high:.0f})" in table[2]
+    assert len(table) == 2 + 5
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == result.metrics()
     assert "Tiny" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     with Image.open(tmp_path / "out/samples/other.png") as sheet:
         assert sheet.width > 2 * 128
 
 
-def test_the_teacher_is_drawn_once_for_the_same_weights(
-    pipeline, adapter, heldout, tmp_path, monkeypatch
-):
-    drawn = []
+@pytest.fixture
+def drawn(monkeypatch):
+    """Who was drawn, in how many steps and how many prompts, in order."""
+    found = []
 
-    def counting(teacher, prompts, steps, *args, **options):
-        drawn.append(steps)
-        return generate_teacher(teacher, prompts, steps, *args, **options)
+    def counting(name, function, steps_of):
+        def counted(*arguments, **options):
+            images = function(*arguments, **options)
+            found.append((name, steps_of(arguments), len(images)))
+            return images
 
-    monkeypatch.setattr(evaluation, "generate_teacher", counting)
+        return counted
+
+    by_sampler = counting("student", contestants.generate_by, lambda a: a[0].steps)
+    by_teacher = counting("teacher", contestants.generate_teacher, lambda a: a[2])
+    monkeypatch.setattr(contestants, "generate_by", by_sampler)
+    monkeypatch.setattr(contestants, "generate_teacher", by_teacher)
     monkeypatch.setattr(evaluation, "TEACHER_STEPS", (2,))
+    return found
 
-    def run(teacher=pipeline, **options):
-        prompts = dataclasses.replace(heldout, annotations={})
-        result = evaluate(
-            pipeline, [prompts], teacher=teacher, steps=[1], cache=tmp_path, **options
-        )
-        return result.sets[0].find("teacher", 2).images
 
-    first = run()
-    np.testing.assert_array_equal(run(lora=adapter), first)
-    assert drawn == [2]
-    run(seed=1)
-    run(guidance_scale=3.0)
+def test_images_are_made_once_for_what_they_depend_on(pipeline, adapter, heldout, tmp_path, drawn):
+    plain = dataclasses.replace(heldout, annotations={})
+
+    def run(model=pipeline, teacher=pipeline, **options):
+        found = evaluate(model, [plain], teacher=teacher, steps=[1], store=tmp_path, **options)
+        new = list(drawn)
+        drawn.clear()
+        return found.sets[0].find("teacher", 2).images, new
+
+    both = [("student", 1, 4), ("teacher", 2, 4)]
+    first, new = run()
+    assert new == both
+    again, new = run()
+    assert new == [] and np.array_equal(again, first)
+    assert run(lora=adapter)[1] == both[:1]
+    assert run(gammas=(0.5,))[1] == both[:1]
+    assert run(guidance_scales=(3.0,))[1] == both[1:]
+    assert run(seed=1)[1] == both
     bias = pipeline.params["unet"]["conv_out"]["bias"]
     changed = {**pipeline.params["unet"], "conv_out": {**pipeline.params["unet"]["conv_out"]}}
     changed["conv_out"]["bias"] = bias.at[0].add(1e-3)
-    run(dataclasses.replace(pipeline, params={**pipeline.params, "unet": changed}))
-    assert run(resolution=48).shape[1] == 48
-    assert drawn == [2] * 5
-    for file in tmp_path.glob("*.npz"):
-        file.write_bytes(file.read_bytes()[:100])
-    np.testing.assert_array_equal(run(), first)
-    assert drawn == [2] * 6
+    other = dataclasses.replace(pipeline, params={**pipeline.params, "unet": changed})
+    assert run(teacher=other)[1] == both[1:]
+    images, new = run(resolution=48)
+    assert images.shape[1] == 48 and new == both
+
+
+def test_a_damaged_image_is_drawn_again_and_said(pipeline, heldout, tmp_path, drawn, caplog):
+    plain = dataclasses.replace(heldout, annotations={})
+
+    def run():
+        return evaluate(pipeline, [plain], steps=[1], store=tmp_path).sets[0].generated[0].images
+
+    first = run()
+    files = sorted(tmp_path.rglob("*.png"))
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(4)]
+    for damage in (b"", files[2].read_bytes()[:60], b"not a picture"):
+        files[2].write_bytes(damage)
+        caplog.clear()
+        assert np.array_equal(run(), first)
+        assert "000002.png is damaged" in caplog.text and "drawn again" in caplog.text
+    files[1].unlink()
+    assert np.array_equal(run(), first)
+    assert drawn == [("student", 1, 4)] * 5
+
+
+def test_what_was_made_before_a_stop_is_not_made_again(
+    pipeline, heldout, tmp_path, drawn, monkeypatch
+):
+    """Chunk by chunk; their images and scores are those of all prompts at once."""
+    monkeypatch.setattr(evaluation, "_CHUNK", 2)
+    many = PromptSet(name="many", prompts=(*PROMPTS, "ice"))
+
+    def run(scorer, store):
+        return evaluate(pipeline, [many], steps=[1], scorers=[scorer], store=store, batch_size=1)
+
+    class Killed(Red):
+        def values(self, images, prompts, annotations):
+            if "ice" in prompts:
+                raise KeyboardInterrupt
+            return super().values(images, prompts, annotations)
+
+    whole = run(Red(), None)
+    assert drawn == [("student", 1, 2), ("student", 1, 3)]
+    drawn.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(Killed(), tmp_path)
+    drawn.pop()  # the second chunk was made, and is there
+    one = next(tmp_path.rglob("000004.png"))
+    one.unlink()
+    resumed = run(Red(), tmp_path)
+    assert drawn == [("student", 1, 2), ("student", 1, 3)]
+    ours, theirs = (found.sets[0].generated[0] for found in (resumed, whole))
+    np.testing.assert_array_equal(ours.images, theirs.images)
+    assert ours.scores == theirs.scores and ours.intervals == theirs.intervals
+    expected = generate(pipeline, many.prompts, 1, 0, options=GenerationOptions(batch_size=5))
+    assert np.max(np.abs(ours.images.astype(int) - expected.astype(int))) <= 1
+
+
+def test_several_samplers_and_scales_are_told_apart(pipeline, heldout, monkeypatch):
+    monkeypatch.setattr(evaluation, "TEACHER_STEPS", (2,))
+    found = evaluate(
+        pipeline,
+        [heldout],
+        teacher=pipeline,
+        steps=[2],
+        samplers=("consistency", "euler"),
+        gammas=(1.0, 0.0),
+        guidance_scales=(1.0, 2.0),
+        scorers=[Red()],
+        pictures=2,
+    )
+    labels = [one.by.label for one in found.sets[0].generated]
+    assert labels == [
+        "student, 2 steps, consistency, gamma 1",
+        "student, 2 steps, consistency, gamma 0",
+        "student, 2 steps, euler",
+        "teacher, 2 steps, guidance 1",
+        "teacher, 2 steps, guidance 2",
+    ]
+    images = [one.images for one in found.sets[0].generated]
+    assert all(each.shape[0] == 2 for each in images)
+    assert len({each.tobytes() for each in images}) == 5
+    keys = found.metrics()["sets"]["heldout"]["student"].keys()
+    assert keys == {"2, consistency, gamma 1", "2, consistency, gamma 0", "2, euler"}
+    report = evaluation_report.build_report(found, title="Several", pictures=4)
+    assert len(report.grids[0].prompts) == 2 and len(report.scores) == 6
+    with pytest.raises(ValueError, match="sampler 'heun' is not one of consistency, lcm"):
+        evaluate(pipeline, [heldout], samplers=("heun",))
 
 
 def test_without_scorer_or_teacher_there_are_pictures(pipeline, heldout, tmp_path):
@@ -205,7 +309,7 @@ def test_without_scorer_or_teacher_there_are_pictures(pipeline, heldout, tmp_pat
 
 
 def test_what_cannot_be_evaluated_is_refused_before_drawing(pipeline, heldout, monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", None)
+    monkeypatch.setattr(contestants, "generate_by", None)
     plain = dataclasses.replace(heldout, annotations={})
     with pytest.raises(ValueError, match="needs a style"):
         evaluate(pipeline, [plain], scorers=[Brightness()])
@@ -257,13 +361,23 @@ def test_the_command_compares_a_lora_with_its_base(pipeline, adapter, tmp_path, 
     few = metrics["sets"]["few"]
     assert few["prompts"] == 4 and metrics["guidance_scale"] == 8.0
     assert (list(few["student"]), list(few["teacher"])) == (["1", "2"], ["2"])
-    assert len(list((output / "teacher").glob("*.npz"))) == 1
+    assert len(list((output / "images/few").rglob("*.png"))) == 3 * 4
+    lines = (output / "scores.md").read_text()
+    assert lines == "No scores were asked for.\n"
     for wrong, message in (
         ("--scores=miniature.judge,clap", "unknown scorer 'clap'; known: "),
         ("--steps=4,ten", "'ten' is not a number"),
+        ("--gamma=0,half", "--gamma 0,half: give numbers"),
+        ("--sampler=heun", "sampler 'heun' is not one of"),
+        ("--baseline=dmd3=x", "write NAME=PATH or NAME:STEPS=PATH; names: lcm, lightning"),
+        (f"--baseline=lightning={file}", "for one number of steps, 2, 4, 8: write lightning:2="),
+        (f"--baseline=lightning:3={file}", "lightning is made for 2, 4, 8 steps"),
+        (f"--baseline=dmd2={file}", "made for 4 steps, and --steps asks for 1, 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_command(*given, wrong)
+            run_command(*given, "--steps=1,2", wrong)
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors does not exist"):
+        run_command(*given, "--baseline=dmd2=nowhere.safetensors")
     with pytest.raises(FileNotFoundError, match="holds no judge"):
         run_command(*given, f"--scores=miniature.judge={tmp_path}")
 

@@ -1,143 +1,47 @@
 """Generates with a student at several step counts, beside its teacher, and scores the images.
 
-Student and teacher see the same prompts and noise. Every score is meant to be read beside two
-others: the teacher's at 25 steps, which the student imitates, and that of real images, where the
-scorer knows it.
+All contestants see the same prompts and noise. Every score is meant to be read beside two others:
+the teacher's at 25 steps, which the student imitates, and that of real images, where the scorer
+knows it.
+
+Images are made and scored a chunk of prompts at a time, and only those that are shown are kept in
+memory; on disk all are, so that an evaluation that was stopped makes what is missing.
 """
 
 import dataclasses
+import functools
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
 
 from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion.timesteps import student_timesteps
+from tlcm_jax.evaluation import contestants
+from tlcm_jax.evaluation.contestants import Contestant
 from tlcm_jax.evaluation.intervals import bootstrap_intervals
-from tlcm_jax.evaluation.reporting.contents import Kind
-from tlcm_jax.evaluation.scorers.base import Measure, Scorer
+from tlcm_jax.evaluation.results import (
+    REFERENCE_STEPS,
+    Evaluation,
+    Generated,
+    SetResult,
+    chosen,
+)
+from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.families.base import LatentModel
-from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher, merged
-from tlcm_jax.generation.image_cache import cached, weights_hash
+from tlcm_jax.generation.generate import GenerationOptions
+from tlcm_jax.generation.image_store import ImageStore, weights_hash
 
-# The teacher as it is used, which is what the student is held against; and with as few steps as
-# the student, which is what distillation is for.
-REFERENCE_STEPS = 25
+# The teacher as it is used; and with as few steps as the student, which distillation is for.
 TEACHER_STEPS = (REFERENCE_STEPS, 4)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Generated:
-    """The images of one prompt set by one sampler.
-
-    Attributes:
-      kind: whose they are.
-      steps: in how many steps.
-      images: one a prompt.
-      scores: by `Measure.key`; empty without scorers.
-      intervals: of the scores that are means over images, 95 % by resampling them.
-    """
-
-    kind: Kind
-    steps: int
-    images: UInt8[np.ndarray, "n h w 3"]
-    scores: Mapping[str, float]
-    intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        return f"{self.kind}, {self.steps} step{'s' if self.steps > 1 else ''}"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SetResult:
-    """All that was generated from one prompt set.
-
-    Attributes:
-      prompts: the set.
-      generated: the student's by steps, then the teacher's.
-      real: scores of as many real images; empty where they are not known.
-    """
-
-    prompts: PromptSet
-    generated: tuple[Generated, ...]
-    real: Mapping[str, float]
-
-    def find(self, kind: Kind, steps: int) -> Generated | None:
-        """What this sampler generated, if it did."""
-        found = (one for one in self.generated if (one.kind, one.steps) == (kind, steps))
-        return next(found, None)
-
-    def relative(self, one: Generated) -> dict[str, float]:
-        """Scores as multiples of the 25-step teacher's; empty without one, and for itself."""
-        teacher = self.find("teacher", REFERENCE_STEPS)
-        if teacher is None or one is teacher:
-            return {}
-        return {
-            key: value / teacher.scores[key]
-            for key, value in one.scores.items()
-            if teacher.scores[key]
-        }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation:
-    """Images and scores of a student and its teacher.
-
-    Attributes:
-      model: where the weights came from.
-      seed: of the noise.
-      guidance_scale: of the teacher; None where there was none.
-      gamma: share of fresh noise between the student's steps.
-      measures: what was scored, in the order in which it is shown.
-      sets: one result a prompt set.
-      seconds: what `generation` and `scoring` took.
-    """
-
-    model: str
-    seed: int
-    guidance_scale: float | None
-    gamma: float
-    measures: tuple[Measure, ...]
-    sets: tuple[SetResult, ...]
-    seconds: Mapping[str, float]
-
-    def metrics(self) -> dict[str, Any]:
-        """The scores as plain values, as `metrics.json` holds them.
-
-        Returns:
-          `model`, `seed`, `guidance_scale`, `gamma`, `seconds`, and under `sets`, by name:
-          `prompts` (how many), `real`, and `student` and `teacher`: by steps, the scores and,
-          beside those of the 25-step teacher, `relative` to them; and their 95 % `intervals` where
-          they are means over images.
-        """
-        sets = {}
-        for result in self.sets:
-            entries: dict[str, dict] = {"student": {}, "teacher": {}}
-            for one in result.generated:
-                relative = result.relative(one)
-                intervals = {key: list(ends) for key, ends in one.intervals.items()}
-                entries[one.kind][str(one.steps)] = {
-                    **one.scores,
-                    **({"relative": relative} if relative else {}),
-                    **({"intervals": intervals} if intervals else {}),
-                }
-            count = len(result.prompts.prompts)
-            sets[result.prompts.name] = {"prompts": count, "real": dict(result.real), **entries}
-        return {
-            "model": self.model,
-            "seed": self.seed,
-            "guidance_scale": self.guidance_scale,
-            "gamma": self.gamma,
-            "seconds": {key: round(value, 1) for key, value in self.seconds.items()},
-            "sets": sets,
-        }
+# Images in memory at a time.
+_CHUNK = 100
 
 
 def evaluate(
@@ -148,13 +52,16 @@ def evaluate(
     teacher: LatentModel | None = None,
     steps: Sequence[int] = (1, 2, 3, 4, 8),
     further_steps: Sequence[int] | None = None,
-    guidance_scale: float = 8.0,
-    gamma: float = 1.0,
+    guidance_scales: Sequence[float] = (8.0,),
+    gammas: Sequence[float] = (1.0,),
+    samplers: Sequence[str] = ("consistency",),
     timesteps: Mapping[int, Sequence[int]] | None = None,
+    baselines: Sequence[Contestant] = (),
     seed: int = 0,
     resolution: int | None = None,
     scorers: Sequence[Scorer] = (),
-    cache: Path | None = None,
+    pictures: int = 0,
+    store: Path | None = None,
     # Divides the miniature's 400 and 300 prompts; on a CPU larger ones cost more an image.
     batch_size: int = 25,
     progress: bool = False,
@@ -170,15 +77,18 @@ def evaluate(
       steps: the student's step counts, each 1 to 8.
       further_steps: those on the sets after the first, where the teacher then has 25 steps only:
         a shorter evaluation. As on the first by default.
-      guidance_scale: the teacher's.
-      gamma: share of fresh noise between the student's steps, 0 to 1.
+      guidance_scales: the teacher's; the first is the one that the student imitates.
+      gammas: shares of fresh noise between the student's steps, 0 to 1.
+      samplers: the student's, keys of `diffusion.samplers.SAMPLERS`.
       timesteps: the student's times by its number of steps, where they are not those of the
         authors' release.
+      baselines: others in the same evaluation.
       seed: of the noise.
       resolution: side of the images in pixels; the model's own by default.
       scorers: none generates only.
-      cache: folder where the teacher's images are kept, so that they are made once for a model,
-        prompts, scale and seed; None keeps none.
+      pictures: prompts of each set whose images are kept in the result; 0 keeps all.
+      store: folder where images are kept, so that the same ones are not made again; None keeps
+        none.
       batch_size: images at a time.
       progress: draw progress bars.
 
@@ -186,75 +96,110 @@ def evaluate(
       ValueError: steps out of range, no prompts, two sets of one name, or prompts that a scorer
         cannot score; before anything is generated.
     """
+    teacher_weights = functools.cache(lambda: weights_hash(_given(teacher)))
 
-    def samplers(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[Kind, int]]:
-        own: list[tuple[Kind, int]] = [("student", count) for count in check_steps(student)]
-        return own + [("teacher", count) for count in teacher]
+    def student_weights() -> str:
+        own = teacher_weights() if model is teacher else weights_hash(model)
+        return own if lora is None else f"{own} {weights_hash(model, lora)}"
 
-    first = further = samplers(steps, TEACHER_STEPS if teacher else ())
-    if further_steps is not None:
-        further = samplers(further_steps, TEACHER_STEPS[:1] if teacher else ())
-    check_prompt_sets(prompt_sets, scorers)
-    options = GenerationOptions(resolution=resolution, batch_size=batch_size, progress=progress)
-    student = model
-    if lora is not None:  # once for all step counts
-        adapted = merged(model.params[model.backbone], lora)
-        student = model.with_params(**{model.backbone: adapted})
-    fingerprint = weights_hash(teacher) if teacher is not None and cache is not None else ""
-
-    def images_of(kind: Kind, prompts: Sequence[str], count: int) -> UInt8[np.ndarray, "n h w 3"]:
-        if kind == "student":
-            return generate(
-                student,
-                prompts,
-                count,
-                seed,
-                gamma=gamma,
-                options=options,
-                timesteps=(timesteps or {}).get(count),
+    def entered(own: Sequence[int], of_teacher: Sequence[int]) -> list[Contestant]:
+        found = list(
+            contestants.student(
+                model,
+                lora,
+                check_steps(own),
+                gammas=gammas,
+                timesteps=timesteps or {},
+                sampler_names=samplers,
+                weights=functools.cache(student_weights),
             )
-        assert teacher is not None
-        depends_on = [fingerprint, list(prompts), count, float(guidance_scale), seed]
-        if resolution is not None:
-            depends_on.append(resolution)
-        return cached(
-            cache,
-            depends_on,
-            lambda: generate_teacher(teacher, prompts, count, guidance_scale, seed, options),
         )
+        if teacher is not None:
+            found += contestants.teacher(teacher, of_teacher, guidance_scales, teacher_weights)
+        return [*found, *baselines]
 
+    first = further = entered(steps, TEACHER_STEPS)
+    if further_steps is not None:
+        further = entered(further_steps, TEACHER_STEPS[:1])
+    check_prompt_sets(prompt_sets, scorers)
+    options = GenerationOptions(resolution=resolution, batch_size=batch_size)
     seconds: dict[str, float] = defaultdict(float)
     results = []
     for prompts in prompt_sets:
-        generated: list[Generated] = []
-        real: dict[str, float] = {}
-        for kind, count in first if prompts is prompt_sets[0] else further:
-            start = time.monotonic()
-            images = images_of(kind, prompts.prompts, count)
-            seconds["generation"] += time.monotonic() - start
-            start = time.monotonic()
+        shown = np.sort(chosen(prompts, pictures or len(prompts.prompts)))
+        generated = []
+        for by in first if prompts is prompt_sets[0] else further:
+            kept = None
+            if store is not None:
+                depends_on = [by.weights(), by.how, by.steps, seed, resolution, prompts.prompts]
+                kept = ImageStore(store / prompts.name, by.label, depends_on)
+            images: list[np.ndarray] = []
             scores: dict[str, float] = {}
             intervals: dict[str, tuple[float, float]] = {}
-            for scorer in scorers:
-                values = scorer.values(images, prompts.prompts, prompts.annotations)
-                scores |= scorer.summarise(values)
-                intervals |= bootstrap_intervals(scorer, values)
+            values: list[list[dict[str, np.ndarray]]] = [[] for _ in scorers]
+            for rows, chunk in _chunks(by, prompts, seed, options, kept, seconds, progress):
+                start = time.monotonic()
+                texts = [prompts.prompts[i] for i in rows]
+                notes = {k: [v[i] for i in rows] for k, v in prompts.annotations.items()}
+                for scorer, found in zip(scorers, values, strict=True):
+                    found.append(scorer.values(chunk, texts, notes))
+                images.append(chunk[np.isin(rows, shown)])
+                seconds["scoring"] += time.monotonic() - start
+            start = time.monotonic()
+            for scorer, found in zip(scorers, values, strict=True):
+                joined = {k: np.concatenate([part[k] for part in found]) for k in found[0]}
+                scores |= scorer.summarise(joined)
+                intervals |= bootstrap_intervals(scorer, joined)
             seconds["scoring"] += time.monotonic() - start
-            generated.append(Generated(kind, count, images, scores, intervals))
-            shown = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
-            logging.info("%s, %s: %s", prompts.name, generated[-1].label, shown or "generated")
+            generated.append(Generated(by, np.concatenate(images), scores, intervals))
+            told = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
+            logging.info("%s, %s: %s", prompts.name, by.label, told or "generated")
+        real: dict[str, float] = {}
         for scorer in scorers:
             real |= scorer.real_data_score(prompts.name, len(prompts.prompts))
-        results.append(SetResult(prompts, tuple(generated), real))
+        results.append(SetResult(prompts, shown, tuple(generated), real))
     return Evaluation(
         model=model.source,
         seed=seed,
-        guidance_scale=None if teacher is None else float(guidance_scale),
-        gamma=float(gamma),
+        guidance_scale=None if teacher is None else float(guidance_scales[0]),
+        gamma=float(gammas[0]),
         measures=tuple(measure for scorer in scorers for measure in scorer.measures),
         sets=tuple(results),
         seconds=dict(seconds),
     )
+
+
+def _chunks(
+    by: Contestant,
+    prompts: PromptSet,
+    seed: int,
+    options: GenerationOptions,
+    kept: ImageStore | None,
+    seconds: dict[str, float],
+    progress: bool,
+) -> Iterator[tuple[Int[np.ndarray, " n"], UInt8[np.ndarray, "n h w 3"]]]:
+    """Rows of a set and their images, from the store or made; `seconds` counts the time."""
+    count, size = len(prompts.prompts), options.batch_size * max(1, _CHUNK // options.batch_size)
+    bar = tqdm(total=count, desc=by.label, unit="image", disable=not progress)
+    with bar:
+        for start in range(0, max(count - size, 0) + 1, size):
+            # What is less than a chunk goes with the last, or it would be compiled by itself.
+            rows = np.arange(start, start + size if start + 2 * size <= count else count)
+            began = time.monotonic()
+            images = kept.read(rows) if kept is not None else None
+            if images is None:
+                texts = [prompts.prompts[i] for i in rows]
+                images = by.draw(texts, seed, dataclasses.replace(options, first=start))
+                if kept is not None:
+                    kept.write(rows, images)
+            seconds["generation"] += time.monotonic() - began
+            yield rows, images
+            bar.update(len(rows))
+
+
+def _given(teacher: LatentModel | None) -> LatentModel:
+    assert teacher is not None
+    return teacher
 
 
 def check_prompt_sets(prompt_sets: Sequence[PromptSet], scorers: Sequence[Scorer]) -> None:

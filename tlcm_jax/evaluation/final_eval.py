@@ -10,14 +10,15 @@ from absl import logging
 
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
 from tlcm_jax.evaluation import report as evaluation_report
-from tlcm_jax.evaluation.evaluate import Evaluation, check_prompt_sets, check_steps, evaluate
+from tlcm_jax.evaluation.evaluate import check_prompt_sets, check_steps, evaluate
 from tlcm_jax.evaluation.reporting.contents import Curve
 from tlcm_jax.evaluation.reporting.provenance import provenance
+from tlcm_jax.evaluation.results import Evaluation
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.base import LatentModel
 
-TEACHER_CACHE = "teacher"
+IMAGES = "images"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def final_eval(
       wanted: what.
       model: the teacher.
       adapter: what was trained, scaled.
-      workdir: the folder of `metrics.json`, `report.html` and `samples/`.
+      workdir: the folder of `metrics.json`, `report.html`, `samples/` and `images/`.
       history: the rows of the training's metrics.
       config: the recipe, shown in the report.
       started: `time.monotonic()` when the run began.
@@ -104,13 +105,14 @@ def final_eval(
         lora=adapter,
         teacher=model,
         steps=wanted.steps,
-        guidance_scale=wanted.guidance_scale,
-        gamma=wanted.gamma,
+        guidance_scales=(wanted.guidance_scale,),
+        gammas=(wanted.gamma,),
         timesteps=wanted.timesteps,
         seed=wanted.seed,
         resolution=wanted.resolution,
         scorers=wanted.scorers,
-        cache=workdir / TEACHER_CACHE,
+        pictures=wanted.pictures,
+        store=workdir / IMAGES,
         progress=progress,
     )
     steps = f"{wanted.steps[0]} to {wanted.steps[-1]}" if len(wanted.steps) > 1 else wanted.steps[0]

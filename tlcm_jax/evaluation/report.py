@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tlcm_jax.data.prompt_sets import PromptSet
-from tlcm_jax.evaluation.evaluate import REFERENCE_STEPS, Evaluation, SetResult
 from tlcm_jax.evaluation.reporting.contents import (
     Curve,
     ImageGrid,
@@ -18,11 +16,11 @@ from tlcm_jax.evaluation.reporting.contents import (
     ScoreRow,
 )
 from tlcm_jax.evaluation.reporting.images import contact_sheet
+from tlcm_jax.evaluation.reporting.markdown import markdown_table
 from tlcm_jax.evaluation.reporting.report import relative_text, write_report
+from tlcm_jax.evaluation.results import REFERENCE_STEPS, STYLE, Evaluation, SetResult, chosen
 from tlcm_jax.io.files import atomic_write
 
-# What a prompt set may say of its prompts, by which those that are shown are chosen.
-_STYLE = "style"
 # The step count that headlines quote: the paper's own.
 _HEADLINE_STEPS = 4
 
@@ -52,7 +50,7 @@ def build_report(
     """
     rows = list(_score_rows(evaluation))
     labels = [row.label for row in rows]
-    reference = f"teacher, {REFERENCE_STEPS} steps"
+    teacher = evaluation.sets[0].find("teacher", REFERENCE_STEPS)
     return Report(
         title=title,
         summary=summary,
@@ -60,7 +58,7 @@ def build_report(
         grids=[image_grid(evaluation, result, pictures) for result in evaluation.sets],
         scores=rows,
         columns=list(_columns(evaluation)),
-        reference=reference if reference in labels else None,
+        reference=teacher.by.label if teacher and teacher.by.label in labels else None,
         curves=curves,
         config=config or {},
         provenance=provenance or {},
@@ -68,7 +66,7 @@ def build_report(
 
 
 def save(folder: Path, evaluation: Evaluation, report: Report) -> None:
-    """Writes `metrics.json`, `report.html`, and for each prompt set `samples/NAME.png`.
+    """Writes `metrics.json`, `scores.md`, `report.html`, and for each set `samples/NAME.png`.
 
     Raises:
       OSError: they cannot be written.
@@ -80,39 +78,30 @@ def save(folder: Path, evaluation: Evaluation, report: Report) -> None:
             contact_sheet(part, grid)
     with atomic_write(folder / "metrics.json") as part:
         part.write_text(json.dumps(evaluation.metrics(), indent=2) + "\n", encoding="utf-8")
+    with atomic_write(folder / "scores.md") as part:
+        part.write_text(markdown_table(report), encoding="utf-8")
     with atomic_write(folder / "report.html") as part:
         write_report(part, report)
 
 
 def image_grid(evaluation: Evaluation, result: SetResult, count: int) -> ImageGrid:
-    """Some prompts of a set, by every sampler."""
-    shown = chosen(result.prompts, count)
+    """Some prompts of a set, by everybody, as far as their images were kept."""
+    shown = chosen(result.prompts, min(count, len(result.shown)))
+    kept = np.searchsorted(result.shown, shown)
     scale = evaluation.guidance_scale
     guidance = "" if scale is None else f"; the teacher with guidance {scale:g}"
     fresh = "" if evaluation.gamma == 1 else f"; the student with gamma {evaluation.gamma:g}"
-    turn = ", each style in turn" if _STYLE in result.prompts.annotations else ""
+    turn = ", each style in turn" if STYLE in result.prompts.annotations else ""
     return ImageGrid(
         title=result.prompts.name,
         prompts=[result.prompts.prompts[i] for i in shown],
         rows=[
-            ImageRow(f"{one.steps} step{'s' if one.steps > 1 else ''}", one.images[shown], one.kind)
+            ImageRow(one.by.label.removeprefix(f"{one.kind}, "), one.images[kept], one.kind)
             for one in result.generated
         ],
         note=f"The first {len(shown)} of {len(result.prompts.prompts)} prompts{turn}. All images "
         f"of a row start from the same noise (seed {evaluation.seed}){guidance}{fresh}.",
     )
-
-
-def chosen(prompts: PromptSet, count: int) -> np.ndarray:
-    """Which prompts are shown: the first ones, of each style in turn where styles are known."""
-    total = len(prompts.prompts)
-    styles = list(prompts.annotations.get(_STYLE, [""] * total))
-    turn: dict[Any, int] = {}
-    order = []
-    for index, style in enumerate(styles):
-        turn[style] = turn.get(style, -1) + 1
-        order.append((turn[style], index))
-    return np.array([index for _, index in sorted(order)[:count]])
 
 
 def _columns(evaluation: Evaluation) -> Iterator[ScoreColumn]:
@@ -132,12 +121,15 @@ def _score_rows(evaluation: Evaluation) -> Iterator[ScoreRow]:
     if not evaluation.measures:
         return
     for first in evaluation.sets[0].generated:
-        scores = {}
+        scores, intervals = {}, {}
         for result in evaluation.sets:
-            same = result.find(first.kind, first.steps)
+            label = first.by.label
+            same = next((one for one in result.generated if one.by.label == label), None)
             for key, value in same.scores.items() if same else ():
                 scores[f"{result.prompts.name}/{key}"] = value
-        yield ScoreRow(first.label, scores, first.kind)
+            for key, ends in same.intervals.items() if same else ():
+                intervals[f"{result.prompts.name}/{key}"] = ends
+        yield ScoreRow(first.by.label, scores, first.kind, intervals)
     real = {f"{r.prompts.name}/{k}": v for r in evaluation.sets for k, v in r.real.items()}
     if real:
         yield ScoreRow("real images", real, "real")

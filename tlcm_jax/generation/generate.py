@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Key, Num, PyTree, UInt8
 from tqdm import tqdm
 
 from tlcm_jax.data.batches import whole_batches
-from tlcm_jax.diffusion import sampling
+from tlcm_jax.diffusion import samplers, sampling
 from tlcm_jax.diffusion.guidance import guided
-from tlcm_jax.diffusion.timesteps import student_timesteps
+from tlcm_jax.diffusion.samplers import Sampler
 from tlcm_jax.diffusion.trajectories import teacher_path
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.product import Params
@@ -40,6 +40,8 @@ class GenerationOptions:
       tile: side of the tiles, in latent pixels, that images too large to be decoded at once are
         decoded by; 0 decodes at once.
       batch_size: images at a time; of the last batch's places some may stay unused.
+      first: number of the first prompt, on which with the seed its noise depends: what a part of a
+        list is given, so that its images are those of the whole list.
       progress: draw a progress bar.
     """
 
@@ -48,6 +50,7 @@ class GenerationOptions:
     resolution: int | None = None
     tile: int = 0
     batch_size: int = 64
+    first: int = 0
     progress: bool = False
 
     def __post_init__(self):
@@ -86,23 +89,51 @@ def generate(
     Raises:
       ValueError: no prompts, or steps, gamma or resolution out of range.
     """
-    chosen, process = tuple(timesteps or student_timesteps(steps)), model.process
-    levels = sampling.levels(process, chosen, gamma).astype(np.float32)
-    times = np.asarray([process.time(t) for t in chosen], process.time_dtype)
+    sampler = samplers.consistency(model.process, steps, gamma, timesteps)
+    return generate_by(sampler, model, prompts, seed, lora, options=options)
+
+
+def generate_by(
+    sampler: Sampler,
+    model: LatentModel,
+    prompts: Sequence[str],
+    seed: int,
+    lora: Mapping[str, Any] | None = None,
+    guidance_scale: float = 1.0,
+    options: GenerationOptions = GenerationOptions(),
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """As `generate`, by any few-step sampler, and with guidance if it is asked for.
+
+    Args:
+      sampler: times and levels of the steps.
+      model: see `generate`.
+      prompts: n texts, at least one.
+      seed: of the noise.
+      lora: see `generate`.
+      guidance_scale: w of classifier-free guidance; 1 calls the model as it is.
+      options: resolution, batches, long prompts.
+
+    Raises:
+      ValueError: no prompts, or a resolution out of range.
+    """
+    process, scale = model.process, float(guidance_scale)
+    levels = sampler.levels.astype(np.float32)
+    times = np.asarray([process.time(t) for t in sampler.timesteps], process.time_dtype)
     tokens = _tokens(model, prompts, options)
+    null = None if scale == 1 else model.null_conditioning(options.resolution, like=tokens)
     backbone = model.params[model.backbone]
     if lora is not None:
         backbone = merged(backbone, lora)
-    static = _Static.of(model, options)
+    static, first = _Static.of(model, options), np.float32(sampler.first)
 
     def latents(conditioning: PyTree[Array], keys: Key[Array, " b"]) -> Float[Array, " b *latent"]:
-        z = _noise(static, keys, np.uint32(0))
+        z = first * _noise(static, keys, np.uint32(0))
         for step, (t, level) in enumerate(zip(times, levels, strict=True), 1):
             at = t, level, keys, np.uint32(step)
-            z = _student_step(static, backbone, z, *at, conditioning)
+            z = _student_step(static, backbone, z, *at, conditioning, null, scale)
         return z
 
-    return _generate(model, static, tokens, seed, options, latents, f"{steps} steps")
+    return _generate(model, static, tokens, seed, options, latents, f"{sampler.steps} steps")
 
 
 def generate_teacher(
@@ -181,7 +212,7 @@ def _encode(static: _Static, params: Params, ids: tuple[Array, ...]) -> PyTree[A
 
 # A step is what is compiled, not a whole sampler: times are arguments to it, so that every number
 # of steps runs the same code.
-@functools.partial(jax.jit, static_argnames="static")
+@functools.partial(jax.jit, static_argnames=("static", "scale"))
 def _student_step(
     static: _Static,
     backbone: Params,
@@ -191,10 +222,12 @@ def _student_step(
     keys: Key[Array, " b"],
     step: Num[Array, ""],
     conditioning: PyTree[Array],
+    null: PyTree[Array],
+    scale: float,
 ) -> Float[Array, " b *latent"]:
-    denoiser, fresh = static.model.denoiser(backbone), _noise(static, keys, step)
-    process = static.model.process
-    return sampling.student_step(denoiser, process, z, t, level, fresh, conditioning)
+    model, fresh = static.model, _noise(static, keys, step)
+    denoiser = guided(model.denoiser(backbone), scale, functools.partial(model.null_of, null))
+    return sampling.student_step(denoiser, model.process, z, t, level, fresh, conditioning)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "scale"))
@@ -259,7 +292,8 @@ def _generate(
     devices = 1 if mesh is None else mesh.devices.size
     size = -(-min(options.batch_size, count) // devices) * devices
     decoder = {model.decoder: model.params[model.decoder]}
-    keys = _prompt_keys(jax.random.key(seed), np.arange(count, dtype=np.uint32))
+    numbers = np.arange(options.first, options.first + count, dtype=np.uint32)
+    keys = _prompt_keys(jax.random.key(seed), numbers)
     images = []
     batches = list(whole_batches(count, size))
     for rows in tqdm(batches, desc=label, unit="batch", disable=not options.progress):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
-Kind = Literal["student", "teacher", "real"]
+Kind = Literal["student", "teacher", "baseline", "real"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,11 +90,13 @@ class ScoreRow:
         label: for example "student, 4 steps".
         scores: by `ScoreColumn.key`; an absent or NaN score is drawn as a dash.
         kind: whose scores they are.
+        intervals: low and high, 95 %, of the scores whose are known, by key.
     """
 
     label: str
     scores: Mapping[str, float | None]
     kind: Kind = "student"
+    intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def score(self, key: str) -> float | None:
         """The score under `key`, or None where there is none."""
@@ -164,3 +166,8 @@ class Report:
             raise ValueError(
                 f"reference {self.reference!r} is no row of the scores: choose one of {labels}"
             )
+
+    @property
+    def shown_columns(self) -> list[ScoreColumn]:
+        """The columns in which some row has a score."""
+        return [c for c in self.columns if any(row.score(c.key) is not None for row in self.scores)]

@@ -17,7 +17,9 @@ from tlcm_jax.evaluation.reporting.contents import ImageGrid
 # Larger images are reduced for the report: a hundred of 1024 px would make it 150 MB.
 LARGEST_EMBEDDED = 384
 _INK = "#1c1d20"
-_COLORS = {"student": "#3457d5", "teacher": "#a35d00", "real": "#23764a"}
+_COLORS = {
+    "student": "#3457d5", "teacher": "#a35d00", "baseline": "#8a3ab9", "real": "#23764a",
+}  # fmt: skip
 
 
 def data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:

@@ -36,7 +36,8 @@ def runs(values: Iterable[Any]) -> list[tuple[Any, int]]:
     return [(value, len(list(run))) for value, run in itertools.groupby(values)]
 
 
-def _score_text(column: ScoreColumn, value: float | None) -> str:
+def score_text(column: ScoreColumn, value: float | None) -> str:
+    """A score as it is shown; a dash where there is none."""
     if value is None:
         return "–"
     if column.percent:
@@ -52,20 +53,23 @@ def relative_text(column: ScoreColumn, value: float | None, reference: float | N
     return f"{100 * ratio:.0f} %" if column.higher_is_better else f"{ratio:.2f} ×"
 
 
+def interval_text(column: ScoreColumn, row: ScoreRow) -> str:
+    """From where to where a score lies; empty where that is not known."""
+    ends = row.intervals.get(column.key)
+    return " to ".join(score_text(column, end) for end in ends) if ends else ""
+
+
 def _score_table(report: Report) -> dict[str, Any]:
-    columns = [
-        column
-        for column in report.columns
-        if any(row.score(column.key) is not None for row in report.scores)
-    ]
+    columns = report.shown_columns
     reference = next((row for row in report.scores if row.label == report.reference), None)
 
-    def cell(row: ScoreRow, column: ScoreColumn) -> tuple[str, str]:
+    def cell(row: ScoreRow, column: ScoreColumn) -> tuple[str, str, str]:
         value = row.score(column.key)
         # Real images are what to reach, no rival: "184 % of the teacher" would say nothing.
         compared = reference is not None and row is not reference and row.kind != "real"
         against = reference.score(column.key) if reference is not None and compared else None
-        return _score_text(column, value), relative_text(column, value, against)
+        told = score_text(column, value), relative_text(column, value, against)
+        return *told, interval_text(column, row)
 
     groups = runs(column.group for column in columns)
     return {
