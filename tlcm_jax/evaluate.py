@@ -48,6 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
     must = {"required": True, **here}
     flags.DEFINE_string("model", None, "Folder, file, hub id or workdir.", **must)
     flags.DEFINE_multi_string("lora", None, "LoRA to put onto the model: PATH[:WEIGHT].", **here)
+    flags.DEFINE_string("vae", None, "Another autoencoder: folder, file or hub id.", **here)
     flags.DEFINE_string("teacher", None, "Undistilled pipeline folder to compare with.", **here)
     flags.DEFINE_multi_string("prompts", None, "Prompt file; may be given again.", **must)
     flags.DEFINE_integer("limit", None, "Prompts used of a file; all.", lower_bound=0, **here)
@@ -92,7 +93,7 @@ def run(values: flags.FlagValues) -> None:
             raise ValueError("--protocol needs --scorers: the folder of its scores' folders")
         preset, more = load_protocol(values.protocol, values.scorers)
         scorers = (*more, *(each for each in scorers if each.name not in preset.scores))
-    model, adapter, base = load_with_adapter(values.model, values.lora)
+    model, adapter, base = load_with_adapter(values.model, values.lora, vae=values.vae)
     teacher = None if adapter is None and base is model else base
     if values.teacher is not None:
         teacher = load_model(values.teacher)

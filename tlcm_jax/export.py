@@ -51,14 +51,16 @@ def main(arguments: Sequence[str]) -> None:
 def run(values: flags.FlagValues) -> None:
     """Does what the flags say."""
     config, trained = load_adapter(values.workdir, values.step)
-    path = config["model"]["path"]
+    path, vae = config["model"]["path"], config["model"].get("vae") or None
     family, folder = find_family(path)
     check_products(family.products, folder, values.to, values.dtype)
     if values.verify:
         if family.verified_by is None:
             raise ValueError("--verify: no other library reads the products of this model")
+        if vae is not None:
+            raise ValueError("--verify: diffusers takes no teacher with another autoencoder")
         require_consumer()
-    model = load_model(path, on_device=False)
+    model = load_model(path, on_device=False, vae=vae)
     recipe = student_recipe(read(config), model)
     backbone = None
     if not is_adapter(trained) and any(not model.products[name].has_weights for name in values.to):

@@ -3,7 +3,8 @@
     python -m tlcm_jax.sample --model PATH [--lora FILE] --prompt TEXT --steps 4 --output out.png
 
 PATH is a diffusers pipeline folder, a single-file checkpoint, a hub id, or the workdir of a run,
-whose adapter is then used. --lora may be given again; FILE:0.8 applies a LoRA with that weight.
+whose adapter is then used. --lora may be given again; FILE:0.8 applies a LoRA with that weight, and
+OWNER/NAME:FILE is one of the hub's. --vae PATH takes another autoencoder than the model's.
 Each --prompt is one image; several are written as out-0.png, out-1.png, ... in their order.
 """
 
@@ -36,7 +37,10 @@ def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags in `values`."""
     where = {"flag_values": values}
     flags.DEFINE_string("model", None, "Folder, file, hub id or workdir.", required=True, **where)
-    flags.DEFINE_multi_string("lora", None, "LoRA to put onto the model: PATH[:WEIGHT].", **where)
+    flags.DEFINE_multi_string(
+        "lora", None, "LoRA to put onto the model: PATH or hub id, [:WEIGHT].", **where
+    )
+    flags.DEFINE_string("vae", None, "Another autoencoder: folder, file or hub id.", **where)
     flags.DEFINE_multi_string("prompt", None, "What to show.", required=True, **where)
     flags.DEFINE_multi_string(
         "prompt_2", None, "The second text encoder's, one for each --prompt.", **where
@@ -81,7 +85,9 @@ def run(values: flags.FlagValues) -> None:
         resolution=values.resolution or trained_resolution(values.model),
         tile=values.tile,
     )
-    model, adapter, _ = load_with_adapter(values.model, values.lora, adapted=not values.teacher)
+    model, adapter, _ = load_with_adapter(
+        values.model, values.lora, adapted=not values.teacher, vae=values.vae
+    )
     if not values.long_prompts:
         for tokenizer in model.tokenizers[:1]:
             warn_truncated([*values.prompt, *(values.prompt_2 or ())], tokenizer)
@@ -115,7 +121,11 @@ class AdaptedModel(NamedTuple):
 
 
 def load_with_adapter(
-    path: str, loras: Sequence[str] | None = None, *, adapted: bool = True
+    path: str,
+    loras: Sequence[str] | None = None,
+    *,
+    adapted: bool = True,
+    vae: str | None = None,
 ) -> AdaptedModel:
     """A model, and the adapter to generate with.
 
@@ -124,13 +134,15 @@ def load_with_adapter(
       loras: LoRAs of any dialect, `PATH` or `PATH:WEIGHT`, added up. With a workdir they stand in
         the trained adapter's place.
       adapted: False leaves a workdir's adapter out.
+      vae: as of `load_model`; by default a workdir's own.
     """
     adapter = None
     if is_workdir(path):
         config, trained = load_adapter(path)
         path = config["model"]["path"]
+        vae = vae or config["model"].get("vae") or None
         adapter = trained if adapted else None
-    base = model = load_model(path)
+    base = model = load_model(path, vae=vae)
     if loras:
         model, adapter = apply_loras(base, loras)
     return AdaptedModel(model, adapter, base)

@@ -1,18 +1,25 @@
 """Single-file checkpoints: names against what the world calls them, round trips, refusals."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from absl import logging
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests.support.published import write_sdxl_configs
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.families.load import abstract_model, load_model
-from tlcm_jax.io import names
+from tlcm_jax.io import names, sources
 from tlcm_jax.io.ldm_names import places
 from tlcm_jax.io.single_file import layout_of, write_single_file
+
+UNET = "model.diffusion_model."
 
 
 @pytest.fixture(scope="module", params=["sdxl", "sd"])
@@ -71,9 +78,205 @@ def test_known_extras_and_unknown_ones(teacher, checkpoint):
     )  # fmt: skip
     rewrite(checkpoint, lambda tensors: tensors.update({b: np.zeros(3) for b in buffers}))
     load_model(checkpoint, config=teacher.source, on_device=False)
-    rewrite(checkpoint, lambda tensors: tensors.update({"v_pred": np.zeros(0)}))
-    with pytest.raises(ValueError, match="does not fit its config: unexpected v_pred"):
+    rewrite(checkpoint, lambda tensors: tensors.update({f"{UNET}out.3.weight": np.zeros(3)}))
+    with pytest.raises(ValueError, match="does not fit its config: unexpected model.diff.*out.3"):
         load_model(checkpoint, config=teacher.source, on_device=False)
+
+
+def test_strays_are_left_out_with_one_warning(teacher, checkpoint, caplog):
+    """A projection beside CLIP-L, bigG's twice, other programs' leftovers."""
+    logging.use_absl_handler()
+    strays = {
+        "conditioner.embedders.0.transformer.text_projection.weight": (8, 8),
+        "conditioner.embedders.1.model.text_projection.weight": (24, 24),
+        "cond_stage_model.transformer.text_projection.weight": (8, 8),
+        "first_stage_model.loss.logvar": (1,), "edm_vpred.sigma_max": (1,),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": (),
+        f"{UNET}input_blocks.1.0.in_layers.2.lora_down.weight": (4, 8),
+        "embedding_manager.x": (1,), "control_model.input_blocks.0.0.weight": (1,),
+    }  # fmt: skip
+    extra = {key: np.zeros(shape, np.float32) for key, shape in strays.items()}
+    rewrite(checkpoint, lambda tensors: tensors.update(extra))
+    again = load_model(checkpoint, config=teacher.source, on_device=False)
+    jax.tree.map(np.testing.assert_array_equal, again.params, teacher.params)
+    (warning,) = [r.getMessage() for r in caplog.records if "left out tensors" in r.getMessage()]
+    assert "cond_stage_model.transformer.text_projection" in warning and " more" in warning
+
+
+def scheduler_of(path, **options):
+    return load_model(path, on_device=False, **options).process
+
+
+V, SNR = {"v_pred": np.zeros(0, np.float32)}, {"ztsnr": np.zeros(0, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("marks", "header", "prediction", "zero"),
+    [
+        ({}, {}, "epsilon", False),
+        (V, {}, "v_prediction", False),
+        (V | SNR, {}, "v_prediction", True),
+        (SNR, {}, "epsilon", False),
+        ({}, {"modelspec.prediction_type": "v"}, "v_prediction", False),
+        (V, {"modelspec.prediction_type": "epsilon"}, "v_prediction", False),
+    ],
+)
+def test_marks_of_the_schedule(teacher, checkpoint, marks, header, prediction, zero):
+    if _family(teacher) == "sd":
+        pytest.skip("the same marks")
+    save_file({**load_file(checkpoint), **marks}, checkpoint, metadata=header)
+    process = scheduler_of(checkpoint, config=teacher.source)
+    assert process.prediction_type == prediction
+    assert (process.alphas[-1] == 0) == zero
+    # A config that says v is believed too.
+    folder = shutil.copytree(teacher.source, checkpoint.parent / "config")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    process = scheduler_of(checkpoint)
+    assert process.prediction_type == "v_prediction"
+    assert (process.alphas[-1] == 0) == ("ztsnr" in marks)
+
+
+def test_marks_are_written(teacher, tmp_path):
+    v = {"prediction_type": "v_prediction"}
+    for scheduler, marks in ((v, {*V}), ({**v, "rescale_betas_zero_snr": True}, {*V, *SNR}),
+                             ({"prediction_type": "epsilon"}, set())):  # fmt: skip
+        path = tmp_path / "model.safetensors"
+        write_single_file(path, teacher.params, _family(teacher), "fp16", None, scheduler)
+        assert {*load_file(path)} & {*V, *SNR} == marks
+        with safe_open(path, framework="numpy") as file:
+            said = file.metadata().get("modelspec.prediction_type")
+        assert said == ("v" if marks else None)
+
+
+@pytest.mark.parametrize("keys", [("edm_mean", "edm_std"), ("edm_vpred.sigma_max",)])
+def test_other_schedules_are_refused(teacher, checkpoint, keys, monkeypatch):
+    monkeypatch.setattr(sources, "fetch", lambda *_, **__: Path(teacher.folder))
+    rewrite(checkpoint, lambda tensors: tensors.update({key: np.zeros(4) for key in keys}))
+    with pytest.raises(ValueError, match=f"says .{keys[0][:4]}.*not supported"):
+        load_model(checkpoint, on_device=False)
+
+
+@pytest.mark.parametrize("form", ["folder", "pipeline", "diffusers", "bare", "prefixed", "whole"])
+def test_an_autoencoder_from_elsewhere(teacher, checkpoint, tmp_path, form):
+    if _family(teacher) == "sd":
+        pytest.skip("the same autoencoder")
+    other = write_tiny_pipeline(tmp_path / "other", seed=9)
+    expected = load_model(other, on_device=False).params["vae"]
+    whole = tmp_path / "whole.safetensors"
+    write_single_file(whole, {**teacher.params, "vae": expected}, _family(teacher), "fp32")
+    stem = "first_stage_model."
+    ldm = {k: v for k, v in load_file(whole).items() if k.startswith(stem)}
+    files = {
+        "diffusers": names.to_torch(expected), "prefixed": ldm,
+        "bare": {key.removeprefix(stem): value for key, value in ldm.items()},
+    }  # fmt: skip
+    vae = {"folder": other / "vae", "pipeline": other, "whole": whole}.get(form)
+    if vae is None:
+        vae = tmp_path / "vae.safetensors"
+        save_file(files[form], vae)
+    rewrite(checkpoint, lambda tensors: [tensors.pop(key) for key in ldm])
+    with pytest.raises(ValueError, match=r"holds no vae \(first_stage_model\.\*\); give .*--vae"):
+        load_model(checkpoint, config=teacher.source, on_device=False)
+    for path, config in ((checkpoint, teacher.source), (teacher.source, None)):
+        again = load_model(path, config=config, on_device=False, vae=vae)
+        jax.tree.map(np.testing.assert_array_equal, again.params["vae"], expected)
+        jax.tree.map(np.testing.assert_array_equal, again.params["unet"], teacher.params["unet"])
+        assert again.decoder_source == str(vae)
+
+
+def test_what_is_no_autoencoder(teacher, checkpoint, tmp_path):
+    unet = tmp_path / "unet.safetensors"
+    save_file({"down_blocks.0.x": np.zeros(1)}, unet)
+    for vae, message in (
+        (unet, "is a UNet alone"),
+        (tmp_path, "holds no config.json"),
+        ("/no/such", "no such"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"--vae {vae}.*{message}"):
+            load_model(teacher.source, on_device=False, vae=vae)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "message"),
+    [
+        (("cond", "first"), "is a UNet alone, without autoencoder and text encoders; give the"),
+        (("cond",), "holds no text encoders .conditioner.*cond_stage_model"),
+        (("conditioner.embedders.1",), "holds no text_encoder_2 .conditioner.embedders.1.model"),
+    ],
+)
+def test_the_part_that_is_missing_is_named(teacher, checkpoint, dropped, message):
+    if _family(teacher) == "sd" and dropped[0].startswith("conditioner"):
+        pytest.skip("SD 1.x has one")
+
+    def drop(tensors):
+        for key in [key for key in tensors if key.startswith(dropped)]:
+            del tensors[key]
+
+    with pytest.raises(ValueError, match=message):
+        load_model(rewrite(checkpoint, drop), config=teacher.source)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([f"{UNET}scaled_fp8"], "fp8 with scales .*scaled_fp8"),
+        ([f"{UNET}out.2.scale_weight"], "fp8 with scales .*; give the fp16"),
+        ([f"{UNET}out.2.weight_scale", f"{UNET}out.2.comfy_quant"], "with scales"),
+        ([f"{UNET}out.2.weight.absmax"], "bitsandbytes"),
+    ],
+)
+def test_weights_of_few_bits(teacher, checkpoint, keys, message):
+    rewrite(checkpoint, lambda t: t.update({key: np.ones(1, np.float32) for key in keys}))
+    with pytest.raises(ValueError, match=message):
+        load_model(checkpoint, config=teacher.source)
+
+
+def test_weights_of_integers(teacher, checkpoint):
+    key = f"{UNET}out.2.weight"
+    rewrite(checkpoint, lambda t: t.update({key: t[key].astype(np.int8)}))
+    with pytest.raises(ValueError, match=r"out.2.weight is of int8, quantised weights\?"):
+        load_model(checkpoint, config=teacher.source)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"GGUF\x03\0\0\0", "a GGUF file"),
+        (b"PK\x03\x04abc", "a zip archive"),
+        (b"\x80\x02}q\0.", "a pickle under another name"),
+        (b"", "an empty file"),
+    ],
+)
+def test_files_that_are_no_safetensors(tmp_path, data, message):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"model.safetensors is .*{message}"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("down_blocks.0.resnets.0.conv1.weight", "a UNet alone, by diffusers' names; give the"),
+        ("input_blocks.0.0.weight", "a UNet alone; give"),
+        ("decoder.conv_in.weight", "an autoencoder alone, which goes with --vae"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "a text encoder alone"),
+        ("control_model.input_blocks.0.0.weight", "a ControlNet"),
+        ("double_blocks.0.img_attn.qkv.weight", "a Flux model"),
+        ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "a Flux model"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "an SD3 model"),
+        ("lora_unet_mid_block_resnets_0_conv1.lora_up.weight", "a LoRA, which goes onto"),
+        ("emb_params", "an embedding"),
+        ("x", "no single-file checkpoint of a known family"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path, key, message):
+    save_file({key: np.zeros((2, 2), np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"x.safetensors is {message}"):
+        load_model(tmp_path / "x.safetensors")
 
 
 def test_missing_and_misshaped_tensors_have_the_files_names(teacher, checkpoint):
@@ -96,13 +299,11 @@ def test_files_that_are_no_checkpoint(teacher, checkpoint, tmp_path):
             del tensors[key]
 
     rewrite(checkpoint, lambda tensors: keep(tensors, "model."))
-    with pytest.raises(ValueError, match="a UNet but not the autoencoder and text encoders"):
+    with pytest.raises(ValueError, match="is a UNet alone"):
         load_model(checkpoint, config=teacher.source)
     lora = tmp_path / "lora.safetensors"
     save_file({"unet.conv_in.lora_A.weight": np.zeros((1, 1))}, lora)
-    with pytest.raises(
-        ValueError, match="no single-file checkpoint of a known family; it looks like a LoRA"
-    ):
+    with pytest.raises(ValueError, match="is a LoRA, which goes onto a model with --lora"):
         load_model(lora)
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"\x80\x04.")

@@ -148,6 +148,7 @@ def load_teacher(model: ModelSettings, mesh: Mesh) -> LatentModel:
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
+        vae=model.vae or None,
         shardings=lambda params: tree_shardings(params, mesh),
     )
 

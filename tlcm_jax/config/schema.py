@@ -27,6 +27,8 @@ class ModelSettings:
       param_dtype: dtype that the frozen weights are kept in.
       resolution: side of the pictures in pixels; 0 takes the model's own.
       remat: the UNet's rematerialisation policy, `none` or `blocks`.
+      vae: another autoencoder than the model's, or that of a file without one: a folder, a file or
+        a hub id.
     """
 
     path: str
@@ -34,6 +36,7 @@ class ModelSettings:
     param_dtype: str = "float32"
     resolution: int = 0
     remat: str = "none"
+    vae: str = ""
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):

@@ -21,7 +21,7 @@ from tlcm_jax.diffusion.guidance import Denoiser
 from tlcm_jax.diffusion.process import Process
 from tlcm_jax.families.product import Params, Product
 from tlcm_jax.io.lora_names import LoraNames
-from tlcm_jax.io.sources import SingleFile, Source
+from tlcm_jax.io.sources import ComponentFiles, SingleFile, Source
 from tlcm_jax.io.tensors import Tensors
 from tlcm_jax.models.lora import TARGETS
 
@@ -35,6 +35,7 @@ class LatentModel:
       params: a tree for each component.
       configs: each component's own JSON, as on disk; exports write it back.
       source: where the weights came from: what `load_model` was given.
+      decoder_source: where the decoder came from, if not from there.
       folder: the local folder with the configs and tokenizers.
       tokenizers: of its text encoders, where they are `transformers`' own.
       backbone: the component that is trained and adapted.
@@ -53,6 +54,7 @@ class LatentModel:
     source: str
     folder: str
     tokenizers: tuple[Any, ...] = ()
+    decoder_source: str | None = None
     backbone: ClassVar[str]
     decoder: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]] = TARGETS
@@ -71,6 +73,15 @@ class LatentModel:
           ValueError: the file is broken, or of the family but of no use.
         """
         return None
+
+    @classmethod
+    def open_decoder(cls, path: str | Path) -> ComponentFiles:
+        """A decoder that lies elsewhere than its model.
+
+        Raises:
+          FileNotFoundError, ValueError: there is none there, or none of this family.
+        """
+        raise ValueError(f"--vae {path}: the decoder of this family lies with its model")
 
     @classmethod
     def from_configs(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.io import names
+from tlcm_jax.io.checkpoint_kinds import describe_keys
 from tlcm_jax.io.pipeline_index import read_index
 from tlcm_jax.io.placement import Shardings, to_devices, to_host
 from tlcm_jax.io.sources import SingleFile, Source
@@ -38,12 +39,13 @@ def load_model(
     shardings: Shardings | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> LatentModel:
     """Loads a model, tensor by tensor.
 
     Args:
       path: a folder with `model_index.json`; a hub id, `ORGANISATION/NAME[@REVISION]`; or a
-        single-file checkpoint (of SDXL or SD 1.x).
+        single-file checkpoint (of SDXL, SD 1.x or SD 2.x).
       dtype: compute dtype of every network.
       param_dtype: dtype the weights are kept in; `dtype` by default.
       remat: the backbone's rematerialisation policy.
@@ -55,6 +57,7 @@ def load_model(
       config: a pipeline folder or hub id whose configs and tokenizers a single file goes with. By
         default the folder `config` beside the file, else its family's published ones, from the
         hub.
+      vae: where another autoencoder than the model's is, or that of a file without one.
 
     Raises:
       FileNotFoundError: the folder, or a part of it, is not there; the message says which.
@@ -62,12 +65,16 @@ def load_model(
         pickled.
     """
     source = Source.find(path, _open_file, variant=variant, config=config)
+    if vae is not None:
+        family = _family_of(source)
+        source = dataclasses.replace(source, parts={family.decoder: family.open_decoder(vae)})
     model = _abstract(source, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     # All are checked before the first is read.
     opened = {}
     for name, shapes in model.params.items():
         tensors = model.open_component(source, name)
-        opened[name] = (tensors, names.match_tensors(tensors, shapes, source.label(name)))
+        views = names.match_tensors(tensors, shapes, source.label(name), leave_strays=True)
+        opened[name] = (tensors, views)
     source.check_all_used()
     tokenizers = model.read_tokenizers(source.folder)
     placed = None if shardings is None else shardings(model.params)
@@ -82,7 +89,10 @@ def load_model(
                 params[name] = to_host(views, shapes, tensors.release)
         except ValueError as error:
             raise ValueError(f"{source.label(name)}: {error}") from None
-    return dataclasses.replace(model, params=params, tokenizers=tokenizers)
+    elsewhere = None if vae is None else str(vae)
+    return dataclasses.replace(
+        model, params=params, tokenizers=tokenizers, decoder_source=elsewhere
+    )
 
 
 def abstract_model(
@@ -132,8 +142,5 @@ def _open_file(path: Path) -> SingleFile:
         file = _family(name).open_file(path)
         if file is not None:
             return file
-    lora = any("lora" in key for key in TensorFile([path]))
-    raise ValueError(
-        f"{path} is no single-file checkpoint of a known family"
-        + ("; it looks like a LoRA, which goes onto a model with --lora" if lora else "")
-    )
+    kind = describe_keys(TensorFile([path])) or "no single-file checkpoint of a known family"
+    raise ValueError(f"{path} is {kind}")

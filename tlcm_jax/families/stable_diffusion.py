@@ -20,8 +20,10 @@ from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.ldm_names import UNET
 from tlcm_jax.io.model_card import Recipe, model_card
 from tlcm_jax.io.pipeline_index import read_index
+from tlcm_jax.io.schedule_marks import marks_of
 from tlcm_jax.io.single_file import LdmFile
 from tlcm_jax.io.sources import Source
+from tlcm_jax.io.vae_files import VaeFiles
 from tlcm_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.embeddings import guidance_embedding
@@ -73,13 +75,22 @@ class StableDiffusion(LatentModel):
         folder = source.folder
         index = read_index(folder)
         towers = TOWERS[: 1 + index.kind.startswith("StableDiffusionXL")]
-        files = {name: folder / name / "config.json" for name in (UNET, VAE, *towers)}
+        files = {name: source.config_file(name) for name in (UNET, VAE, *towers)}
         files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
         configs = {name: read_object(path) for name, path in files.items()}
+        # The index says of which class a component is, whatever its own config says.
+        kinds = {name: kind for name, (_, kind) in index.components.items() if name in configs}
+        configs["scheduler"] = source.scheduler(
+            {**configs["scheduler"], **_class_name(kinds.get("scheduler"))}
+        )
         process = parse(files["scheduler"], configs["scheduler"], process_from_config)
+        described = dict(configs)
+        for name in towers:
+            if name in kinds:
+                described[name] = {**configs[name], "architectures": [kinds[name]]}
 
         def network(name: str, kind: Any, config: Any, *options: Any) -> Any:
-            return kind(parse(files[name], configs[name], config.from_dict), dtype, *options)
+            return kind(parse(files[name], described[name], config.from_dict), dtype, *options)
 
         networks = {
             UNET: network(UNET, UNet2DConditionModel, UNetConfig, remat),
@@ -105,6 +116,11 @@ class StableDiffusion(LatentModel):
             folder=str(folder),
         )
 
+    @classmethod
+    def open_decoder(cls, path: str | Path) -> VaeFiles:
+        """See `LatentModel`."""
+        return VaeFiles.open(path)
+
     def read_tokenizers(self, folder: Path) -> tuple[CLIPTokenizer, ...]:
         """See `LatentModel`."""
         return tuple(
@@ -123,7 +139,15 @@ class StableDiffusion(LatentModel):
     def card(self, recipe: Recipe, product: str) -> str:
         """See `LatentModel`."""
         sdxl = len(self.text_encoders) == 2
-        return model_card(dataclasses.replace(recipe, sdxl=sdxl), product)
+        card = model_card(dataclasses.replace(recipe, sdxl=sdxl), product)
+        marks, _ = marks_of(self.configs["scheduler"])
+        if product != "single-file" or not marks:
+            return card
+        named = " and ".join(f"`{mark}`" for mark in marks)
+        return card + (
+            f"\n## Prediction\nThe UNet predicts v. The file says so by {named}, empty tensors "
+            "that ComfyUI, Forge and A1111 look for; other tools may have to be told.\n"
+        )
 
     def check_teacher(self) -> None:
         """See `LatentModel`."""
@@ -295,3 +319,7 @@ class StableDiffusion(LatentModel):
         variables = {"params": self.params[VAE]}
         moments: Any = self.vae.apply(variables, 2 * images - 1, method=self.vae.encode)
         return moments[0] * self.vae.config.scaling_factor
+
+
+def _class_name(kind: str | None) -> dict[str, str]:
+    return {} if kind is None else {"_class_name": kind.removeprefix("Flax")}

@@ -96,8 +96,9 @@ def _write_single_file(student: Student, folder: Path) -> None:
     params = {**student.model.params, UNET: student.params}
     layout = layout_of(student.model.configs)
     write_single_file(
-        folder / FILES["single-file"], params, layout, student.dtype, student.metadata
-    )
+        folder / FILES["single-file"], params, layout, student.dtype, student.metadata,
+        student.model.configs["scheduler"],
+    )  # fmt: skip
     # What the file itself cannot say, so that it loads without a network.
     _write_pipeline(student, folder / CONFIG_FOLDER, weights=False)
 

@@ -11,6 +11,8 @@ store their projection transposed.
 | `vae` | `first_stage_model.` | the same |
 | `text_encoder` | `conditioner.embedders.0.transformer.` | `cond_stage_model.transformer.` |
 | `text_encoder_2` | `conditioner.embedders.1.model.` | |
+
+SD 2.x's text encoder is OpenCLIP's, `cond_stage_model.model.`, with one layer more than is used.
 """
 
 import dataclasses
@@ -31,6 +33,11 @@ PREFIXES: Mapping[str, Mapping[str, str]] = {
         UNET: "model.diffusion_model.",
         "vae": "first_stage_model.",
         "text_encoder": "cond_stage_model.transformer.",
+    },
+    "sd2": {
+        UNET: "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.model.",
     },
 }
 
@@ -92,7 +99,7 @@ def places(component: str, names: Iterable[str], layout: str) -> dict[str, Place
     elif component == "vae":
         top = 1 + max((int(n) for n in re.findall(r"up_blocks\.(\d+)", " ".join(names))), default=0)
         found = {name: _vae(name, top) for name in names}
-    elif component == "text_encoder":
+    elif component == "text_encoder" and layout != "sd2":
         found = {name: Place(name) for name in names}
     else:
         found = {name: openclip_text(name) for name in names}

@@ -5,12 +5,14 @@ the leaf renamed to `weight` or `bias`. Linear kernels are transposed, convoluti
 HWIO and OIHW; embeddings and norms keep their layout.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import flax.traverse_util
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from tlcm_jax.io.tensors import Tensors
+from tlcm_jax.io.tensors import Tensors, refuse_quantised
 
 Path_ = tuple[str, ...]
 
@@ -54,7 +56,9 @@ def to_torch_names(shapes: Mapping) -> list[str]:
     return [torch_key(path) for path in flax.traverse_util.flatten_dict(shapes)]
 
 
-def match_tensors(tensors: Tensors, shapes: Mapping, source: str) -> dict[Path_, np.ndarray]:
+def match_tensors(
+    tensors: Tensors, shapes: Mapping, source: str, *, leave_strays: bool = False
+) -> dict[Path_, np.ndarray]:
     """Finds the tensor of every leaf of a tree; reads none of them.
 
     Names of older and newer libraries are known too: the autoencoder's former attention names, a
@@ -65,33 +69,57 @@ def match_tensors(tensors: Tensors, shapes: Mapping, source: str) -> dict[Path_,
       tensors: by checkpoint name, as on disk.
       shapes: tree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`) to fill.
       source: what the tensors came from, for errors.
+      leave_strays: tensors outside all modules of the tree, which no such network reads, are left
+        out with a warning.
 
     Returns:
       A view for each leaf's path, of the leaf's shape and the file's dtype, in the file's order.
 
     Raises:
-      ValueError: a tensor is missing, left over or misshaped; the first ten are named.
+      ValueError: a tensor is missing, left over, misshaped or of integers; the first ten are
+        named.
     """
+    refuse_quantised(tensors, source)
     wanted = flax.traverse_util.flatten_dict(shapes)
     paths = {torch_key(path): path for path in wanted}
     views: dict[Path_, np.ndarray] = {}
-    extra, misshaped = [], []
+    extra: list[str] = []
+    strays: list[str] = []
+    misshaped: list[str] = []
+    modules = {key.partition(".")[0] for key in paths}
     for key in tensors:
         path = paths.get(_current(key, paths))
         if path is None or path in views:
             # Except buffers that older libraries stored; they hold no weights.
             if not key.endswith("position_ids"):
-                extra.append(f"unexpected {tensors.label(key)}")
+                stray = leave_strays and is_stray(key, modules)
+                (strays if stray else extra).append(tensors.label(key))
             continue
         stored = tensors[key]
         view = to_flax_layout(path, _as_linear_or_conv(stored, len(wanted[path].shape)))
-        if view.shape != wanted[path].shape:
+        if not jnp.issubdtype(stored.dtype, jnp.floating):
+            misshaped.append(f"{tensors.label(key)} is of {stored.dtype}, quantised weights?")
+        elif view.shape != wanted[path].shape:
             expected = to_torch_layout(path, np.broadcast_to(0, wanted[path].shape)).shape
             misshaped.append(f"{tensors.label(key)} has shape {stored.shape}, expected {expected}")
         views[path] = view
     missing = [f"missing {tensors.label(key)}" for key, path in paths.items() if path not in views]
-    raise_if([*missing, *extra, *misshaped], f"{source} does not fit its config")
+    unexpected = [f"unexpected {label}" for label in extra]
+    raise_if([*missing, *unexpected, *misshaped], f"{source} does not fit its config")
+    warn_strays(strays, source)
     return views
+
+
+def is_stray(key: str, modules: Collection[str]) -> bool:
+    """Whether a tensor is of none of a network's outermost modules, or left over from a LoRA."""
+    return key.partition(".")[0] not in modules or "lora_" in key
+
+
+def warn_strays(labels: Sequence[str], source: str) -> None:
+    """Warns once of tensors that are left out."""
+    if labels:
+        named = ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if labels[5:] else "")
+        logging.warning("%s: left out tensors that no network reads: %s", source, named)
 
 
 def raise_if(problems: Sequence[str], what: str) -> None:

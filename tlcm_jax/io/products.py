@@ -106,7 +106,8 @@ def fp32(model: LatentModel) -> LatentModel:
     """A model with its weights read again from where they came, in fp32, into host memory."""
     single = Path(model.source).is_file()
     config = model.folder if single else None
-    return load_model(model.source, on_device=False, config=config)
+    again = load_model(model.source, on_device=False, config=config, vae=model.decoder_source)
+    return model.with_params(**again.params)
 
 
 def product_folder(path: Path) -> Path:

@@ -30,8 +30,34 @@ class SingleFile:
         """
         raise NotImplementedError
 
+    def scheduler(self, config: Mapping[str, Any], *, own: bool) -> dict[str, Any]:
+        """A scheduler's config, corrected by what the file says of its schedule.
+
+        Args:
+          config: the config that goes with the file.
+          own: it was given with it, rather than its family's published one.
+        """
+        return dict(config)
+
     def check_all_used(self) -> None:
-        """Raises a ValueError that names tensors which no component took, if there are any."""
+        """Raises a ValueError that names tensors which a component should have taken.
+
+        Those that belong to no component are left out, with one warning.
+        """
+        raise NotImplementedError
+
+
+class ComponentFiles:
+    """A component that lies elsewhere than its model.
+
+    Attributes:
+      config: its JSON; None where the model's own holds.
+    """
+
+    config: Path | None = None
+
+    def component(self, shapes: Mapping) -> Tensors:
+        """Its tensors, by the names of a diffusers folder."""
         raise NotImplementedError
 
 
@@ -44,12 +70,16 @@ class Source:
       folder: a local folder with all configs and tokenizers.
       file: the single-file checkpoint that holds the weights; None where they lie in the folder.
       variant: of the folder's weights.
+      own_config: the folder was given, rather than that of a single file's family.
+      parts: components that lie elsewhere.
     """
 
     name: str
     folder: Path
     file: SingleFile | None = None
     variant: str | None = None
+    own_config: bool = True
+    parts: Mapping[str, ComponentFiles] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def find(
@@ -80,7 +110,8 @@ class Source:
                 raise ValueError(f"{path} is a single file, which has no variant {variant!r}")
             refuse_pickle(local)
             file = open_file(local)
-            return cls(str(path), _config_folder(local, file.published, config), file)
+            folder, own = _config_folder(local, file.published, config)
+            return cls(str(path), folder, file, own_config=own)
         if config is not None:
             raise ValueError(f"{path} is not a single file: it has configs of its own")
         if local.is_dir():
@@ -100,12 +131,25 @@ class Source:
           shapes: its tree of `jax.ShapeDtypeStruct`.
           config: its JSON.
         """
+        if name in self.parts:
+            return self.parts[name].component(shapes)
         if self.file is not None:
             return self.file.component(name, shapes)
         return open_component(self.folder / name, weights_stem(config), self.variant)
 
+    def config_file(self, name: str) -> Path:
+        """Where a network's JSON lies."""
+        elsewhere = self.parts[name].config if name in self.parts else None
+        return elsewhere or self.folder / name / "config.json"
+
+    def scheduler(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A scheduler's config, corrected by what a single file says."""
+        if self.file is None:
+            return dict(config)
+        return self.file.scheduler(config, own=self.own_config)
+
     def check_all_used(self) -> None:
-        """Raises a ValueError if a single file holds tensors that belong to no component."""
+        """See `SingleFile`; of a folder, `names.match_tensors` does it."""
         if self.file is not None:
             self.file.check_all_used()
 
@@ -114,17 +158,17 @@ class Source:
         return self.name if self.file is not None else str(self.folder / name)
 
 
-def _config_folder(file: Path, published: HubId, config: str | Path | None) -> Path:
-    """Where the configs of a single file lie."""
+def _config_folder(file: Path, published: HubId, config: str | Path | None) -> tuple[Path, bool]:
+    """Where the configs of a single file lie, and whether they were given with it."""
     if config is None and (file.parent / CONFIG_FOLDER / "model_index.json").is_file():
         config = file.parent / CONFIG_FOLDER
     if config is not None and Path(config).is_dir():
-        return Path(config)
+        return Path(config), True
     hub_id = published if config is None else HubId.parse(config)
     if hub_id is None:
         raise FileNotFoundError(f"config {str(config)!r} is neither a folder nor a hub id")
     try:
-        return fetch(hub_id, weights=False)
+        return fetch(hub_id, weights=False), config is not None
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"a single file has no configs and tokenizers, and those of {hub_id.repository} are "

@@ -14,11 +14,20 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from tlcm_jax.io.checkpoint_kinds import describe_bytes
 from tlcm_jax.io.json_files import read_object
 
 # What the files of a component's weights are called: by diffusers, and by transformers.
 STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# Tensors that weights of few bits are to be multiplied by, and what such weights are.
+_QUANTISED = {
+    "scaled_fp8": "fp8 with scales", ".scale_weight": "fp8 with scales",
+    ".weight_scale": "fp8 with scales", ".weight_scale_inv": "fp8 with scales",
+    ".comfy_quant": "quantised with scales", ".SCB": "quantised by bitsandbytes",
+    ".absmax": "quantised by bitsandbytes", ".quant_map": "quantised by bitsandbytes",
+    ".qweight": "quantised by GPTQ or AWQ", ".svdq_scale": "quantised by SVDQuant",
+}  # fmt: skip
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -61,6 +70,8 @@ class TensorFile(Tensors):
                     pass
                 header, start, mapped = _map(file)
             except (SafetensorError, OSError) as error:
+                if file.is_file() and (kind := describe_bytes(file)):
+                    raise ValueError(f"{file} is {kind}") from None
                 raise ValueError(
                     f"{file} is not a readable safetensors file ({error}); fetch it again"
                 ) from None
@@ -105,6 +116,17 @@ def refuse_pickle(path: Path) -> None:
             f"{path} is a pickle, which can run code when it is read. Convert it: "
             f"python -m tlcm_jax.io.convert_weights {path}"
         )
+
+
+def refuse_quantised(names: Collection[str], source: str) -> None:
+    """Raises a ValueError that names a tensor without which the weights are not what they say."""
+    for name in names:
+        kind = next((kind for ending, kind in _QUANTISED.items() if name.endswith(ending)), None)
+        if kind is not None:
+            raise ValueError(
+                f"{source}: its weights are {kind} ({name}), which is not supported; give the fp16 "
+                "or bf16 file that it was made from"
+            )
 
 
 def weights_stem(config: Mapping[str, Any]) -> str:
