@@ -72,6 +72,11 @@ def read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
     """
     if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} holds no vocab.json; the model folder is not whole")
+    if not (folder / "merges.txt").is_file() and not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no merges.txt, without which its vocab.json cuts no text into tokens; "
+            "the model folder is not whole"
+        )
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         largest = max(tokenizer.get_vocab().values())

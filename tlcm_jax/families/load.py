@@ -24,7 +24,11 @@ FAMILIES: dict[str, str] = {
     "LatentConsistencyModelPipeline": _STABLE_DIFFUSION,
     "StableDiffusionImg2ImgPipeline": _STABLE_DIFFUSION,
     "StableDiffusionPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionKDiffusionPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionPAGPipeline": _STABLE_DIFFUSION,
     "StableDiffusionXLImg2ImgPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionXLKDiffusionPipeline": _STABLE_DIFFUSION,
+    "StableDiffusionXLPAGPipeline": _STABLE_DIFFUSION,
     "StableDiffusionXLPipeline": _STABLE_DIFFUSION,
 }
 

@@ -33,6 +33,11 @@ from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 from tlcm_jax.models.vae_tiling import decode_tiled
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+_TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_CLASSES = {
+    UNET: ("UNet2DConditionModel",), VAE: ("AutoencoderKL",),
+    TOWERS[0]: _TEXT_CLASSES, TOWERS[1]: _TEXT_CLASSES,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,8 +85,15 @@ class StableDiffusion(LatentModel):
         configs = {name: read_object(path) for name, path in files.items()}
         # The index says of which class a component is, whatever its own config says.
         kinds = {name: kind for name, (_, kind) in index.components.items() if name in configs}
+        for name, kind in kinds.items():
+            if name in _CLASSES and kind not in _CLASSES[name]:
+                known = " or ".join(_CLASSES[name])
+                raise ValueError(f"{folder}: {name} is of class {kind}, which is not {known}")
+        for name in (UNET, VAE):
+            configs[name] = {"_class_name": _CLASSES[name][0], **configs[name]}
+        scheduler = kinds.get("scheduler", "").removeprefix("Flax")
         configs["scheduler"] = source.scheduler(
-            {**configs["scheduler"], **_class_name(kinds.get("scheduler"))}
+            {**configs["scheduler"], **({"_class_name": scheduler} if scheduler else {})}
         )
         process = parse(files["scheduler"], configs["scheduler"], process_from_config)
         described = dict(configs)
@@ -319,7 +331,3 @@ class StableDiffusion(LatentModel):
         variables = {"params": self.params[VAE]}
         moments: Any = self.vae.apply(variables, 2 * images - 1, method=self.vae.encode)
         return moments[0] * self.vae.config.scaling_factor
-
-
-def _class_name(kind: str | None) -> dict[str, str]:
-    return {} if kind is None else {"_class_name": kind.removeprefix("Flax")}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tlcm_jax.io.checkpoint_kinds import describe_folder
 from tlcm_jax.io.json_files import read_object
 
 INDEX_FILE = "model_index.json"
@@ -36,6 +37,11 @@ def read_index(folder: Path) -> PipelineIndex:
       ValueError: it is not JSON, or a component's name is not that of a folder beside it.
     """
     path = folder / INDEX_FILE
+    if not path.is_file() and folder.is_dir():
+        config = folder / "config.json"
+        kind = str(read_object(config).get("_class_name")) if config.is_file() else None
+        if described := describe_folder(folder, kind):
+            raise FileNotFoundError(f"{folder} is {described}")
     content = read_object(path)
     components = {
         name: (str(entry[0]), str(entry[1]))
@@ -46,4 +52,6 @@ def read_index(folder: Path) -> PipelineIndex:
         # A name is joined to paths that are read and written.
         if not re.fullmatch(r"\w+", name):
             raise ValueError(f"{path}: component {name!r} is not a plain folder name; remove it")
-    return PipelineIndex(str(content.get("_class_name")), content, components)
+    # Flax's pipelines are of the same networks.
+    kind = str(content.get("_class_name")).removeprefix("Flax")
+    return PipelineIndex(kind, content, components)

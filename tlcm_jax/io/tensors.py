@@ -162,7 +162,9 @@ def open_component(folder: Path, stem: str, variant: str | None = None) -> Tenso
       FileNotFoundError: there are no weights, or none of that variant.
     """
     files = sorted(path for path in folder.glob("*") if path.is_file())
-    name = weights_name([path.name for path in files], stem, variant)
+    # A config that names no class says nothing of its files' names either.
+    named = (weights_name([path.name for path in files], each, variant) for each in (stem, *STEMS))
+    name = next((found for found in named if found), None)
     if name is not None and name.endswith(".json"):
         return TensorFile([folder / shard for shard in shard_names(folder / name)])
     if name is not None:

@@ -33,11 +33,16 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "CLIPTextConfig":
-        """Parses a transformers `text_encoder/config.json`.
+        """Parses a transformers `text_encoder/config.json`, or the text's part of a whole CLIP's.
+
+        Keys that are absent or null take transformers' defaults.
 
         Raises:
           ValueError: the activation is not one this port implements.
         """
+        if "text_config" in raw and "hidden_size" not in raw:
+            raw = {**(raw["text_config"] or {}), "architectures": raw.get("architectures")}
+        raw = {key: value for key, value in raw.items() if value is not None}
         activation = raw.get("hidden_act", "quick_gelu")
         if activation not in ACTIVATIONS:
             raise ValueError(
@@ -47,10 +52,10 @@ class CLIPTextConfig:
         projected = "CLIPTextModelWithProjection" in raw.get("architectures", ())
         return cls(
             vocab_size=raw.get("vocab_size", 49408),
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=raw["num_attention_heads"],
+            hidden_size=raw.get("hidden_size", 512),
+            intermediate_size=raw.get("intermediate_size", 2048),
+            num_hidden_layers=raw.get("num_hidden_layers", 12),
+            num_attention_heads=raw.get("num_attention_heads", 8),
             max_position_embeddings=raw.get("max_position_embeddings", 77),
             hidden_act=activation,
             layer_norm_eps=raw.get("layer_norm_eps", 1e-5),

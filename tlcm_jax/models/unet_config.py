@@ -80,19 +80,20 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "UNetConfig":
-        """Parses a diffusers `unet/config.json`.
+        """Parses a diffusers `unet/config.json`; absent keys take diffusers' defaults.
 
         Raises:
           ValueError: a field asks for something this port does not implement; it is named.
         """
         for name, value in _ONLY.items():
-            if raw.get(name, value) != value:
+            if raw.get(name) not in (None, value):
                 raise ValueError(
                     f"unet config: {name}={raw[name]!r} is not supported (only {value!r})"
                 )
-        channels = tuple(raw["block_out_channels"])
+        channels = tuple(raw.get("block_out_channels", (320, 640, 1280, 1280)))
         levels = len(channels)
-        down, up = tuple(raw["down_block_types"]), tuple(raw["up_block_types"])
+        down = tuple(raw.get("down_block_types", (*_DOWN_BLOCKS[:1] * 3, _DOWN_BLOCKS[1])))
+        up = tuple(raw.get("up_block_types", (_UP_BLOCKS[1], *_UP_BLOCKS[:1] * 3)))
         for name, blocks, known in (
             ("down_block_types", down, _DOWN_BLOCKS),
             ("up_block_types", up, _UP_BLOCKS),
@@ -122,7 +123,8 @@ class UNetConfig:
         cross = _per_level("cross_attention_dim", raw.get("cross_attention_dim", 1280), levels)
         if len(set(cross)) != 1:
             raise ValueError(f"unet config: cross_attention_dim={list(cross)} differs by level")
-        size = raw.get("sample_size") or 64
+        # What diffusers' pipelines take where the config is silent.
+        size = raw.get("sample_size") or (128 if addition == "text_time" else 64)
         if isinstance(size, list | tuple):
             if len(set(size)) != 1:
                 raise ValueError(f"unet config: sample_size={list(size)} is not square")
@@ -141,10 +143,10 @@ class UNetConfig:
             up_transformer_layers=up_depths,
             mid_transformer_layers=depths[-1][0],
             cross_attention_dim=cross[0],
-            use_linear_projection=raw.get("use_linear_projection", False),
+            use_linear_projection=bool(raw.get("use_linear_projection", False)),
             norm_num_groups=groups,
             norm_eps=raw.get("norm_eps", 1e-5),
-            flip_sin_to_cos=raw.get("flip_sin_to_cos", True),
+            flip_sin_to_cos=bool(raw.get("flip_sin_to_cos", True)),
             freq_shift=raw.get("freq_shift", 0),
             text_time=addition == "text_time",
             addition_time_embed_dim=raw.get("addition_time_embed_dim") or 256,

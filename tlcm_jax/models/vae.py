@@ -48,7 +48,7 @@ class VAEConfig:
         if used - blocks:
             raise ValueError(f"vae config: block types {sorted(used - blocks)} are not supported")
         for name, value in _ONLY.items():
-            if raw.get(name, value) != value:
+            if raw.get(name) not in (None, value):
                 raise ValueError(
                     f"vae config: {name}={raw[name]!r} is not supported (only {value!r})"
                 )
@@ -59,10 +59,11 @@ class VAEConfig:
             block_out_channels=tuple(raw["block_out_channels"]),
             layers_per_block=raw.get("layers_per_block", 1),
             norm_num_groups=raw.get("norm_num_groups", 32),
-            scaling_factor=raw.get("scaling_factor", 0.18215),
-            mid_block_add_attention=raw.get("mid_block_add_attention", True),
-            use_quant_conv=raw.get("use_quant_conv", True),
-            use_post_quant_conv=raw.get("use_post_quant_conv", True),
+            # A null is false to diffusers; a null factor would be an error there.
+            scaling_factor=0.18215 if raw.get("scaling_factor") is None else raw["scaling_factor"],
+            mid_block_add_attention=bool(raw.get("mid_block_add_attention", True)),
+            use_quant_conv=bool(raw.get("use_quant_conv", True)),
+            use_post_quant_conv=bool(raw.get("use_post_quant_conv", True)),
         )
 
     @property
