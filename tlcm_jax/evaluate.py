@@ -16,7 +16,9 @@ PATH of --model is a diffusers pipeline folder, a single-file checkpoint, a hub 
 a run. Writes `metrics.json`, `scores.md`, `report.html` and `samples/`. The teacher is the model
 without its adapter; a model that has none is compared with --teacher, if that is given. All images
 are kept in `images/` of the workdir, or else of the output: the same command, stopped and begun
-again, makes only those that are missing.
+again, makes only those that are missing. --lpips adds the diversity, --layout the folders that
+other benchmarks read (`evaluation.more_draws`), --blind a page `blind.html` on which to vote
+without knowing whose image is whose.
 """
 
 import dataclasses
@@ -34,10 +36,14 @@ from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.baselines import BaselineFile, contestants
 from tlcm_jax.evaluation.evaluate import check_steps, evaluate
 from tlcm_jax.evaluation.final_eval import IMAGES
+from tlcm_jax.evaluation.more_draws import LAYOUTS, layout_rows, with_diversity, write_layout
 from tlcm_jax.evaluation.protocols import PROTOCOLS, load_protocol
+from tlcm_jax.evaluation.reporting.blind import write_blind_page
 from tlcm_jax.evaluation.reporting.provenance import provenance
+from tlcm_jax.evaluation.scorers.pairwise import lpips_distance
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.load import load_model
+from tlcm_jax.generation.generate import GenerationOptions
 from tlcm_jax.sample import load_with_adapter
 from tlcm_jax.training import compilation
 
@@ -61,6 +67,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("sampler", "consistency", f"Student's: {', '.join(SAMPLERS)}.", **here)
     flags.DEFINE_multi_string("baseline", None, "NAME=PATH or NAME:STEPS=PATH.", **here)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
+    flags.DEFINE_string("lpips", None, "Folder of LPIPS: also score the diversity.", **here)
+    flags.DEFINE_integer("draws", 4, "Images of a prompt, for --lpips.", lower_bound=2, **here)
+    flags.DEFINE_integer("diverse", 100, "Prompts of a set, for --lpips.", lower_bound=1, **here)
+    flags.DEFINE_enum("layout", None, list(LAYOUTS), "Also write as a benchmark reads.", **here)
+    flags.DEFINE_bool("blind", False, "Also write a page on which to vote, blind.", **here)
     flags.DEFINE_integer("batch_size", 25, "Images at a time.", lower_bound=1, **here)
     flags.DEFINE_integer("pictures", 12, "Prompts in the report.", lower_bound=1, **here)
     flags.DEFINE_string("output", None, "Folder to write into.", **must)
@@ -86,6 +97,12 @@ def run(values: flags.FlagValues) -> None:
     limit = values.limit if values.limit is not None else preset.count if preset else 0
     prompt_sets = [read_prompt_set(path).first(limit) for path in values.prompts]
     files = [BaselineFile.parse(text) for text in values.baseline or ()]
+    rows = [
+        layout_rows(values.layout, path, prompts)
+        for path, prompts in zip(values.prompts, prompt_sets, strict=True)
+        if values.layout
+    ]
+    distance = None if values.lpips is None else lpips_distance(values.lpips)
     scales, gammas = (_numbers(values, name) for name in ("guidance_scale", "gamma"))
     scorers = load_scorers(values.scores)
     if preset is not None:
@@ -97,7 +114,12 @@ def run(values: flags.FlagValues) -> None:
     teacher = None if adapter is None and base is model else base
     if values.teacher is not None:
         teacher = load_model(values.teacher)
-    home = Path(values.model if is_workdir(values.model) else values.output)
+    output = Path(values.output)
+    store = (Path(values.model) if is_workdir(values.model) else output) / IMAGES
+    resolution = trained_resolution(values.model)
+    options = GenerationOptions(
+        resolution=resolution, batch_size=values.batch_size, progress=sys.stderr.isatty()
+    )
     result = evaluate(
         model,
         prompt_sets,
@@ -109,14 +131,20 @@ def run(values: flags.FlagValues) -> None:
         samplers=values.sampler,
         timesteps={} if values.lora else trained_times(values.model),
         seed=values.seed,
-        resolution=trained_resolution(values.model),
+        resolution=resolution,
         baselines=tuple(contestants(files, lambda: teacher or base, steps)),
         scorers=scorers,
         pictures=values.pictures,
-        store=home / IMAGES,
-        batch_size=values.batch_size,
-        progress=sys.stderr.isatty(),
+        store=store,
+        batch_size=options.batch_size,
+        progress=options.progress,
     )
+    if distance is not None:
+        result = with_diversity(result, distance, values.draws, values.diverse, options, store)
+    for one_set, of_prompts in zip(result.sets, rows, strict=False):
+        for one in one_set.generated:
+            seed, prompts = values.seed, one_set.prompts
+            write_layout(values.layout, output, one.by, prompts, of_prompts, seed, options, store)
     report = evaluation_report.build_report(
         result,
         title=f"Evaluation of {values.model}",
@@ -130,7 +158,9 @@ def run(values: flags.FlagValues) -> None:
         },
         provenance=provenance(time.monotonic() - start),
     )
-    evaluation_report.save(Path(values.output), result, report)
+    evaluation_report.save(output, result, report)
+    if values.blind:
+        write_blind_page(output / "blind.html", report)
     print(f"{values.output}/report.html, scores.md, metrics.json and samples/")
 
 

@@ -236,7 +236,7 @@ def test_what_was_made_before_a_stop_is_not_made_again(
     pipeline, heldout, tmp_path, drawn, monkeypatch
 ):
     """Chunk by chunk; their images and scores are those of all prompts at once."""
-    monkeypatch.setattr(evaluation, "_CHUNK", 2)
+    monkeypatch.setattr(contestants, "_CHUNK", 2)
     many = PromptSet(name="many", prompts=(*PROMPTS, "ice"))
 
     def run(scorer, store):

@@ -4,17 +4,23 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
 
+from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion import samplers
 from tlcm_jax.diffusion.samplers import SAMPLERS
 from tlcm_jax.evaluation.reporting.contents import Kind
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions, generate_by, generate_teacher, merged
+from tlcm_jax.generation.image_store import ImageStore
 
+# Images in memory at a time.
+_CHUNK = 100
 # Prompts, seed and options to images.
 Draw = Callable[[Sequence[str], int, GenerationOptions], UInt8[np.ndarray, "n h w 3"]]
 
@@ -124,6 +130,43 @@ def teacher(
             weights=weights,
             how=("ddim", float(scale)),
         )
+
+
+def image_chunks(
+    by: Contestant,
+    prompts: PromptSet,
+    seed: int,
+    options: GenerationOptions,
+    store: Path | None = None,
+) -> Iterator[tuple[Int[np.ndarray, " n"], UInt8[np.ndarray, "n h w 3"]]]:
+    """Rows of a prompt set and their images, some at a time, from the store or made.
+
+    Args:
+      by: who makes them.
+      prompts: of what.
+      seed: of the noise.
+      options: batch size, resolution, and whether to draw a progress bar.
+      store: folder where images are kept; None keeps none.
+    """
+    kept = None
+    if store is not None:
+        depends_on = [by.weights(), by.how, by.steps, seed, options.resolution, prompts.prompts]
+        kept = ImageStore(store / prompts.name, by.label, depends_on)
+    count, size = len(prompts.prompts), options.batch_size * max(1, _CHUNK // options.batch_size)
+    bar = tqdm(total=count, desc=by.label, unit="image", disable=not options.progress)
+    options = dataclasses.replace(options, progress=False)
+    with bar:
+        for start in range(0, max(count - size, 0) + 1, size):
+            # What is less than a chunk goes with the last, or it would be compiled by itself.
+            rows = np.arange(start, start + size if start + 2 * size <= count else count)
+            images = kept.read(rows) if kept is not None else None
+            if images is None:
+                texts = [prompts.prompts[i] for i in rows]
+                images = by.draw(texts, seed, dataclasses.replace(options, first=start))
+                if kept is not None:
+                    kept.write(rows, images)
+            yield rows, images
+            bar.update(len(rows))
 
 
 def _with_lora(model: LatentModel, lora: Mapping[str, Any] | None) -> LatentModel:

@@ -8,23 +8,20 @@ Images are made and scored a chunk of prompts at a time, and only those that are
 memory; on disk all are, so that an evaluation that was stopped makes what is missing.
 """
 
-import dataclasses
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int, UInt8
-from tqdm import tqdm
 
 from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.evaluation import contestants
-from tlcm_jax.evaluation.contestants import Contestant
+from tlcm_jax.evaluation.contestants import Contestant, image_chunks
 from tlcm_jax.evaluation.intervals import bootstrap_intervals
 from tlcm_jax.evaluation.results import (
     REFERENCE_STEPS,
@@ -36,12 +33,10 @@ from tlcm_jax.evaluation.results import (
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions
-from tlcm_jax.generation.image_store import ImageStore, weights_hash
+from tlcm_jax.generation.image_store import weights_hash
 
 # The teacher as it is used; and with as few steps as the student, which distillation is for.
 TEACHER_STEPS = (REFERENCE_STEPS, 4)
-# Images in memory at a time.
-_CHUNK = 100
 
 
 def evaluate(
@@ -122,22 +117,19 @@ def evaluate(
     if further_steps is not None:
         further = entered(further_steps, TEACHER_STEPS[:1])
     check_prompt_sets(prompt_sets, scorers)
-    options = GenerationOptions(resolution=resolution, batch_size=batch_size)
+    options = GenerationOptions(resolution=resolution, batch_size=batch_size, progress=progress)
     seconds: dict[str, float] = defaultdict(float)
     results = []
     for prompts in prompt_sets:
         shown = np.sort(chosen(prompts, pictures or len(prompts.prompts)))
         generated = []
         for by in first if prompts is prompt_sets[0] else further:
-            kept = None
-            if store is not None:
-                depends_on = [by.weights(), by.how, by.steps, seed, resolution, prompts.prompts]
-                kept = ImageStore(store / prompts.name, by.label, depends_on)
             images: list[np.ndarray] = []
             scores: dict[str, float] = {}
             intervals: dict[str, tuple[float, float]] = {}
             values: list[list[dict[str, np.ndarray]]] = [[] for _ in scorers]
-            for rows, chunk in _chunks(by, prompts, seed, options, kept, seconds, progress):
+            began, scoring = time.monotonic(), seconds["scoring"]
+            for rows, chunk in image_chunks(by, prompts, seed, options, store):
                 start = time.monotonic()
                 texts = [prompts.prompts[i] for i in rows]
                 notes = {k: [v[i] for i in rows] for k, v in prompts.annotations.items()}
@@ -145,6 +137,7 @@ def evaluate(
                     found.append(scorer.values(chunk, texts, notes))
                 images.append(chunk[np.isin(rows, shown)])
                 seconds["scoring"] += time.monotonic() - start
+            seconds["generation"] += time.monotonic() - began - (seconds["scoring"] - scoring)
             start = time.monotonic()
             for scorer, found in zip(scorers, values, strict=True):
                 joined = {k: np.concatenate([part[k] for part in found]) for k in found[0]}
@@ -167,34 +160,6 @@ def evaluate(
         sets=tuple(results),
         seconds=dict(seconds),
     )
-
-
-def _chunks(
-    by: Contestant,
-    prompts: PromptSet,
-    seed: int,
-    options: GenerationOptions,
-    kept: ImageStore | None,
-    seconds: dict[str, float],
-    progress: bool,
-) -> Iterator[tuple[Int[np.ndarray, " n"], UInt8[np.ndarray, "n h w 3"]]]:
-    """Rows of a set and their images, from the store or made; `seconds` counts the time."""
-    count, size = len(prompts.prompts), options.batch_size * max(1, _CHUNK // options.batch_size)
-    bar = tqdm(total=count, desc=by.label, unit="image", disable=not progress)
-    with bar:
-        for start in range(0, max(count - size, 0) + 1, size):
-            # What is less than a chunk goes with the last, or it would be compiled by itself.
-            rows = np.arange(start, start + size if start + 2 * size <= count else count)
-            began = time.monotonic()
-            images = kept.read(rows) if kept is not None else None
-            if images is None:
-                texts = [prompts.prompts[i] for i in rows]
-                images = by.draw(texts, seed, dataclasses.replace(options, first=start))
-                if kept is not None:
-                    kept.write(rows, images)
-            seconds["generation"] += time.monotonic() - began
-            yield rows, images
-            bar.update(len(rows))
 
 
 def _given(teacher: LatentModel | None) -> LatentModel:
