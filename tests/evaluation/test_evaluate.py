@@ -304,6 +304,7 @@ def test_without_scorer_or_teacher_there_are_pictures(pipeline, heldout, tmp_pat
     assert metrics["sets"]["heldout"]["student"] == {"1": {}}
     report = evaluation_report.build_report(result, title="Pictures")
     assert not report.scores and not report.highlights and report.reference is None
+    assert "gamma" not in report.grids[0].note and "guidance" not in report.grids[0].note
     evaluation_report.save(tmp_path, result, report)
     assert (tmp_path / "report.html").stat().st_size > 1000
 

@@ -98,6 +98,15 @@ def test_an_image_depends_on_its_prompt_place_and_seed_only(pipeline, two_steps)
     assert np.mean(other_seed != two_steps[:3]) > 0.5
 
 
+def test_white_is_255_and_black_0(pipeline):
+    decoder = pipeline.params["vae"]["decoder"]
+    for bias, value in ((1e3, 255), (-1e3, 0)):
+        bent = {**decoder["conv_out"], "bias": np.full(3, bias, np.float32)}
+        vae = {**pipeline.params["vae"], "decoder": {**decoder, "conv_out": bent}}
+        images = generate(pipeline.with_params(vae=vae), PROMPTS[:1], 1, seed=0)
+        assert np.all(images == value)
+
+
 def test_on_a_mesh_the_images_are_the_same(pipeline, two_steps):
     mesh = make_mesh({"data": 1, "fsdp": 2}, jax.devices()[:2])
     on_mesh = dataclasses.replace(pipeline, params=place(pipeline.params, mesh))

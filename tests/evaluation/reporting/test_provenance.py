@@ -9,7 +9,14 @@ from tlcm_jax.evaluation.reporting.provenance import duration, provenance
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (725, "12 min 5 s"), (12000, "3 h 20 min")],
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (725, "12 min 5 s"),
+        (3600, "1 h 0 min"),
+        (12000, "3 h 20 min"),
+    ],
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text

@@ -206,7 +206,8 @@ def test_write_report(tmp_path):
             lambda: ImageGrid("fox", ["a", "b"], [ImageRow("4 steps", pixels(3))]),
             "2 prompts, but row '4 steps' has 3 images",
         ),
-        (lambda: ImageGrid("fox", [], []), "at least one prompt"),
+        (lambda: ImageGrid("fox", ["a"], []), "at least one prompt"),
+        (lambda: ImageGrid("fox", [], [ImageRow("4 steps", pixels(0))]), "at least one prompt"),
         (lambda: Curve("stage 1", "loss", [1, 2], [0.5]), "2 steps and 1 values"),
         (
             lambda: Report(title="x", scores=[ScoreRow("a", {})], reference="b"),
