@@ -80,6 +80,8 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Evaluates; anything wrong ends the process with one line that says what."""
     logging.set_verbosity(logging.INFO)
+    # Orbax logs each of its options, through the same logger.
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     try:
         if arguments[1:]:
             raise ValueError(f"unexpected arguments {list(arguments[1:])}; use --steps 1,2,4")
