@@ -44,7 +44,15 @@ def write(path, dialect, widths):
             tensors[f"{name}.alpha"] = np.asarray(ALPHA, np.float32)
         else:
             name = f"{network}.{layer}"
-            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+            ends = ("lora_A", "lora_B")
+            if dialect == "diffusers 5.6":  # transformers' towers without projection
+                name = name.replace("text_encoder.text_model.", "text_encoder.")
+            if dialect == "diffusers 2023":
+                linear = "lora_linear_layer" if network != "unet" else "lora"
+                ends = (f"{linear}.down", f"{linear}.up")
+            tensors |= {
+                f"{name}.{end}.weight": value for end, value in zip(ends, (down, up), strict=True)
+            }
     save_file(tensors, path)
 
 
@@ -75,7 +83,7 @@ def split(name, tree):
         name, tree = name[len(key) + 1 :], tree[key]
 
 
-@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+@pytest.mark.parametrize("dialect", ["diffusers", "diffusers 5.6", "diffusers 2023", "kohya"])
 def test_prompts_are_encoded_as_in_diffusers(world, tmp_path, dialect):
     family, folder, pipeline, widths = world
     path = tmp_path / "style.safetensors"
