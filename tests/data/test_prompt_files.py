@@ -61,6 +61,7 @@ def test_the_column_named(tmp_path):
     [
         ("a.txt", b'{"file_name": "1.png", "text": "a fox"}\n{"text": "b"}\n', "JSON.*a.jsonl:CO"),
         ("a.txt", b'["a fox"]\n', "JSON, one value a line"),
+        ("a.txt", b'"a fox"\n"a \\u2019cat"\n', "JSON, one value a line.*take the quotes off"),
         ("a.txt", b'[\n  "a fox",\n  "a cat"\n]\n', "is one JSON value"),
         ("a.json5", json.dumps({"prompts": ["a"]}, indent=1).encode(), "is one JSON value"),
         ("b.parquet", PARQUET, "is a parquet file; write its caption column"),

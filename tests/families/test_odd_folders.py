@@ -137,7 +137,13 @@ def test_a_tokenizer_needs_its_merges(folder):
 
 
 def test_a_pointer_in_a_folder(folder):
-    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="vae.*is a git-lfs pointer.*git lfs pull"):
-        load_model(folder, on_device=False)
+    for part in (
+        "vae/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "tokenizer/merges.txt",
+    ):
+        whole = (folder / part).read_bytes()
+        (folder / part).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(ValueError, match=f"{part}.*is a git-lfs pointer.*git lfs pull"):
+            load_model(folder, on_device=False)
+        (folder / part).write_bytes(whole)

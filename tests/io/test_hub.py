@@ -18,7 +18,9 @@ from huggingface_hub import constants
 
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.families.load import abstract_model, load_model
+from tlcm_jax.io import lora_stack
 from tlcm_jax.io.hub import HubId, fetch, needed
+from tlcm_jax.io.lora_sources import find_lora
 from tlcm_jax.io.model_card import teacher_licence, teacher_name
 
 NAMES = ("unet", "vae", "text_encoder", "tokenizer")
@@ -207,6 +209,47 @@ def test_a_fetch_that_was_broken_off_is_said_to_be(tiny_hub, monkeypatch, break_
     assert fetch(HubId("someone/tiny")) == older
     with pytest.raises(FileNotFoundError, match="not whole"):
         fetch(HubId("someone/tiny", SHA))
+
+
+def test_a_repository_that_is_gone_is_still_in_the_cache(tiny_hub, monkeypatch):
+    folder = fetch(HubId("someone/tiny"))
+    tiny_hub.commits.clear()
+    assert fetch(HubId("someone/tiny")) == folder
+    with pytest.raises(FileNotFoundError, match="no such repository of revision 'v9'"):
+        fetch(HubId("someone/tiny", "v9"))
+
+
+def test_loras_by_hub_id(tiny_hub, monkeypatch, tmp_path):
+    (tiny_hub.repository / "model_index.json").rename(tmp_path / "model_index.json")
+    for name in ("style.safetensors", "sub/other.safetensors", "pickled.bin"):
+        (tiny_hub.repository / name).parent.mkdir(exist_ok=True)
+        (tiny_hub.repository / name).write_bytes(name.encode())
+    (tiny_hub.repository / "sd_xl_base_1.0.safetensors").unlink()
+    file, config = find_lora("someone/tiny")
+    assert file.read_bytes() == b"style.safetensors" and config is None
+    assert find_lora("someone/tiny@main:sub/other.safetensors")[0].name == "other.safetensors"
+    assert lora_stack._split_weight("someone/tiny:sub/other.safetensors:0.5") == (
+        "someone/tiny:sub/other.safetensors", 0.5,
+    )  # fmt: skip
+    assert len(tiny_hub.fetched) == 2
+    for wrong, message in (
+        ("someone/tiny:none.safetensors", "no such file there; it has style.safetensors"),
+        ("someone/tiny:../../x", "no such file there"),
+        ("someone/typo", "the hub has no such repository"),
+        ("style.safetensors", "does not exist; give a safetensors file, a folder or a hub id"),
+        ("a/style.safetensors", "does not exist"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            find_lora(wrong)
+    with pytest.raises(ValueError, match="pickled.bin is a pickle"):
+        find_lora("someone/tiny:pickled.bin")
+    (tiny_hub.repository / "second.safetensors").write_bytes(b"second")
+    tiny_hub.commits = dict.fromkeys(("main", OLDER), OLDER)
+    with pytest.raises(FileNotFoundError, match="several; name one, someone/tiny:FILE, of .*sec"):
+        find_lora("someone/tiny")
+    cut_off(tiny_hub, "closed", monkeypatch)
+    again, _ = find_lora(f"someone/tiny@{SHA}:style.safetensors")
+    assert again.read_bytes() == b"style.safetensors"
 
 
 @pytest.mark.parametrize("how", FAILURES)

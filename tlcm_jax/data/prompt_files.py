@@ -73,7 +73,7 @@ def read_lines(path: Path) -> list[str]:
     if all(_is_json(line) for line in prompts):
         raise ValueError(
             f"prompt file {path} holds JSON, one value a line: name it .jsonl, and the column as "
-            f"{path.with_suffix('.jsonl')}:COLUMN"
+            f"{path.with_suffix('.jsonl')}:COLUMN; take the quotes off texts"
         )
     if text.lstrip()[:1] in "[{" and _is_json(text):
         raise ValueError(
@@ -182,11 +182,11 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text is a JSON object or list, as against words, which a number is too."""
-    if text.lstrip()[:1] not in ("{", "["):
+    """Whether a text is a JSON object, list or string, as against words, which a number is too."""
+    if text.lstrip()[:1] not in ("{", "[", '"'):
         return False
     try:
-        return isinstance(json.loads(text), dict | list)
+        return isinstance(json.loads(text), dict | list | str)
     except (ValueError, RecursionError):
         return False
 

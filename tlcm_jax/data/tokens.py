@@ -77,6 +77,10 @@ def read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
             f"{folder} holds no merges.txt, without which its vocab.json cuts no text into tokens; "
             "the model folder is not whole"
         )
+    for file in sorted(folder.glob("*.*")):
+        with file.open("rb") as opened:
+            if opened.read(23) == b"version https://git-lfs":
+                raise ValueError(f"{file} is a git-lfs pointer, not the file: run `git lfs pull`")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         largest = max(tokenizer.get_vocab().values())

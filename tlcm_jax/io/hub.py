@@ -123,31 +123,28 @@ def _fetch(
             _reach(snapshot_download, name, revision=folder.name, allow_patterns=files)
         return folder
     except GatedRepoError as error:
-        raise FileNotFoundError(
-            f"{name!r} is gated ({_first_line(error)}); accept its terms on the hub and log in "
-            "with `hf auth login`"
-        ) from None
+        reason = f"{name} is gated ({_first_line(error)})"
+        refusal = f"{name!r} is gated; accept its terms on the hub and log in with `hf auth login`"
     except _GONE as error:
-        raise FileNotFoundError(
+        reason = f"the hub has no such repository ({_first_line(error)})"
+        refusal = (
             f"{name!r} is no folder or file here, and the hub has no such repository"
             + (f" of revision {revision!r}" if revision else "")
             + f" ({_first_line(error)}); give a pipeline folder, a checkpoint or a hub id"
-        ) from None
+        )
     except _UnreachableError as error:
-        reason = str(error)
+        reason, refusal = f"the hub cannot be reached ({error})", ""
     missing = ""
     for folder in _cached(source):
         missing = lacks(folder) or ""
         if not missing:
-            logging.warning(
-                "the hub cannot be reached (%s); taking %s from the cache, commit %s",
-                reason, name, folder.name,
-            )  # fmt: skip
+            logging.warning("%s; taking %s from the cache, commit %s", reason, name, folder.name)
             return folder
     where = f"the cache's copy is not whole: {missing}" if missing else "it is not in the cache"
     raise FileNotFoundError(
-        f"{name!r} is no folder or file here, the hub cannot be reached ({reason}) and {where}; "
-        "fetch it where there is a network, or give a local folder"
+        refusal
+        or f"{name!r} is no folder or file here, {reason} and {where}; fetch it where there is a "
+        "network, or give a local folder"
     )
 
 

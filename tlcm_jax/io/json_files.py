@@ -33,7 +33,10 @@ def read_object(path: Path, holder: str = "model folder") -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the {holder} is not whole")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise ValueError("it is a git-lfs pointer, run `git lfs pull`")
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{path} is not valid JSON: {reason}") from None
