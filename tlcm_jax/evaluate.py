@@ -22,6 +22,7 @@ without knowing whose image is whose.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ from tlcm_jax.families.load import load_model
 from tlcm_jax.generation.generate import GenerationOptions
 from tlcm_jax.sample import load_with_adapter
 from tlcm_jax.training import compilation
+from tlcm_jax.training.sharding import on_local_devices
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -112,10 +114,11 @@ def run(values: flags.FlagValues) -> None:
             raise ValueError("--protocol needs --scorers: the folder of its scores' folders")
         preset, more = load_protocol(values.protocol, values.scorers)
         scorers = (*more, *(each for each in scorers if each.name not in preset.scores))
-    model, adapter, base = load_with_adapter(values.model, values.lora, vae=values.vae)
+    load = functools.partial(load_model, shardings=on_local_devices())
+    model, adapter, base = load_with_adapter(values.model, values.lora, vae=values.vae, load=load)
     teacher = None if adapter is None and base is model else base
     if values.teacher is not None:
-        teacher = load_model(values.teacher)
+        teacher = load(values.teacher)
     output = Path(values.output)
     store = (Path(values.model) if is_workdir(values.model) else output) / IMAGES
     resolution = trained_resolution(values.model)
@@ -134,7 +137,7 @@ def run(values: flags.FlagValues) -> None:
         timesteps={} if values.lora else trained_times(values.model),
         seed=values.seed,
         resolution=resolution,
-        baselines=tuple(contestants(files, lambda: teacher or base, steps)),
+        baselines=tuple(contestants(files, teacher or base, steps, load)),
         scorers=scorers,
         pictures=values.pictures,
         store=store,

@@ -9,7 +9,7 @@ Each --prompt is one image; several are written as out-0.png, out-1.png, ... in 
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +126,7 @@ def load_with_adapter(
     *,
     adapted: bool = True,
     vae: str | None = None,
+    load: Callable[..., LatentModel] = load_model,
 ) -> AdaptedModel:
     """A model, and the adapter to generate with.
 
@@ -135,6 +136,7 @@ def load_with_adapter(
         the trained adapter's place.
       adapted: False leaves a workdir's adapter out.
       vae: as of `load_model`; by default a workdir's own.
+      load: reads the model.
     """
     adapter = None
     if is_workdir(path):
@@ -142,7 +144,7 @@ def load_with_adapter(
         path = config["model"]["path"]
         vae = vae or config["model"].get("vae") or None
         adapter = trained if adapted else None
-    base = model = load_model(path, vae=vae)
+    base = model = load(path, vae=vae)
     if loras:
         model, adapter = apply_loras(base, loras)
     return AdaptedModel(model, adapter, base)

@@ -48,7 +48,7 @@ def test_each_is_sampled_as_its_authors_say(files):
         base,
         [PromptSet(name="few", prompts=PROMPTS)],
         steps=[1, 2],
-        baselines=list(contestants(parsed, lambda: base, [1, 2])),
+        baselines=list(contestants(parsed, base, [1, 2])),
     )
     by_label = {one.by.label: one.images for one in result.sets[0].generated}
     assert list(by_label)[2:] == [

@@ -383,6 +383,28 @@ def test_the_command_compares_a_lora_with_its_base(pipeline, adapter, tmp_path, 
         run_command(*given, f"--scores=miniature.judge={tmp_path}")
 
 
+def test_the_command_cuts_batches_over_all_devices(pipeline, tmp_path, monkeypatch):
+    """The same images as on one device."""
+    monkeypatch.setattr(evaluation, "TEACHER_STEPS", (2,))
+    seen = []
+    original = command.evaluate
+
+    def evaluated(model, *arguments, **options):
+        seen.append(jax.tree.leaves(model.params["unet"])[0].sharding)
+        return original(model, *arguments, **options)
+
+    monkeypatch.setattr(command, "evaluate", evaluated)
+    prompts = tmp_path / "few.txt"
+    prompts.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    run_command(f"--model={pipeline.source}", f"--prompts={prompts}", "--steps=2",
+                f"--output={tmp_path / 'out'}")  # fmt: skip
+    assert len(seen[0].device_set) == len(jax.devices()) == 8 and seen[0].is_fully_replicated
+    files = sorted((tmp_path / "out/images").rglob("*.png"))
+    found = np.stack([np.asarray(Image.open(file)) for file in files])
+    expected = generate(pipeline, PROMPTS, 2, 0)
+    assert np.max(np.abs(found.astype(int) - expected.astype(int))) <= 1
+
+
 def test_a_run_s_own_resolution_is_what_is_drawn(pipeline, heldout, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"model": {"resolution": 64}}))

@@ -112,14 +112,18 @@ class BaselineFile:
 
 
 def contestants(
-    files: Sequence[BaselineFile], base: Callable[[], LatentModel], steps: Sequence[int]
+    files: Sequence[BaselineFile],
+    base: LatentModel,
+    steps: Sequence[int],
+    load_pipeline: Callable[[str], LatentModel] = load_model,
 ) -> Iterator[Contestant]:
     """The baselines, one file's weights in memory at a time.
 
     Args:
       files: which.
-      base: gives the model that LoRAs go onto.
+      base: the model that LoRAs go onto.
       steps: the student's step counts, of which those are taken that a baseline is made for.
+      load_pipeline: reads a whole pipeline.
 
     Raises:
       ValueError: a baseline that is made for none of the steps.
@@ -128,8 +132,8 @@ def contestants(
     @functools.lru_cache(maxsize=1)
     def load(path: str) -> LatentModel:
         if _is_pipeline(Path(path)):
-            return load_model(path)
-        model, adapter = apply_loras(base(), [path])
+            return load_pipeline(path)
+        model, adapter = apply_loras(base, [path])
         if adapter is None:
             return model
         return model.with_params(**{model.backbone: merged(model.params[model.backbone], adapter)})

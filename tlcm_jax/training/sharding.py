@@ -5,6 +5,7 @@ A leaf's name is its path joined with '/', for example
 The moments of an optimiser carry their parameter's path and shape, so they land where it does.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from tlcm_jax.training.mesh import make_mesh
 
 PyTree = Any
 Rule = Callable[[tuple[int, ...], Mesh], P]
@@ -79,6 +82,18 @@ def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
         raise ValueError(f"no sharding rule matches {name!r}: end the rules with ('.*', replicate)")
 
     return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def on_local_devices() -> Callable[[PyTree], PyTree] | None:
+    """Shardings that put a tree whole onto every local device, over which batches are then cut.
+
+    None where there is one device.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    mesh = make_mesh({"data": -1, "fsdp": 1}, devices)
+    return functools.partial(tree_shardings, mesh=mesh)
 
 
 def place(tree: PyTree, mesh: Mesh | None, rules: Rules = RULES) -> PyTree:
