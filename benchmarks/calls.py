@@ -4,12 +4,13 @@
 
 Runs the smallest recipe (one prompt, one step of each of the paper's two stages, a report without
 scores, a LoRA exported), and counts the distinct functions of `tlcm_jax/` that were called, and
-the files they lie in. Nested functions and methods count, modules' own bodies do not. Traced code
-counts as called.
+the files they lie in. Nested functions and methods count; lambdas, comprehensions and the bodies of
+modules and classes, which run when they are imported, do not. Traced code counts as called.
 """
 
 import argparse
 import collections
+import inspect
 import sys
 import tempfile
 import threading
@@ -67,7 +68,7 @@ class Calls:
         """Names of the functions, by file."""
         found: dict[str, list[str]] = collections.defaultdict(list)
         for code in self.seen:
-            if not code.co_name.startswith("<module"):
+            if code.co_flags & inspect.CO_OPTIMIZED and not code.co_name.startswith("<"):
                 file = str(Path(code.co_filename).relative_to(ROOT))
                 found[file].append(code.co_qualname)
         return {file: sorted(names) for file, names in sorted(found.items())}
