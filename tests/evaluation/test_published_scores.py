@@ -56,7 +56,7 @@ def test_a_protocol_takes_the_scores_that_have_weights(given, tmp_path, caplog):
     given = [each for each in arguments if not each.startswith("--steps")]
     with pytest.raises(ValueError, match="--protocol needs --scorers"):
         run_command(*given, "--protocol=dmd2", f"--output={tmp_path}")
-    with pytest.raises(FileNotFoundError, match="holds the weights of no score; fid "):
+    with pytest.raises(FileNotFoundError, match="holds the weights of no score; fid_512 "):
         run_command(
             *given, "--protocol=dmd2", f"--scorers={folder / 'nowhere'}", f"--output={tmp_path}"
         )

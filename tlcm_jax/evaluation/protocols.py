@@ -57,8 +57,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
         prompts="captions_val2014.json of COCO; real images: val2014",
         count=10000,
         steps=(4,),
-        scores=("fid", "clip", "image_reward", "hps_v21", "pickscore", "mps"),
-        absent=("FID of images brought to 512 by Lanczos", "HPSv3"),
+        scores=("fid_512", "clip", "image_reward", "hps_v21", "pickscore", "mps"),
+        absent=("HPSv3",),
     ),
 }
 

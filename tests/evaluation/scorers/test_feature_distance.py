@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.support.scorer_files import write_clip, write_dinov2, write_images, write_inception
 from tlcm_jax.evaluation.scorers import feature_distance, frechet
@@ -52,6 +53,20 @@ def test_patches_are_cut_and_not_resized(tmp_path):
     scorer = load_scorer("patch_fid", str(tmp_path / "patch"))
     images = _images(2)
     np.testing.assert_array_equal(scorer.prepare(images), images[:, 5:304, :299])
+
+
+def test_dmd2_s_images_are_first_brought_to_512(tmp_path):
+    write_inception(tmp_path / "512")
+    np.savez(tmp_path / "512" / "real.npz", mu=np.zeros(128), sigma=np.eye(128))
+    scorer = load_scorer("fid_512", str(tmp_path / "512"))
+    images = _images(2)
+    lanczos, bicubic = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
+    expected = np.empty((2, 299, 299, 3), np.float32)
+    for row, image in enumerate(images):
+        smaller = np.asarray(Image.fromarray(image).resize((512, 512), lanczos), np.float32)
+        for i in range(3):
+            expected[row, ..., i] = Image.fromarray(smaller[..., i]).resize((299, 299), bicubic)
+    np.testing.assert_array_equal(scorer.prepare(images), expected.clip(0, 255))
 
 
 def test_stored_statistics(tmp_path):

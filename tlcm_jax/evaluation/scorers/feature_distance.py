@@ -3,6 +3,7 @@
 | score | features | an image becomes |
 |---|---|---|
 | `fid` | Inception of 2015-12-05 | 299 x 299, Pillow's bicubic in float, as clean-fid |
+| `fid_512` | the same | 512 x 512, Pillow's Lanczos, then as for `fid`: DMD2's |
 | `patch_fid` | the same | its middle 299 x 299 |
 | `fd_dinov2` | DINOv2 ViT-L/14, class token | 224 x 224, Pillow's bicubic |
 | `fd_clip` | CLIP ViT-L/14, class token after its norm | 224 x 224, Pillow's bicubic |
@@ -128,6 +129,13 @@ def resize_float(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 2
     )
 
 
+def resize_512(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 299 299 3"]:
+    """As DMD2's evaluation: to 512 x 512 by Pillow's Lanczos, rounded, then as `resize_float`."""
+    size = (512, 512)
+    smaller = [Image.fromarray(each).resize(size, Image.Resampling.LANCZOS) for each in images]
+    return resize_float(np.stack([np.asarray(each) for each in smaller]))
+
+
 def middle(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 299 299 3"]:
     """The middle 299 x 299 pixels, 0..255.
 
@@ -157,8 +165,8 @@ def _load_inception(path: str, *, name: str) -> FeatureDistance:
     def extract(params: Any, images: Array) -> Array:
         return network.apply({"params": params}, (images - 128) / 128)
 
-    prepare = resize_float if name == "fid" else middle
-    return _against_real(name, folder, params, prepare, extract)
+    prepares = {"fid": resize_float, "fid_512": resize_512, "patch_fid": middle}
+    return _against_real(name, folder, params, prepares[name], extract)
 
 
 def _load_dinov2(path: str) -> FeatureDistance:
@@ -285,6 +293,7 @@ def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
 
 LOADERS: Mapping[str, Callable[[str], FeatureDistance]] = {
     "fid": functools.partial(_load_inception, name="fid"),
+    "fid_512": functools.partial(_load_inception, name="fid_512"),
     "patch_fid": functools.partial(_load_inception, name="patch_fid"),
     "fd_dinov2": _load_dinov2,
     "fd_clip": _load_clip,
