@@ -73,7 +73,7 @@ def complete_folder(
       folder: the pipeline's.
       tokenizer: a folder with CLIP's `vocab.json` and `merges.txt`.
       unet: the UNet's config.
-      prediction_type: of its predictions, "epsilon" or "v_prediction".
+      prediction_type: of its predictions, "epsilon", "v_prediction" or "sample".
     """
 
     def write(path: str, content: Mapping[str, Any]) -> None:

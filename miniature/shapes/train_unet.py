@@ -3,11 +3,13 @@
     python -m miniature.shapes.train_unet --cache DIR/cache-r1 --output DIR/shapes-xl \\
         --workdir DIR/unet --scaling-factor 0.157 --tokenizer miniature/emoji-xl/tokenizer
 
-v prediction. With latents of deviation s the error is weighted as EDM weights it (Karras et al.,
-arXiv 2206.00364, table 1), so that every noise level asks for a unit-variance answer, and less
-where the noise hides everything:
+The network predicts x0 ("sample"): latents this small are below the noise at nearly all times, so
+that eps and v are nearly the input, which a network with norms passes on with an error of a tenth
+and more; times sigma, that is the speckle which x0 then has. The error is weighted as EDM weights
+it (Karras et al., arXiv 2206.00364, table 1), with latents of deviation s, so that every noise
+level asks for a unit-variance answer, and less where the noise hides everything:
 
-    loss = E (alpha_t^2 + sigma_t^2 / s^2) / (1 + (sigma_t / (5 alpha_t))^2) |v - v_hat|^2   (1)
+    loss = E (1 / r^2 + 1 / s^2) / (1 + (r / 5)^2) |x0 - x0_hat|^2,    r = sigma_t / alpha_t  (1)
 
 Matrices are trained by Muon (Jordan et al. 2024), all else by Adam. A tenth of the samples has
 the null conditioning (zeros, as SDXL has it). Weights, averaged, are written every `--save-every`
@@ -28,7 +30,6 @@ from safetensors.numpy import load_file
 
 from miniature.shapes import cache
 from miniature.teacher_folder import SCHEDULER, complete_folder, save_unet
-from tlcm_jax.diffusion.process import bcast_right
 from tlcm_jax.diffusion.scheduler_config import process_from_config
 from tlcm_jax.distillation.losses import mse
 from tlcm_jax.io import names
@@ -66,10 +67,10 @@ _EOS = 49407
 
 
 def initial_params(unet: UNet2DConditionModel) -> dict:
-    """Random weights; every residual branch begins at zero, and the network as v = 0.7 z / |z|.
+    """Random weights; every residual branch begins at zero, and the network as x0 = 0.
 
     The first 48 channels carry z and -z along the outermost skip to the last norm, where
-    silu(z) - silu(-z) = z: most of v is the noise itself, which then need not be learnt.
+    silu(z) - silu(-z) = z: where there is little noise, x0 is nearly z.
     """
     config = unet.config
     channels = config.in_channels
@@ -96,7 +97,6 @@ def initial_params(unet: UNet2DConditionModel) -> dict:
         sign = 1 if channel < channels else -1
         params["conv_in"]["kernel"][1, 1, channel % channels, channel] = sign
         shortcut[0, 0, width + channel, channel] = 1
-        params["conv_out"]["kernel"][1, 1, channel, channel % channels] = 0.7 * sign
     return params
 
 
@@ -171,21 +171,26 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.25, help="last share, falling to zero")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--init", type=Path, help="unet weights of another run")
+    parser.add_argument(
+        "--new-output", action="store_true", help="of --init: the last layer begins at zero"
+    )
     args = parser.parse_args()
 
-    complete_folder(args.output, args.tokenizer, CONFIG, "v_prediction")
+    complete_folder(args.output, args.tokenizer, CONFIG, "sample")
     unet = UNet2DConditionModel(UNetConfig.from_dict(CONFIG))
     params = initial_params(unet)
     print(f"UNet: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
     if args.init:
         params = read_weights(args.init, params)
+    if args.new_output:
+        params["conv_out"] = jax.tree.map(np.zeros_like, params["conv_out"])
     data = cache.load(args.cache)
     scale = args.scaling_factor
     mean = data["latents"][:5000].astype(np.float32).mean((0, 1, 2))
     deviation = scale * float(np.std(data["latents"][:5000].astype(np.float32) - mean))
     print(f"{len(data['ids'])} scenes, scaled latents' deviation {deviation:.4f}", flush=True)
     (first, first_params), (second, second_params) = towers(args.output)
-    process = process_from_config({**SCHEDULER, "prediction_type": "v_prediction"})
+    process = process_from_config({**SCHEDULER, "prediction_type": "sample"})
 
     def condition(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         # After the caption's end the second tokenizer pads with 0.
@@ -208,13 +213,12 @@ def main() -> None:
         side = 8.0 * x0.shape[1]
         time_ids = jnp.broadcast_to(jnp.array([[side, side, 0, 0, side, side]]), (size, 6))
         alpha, sigma = process.alpha(t), process.sigma(t)
-        wanted = bcast_right(alpha, x0) * noise - bcast_right(sigma, x0) * x0
-        v = unet.apply(
+        x0_hat = unet.apply(
             {"params": params}, process.add_noise(x0, noise, t), t,
             states * keep[:, None, None], pooled * keep[:, None], time_ids,
         )  # fmt: skip
-        error = mse(v, wanted) * (alpha**2 + sigma**2 / deviation**2)  # equation (1)
         ratio = sigma / alpha
+        error = mse(x0_hat, x0) * (1 / ratio**2 + 1 / deviation**2)  # equation (1)
         loss = jnp.mean(error / (1 + (ratio / 5) ** 2))
         bands = ((0, 0.3), (0.3, 1), (1, 3), (3, 99))
         within = [(ratio >= low) & (ratio < high) for low, high in bands]

@@ -144,8 +144,8 @@ def test_tables_that_are_no_diffusion_are_refused():
         DiscreteVP(table)
     with pytest.raises(ValueError, match="must fall strictly"):
         DiscreteVP(table[::-1], "v_prediction")
-    with pytest.raises(ValueError, match="prediction_type = 'sample'.*epsilon or v_prediction"):
-        DiscreteVP(table, "sample")
+    with pytest.raises(ValueError, match="prediction_type = 'flow'.*v_prediction or sample"):
+        DiscreteVP(table, "flow")
     with pytest.raises(ValueError, match="shift = 0.0"):
         RectifiedFlow(0.0)
     with pytest.raises(ValueError, match="num_train_timesteps = 1"):

@@ -95,7 +95,10 @@ def test_a_flow_has_its_shift():
         ({"thresholding": True}, "thresholding = True.*false"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas = True.*false"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting = True.*false"),
-        ({"prediction_type": "sample"}, "prediction_type = 'sample'.*epsilon or v_prediction"),
+        (
+            {"prediction_type": "flow"},
+            "prediction_type = 'flow'.*v_prediction or sample",
+        ),
         ({"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
         ({"trained_betas": [0.1, 0.2]}, r"trained_betas.*shape \(2,\).*1000 numbers"),
         ({"beta_end": 1.5}, "must fall strictly"),

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tests.support.published import write_sdxl_configs
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from tlcm_jax.families.load import abstract_model, load_model
+from tlcm_jax.families.stable_diffusion_products import PRODUCTS
 from tlcm_jax.io import names, sources
 from tlcm_jax.io.ldm_names import places
 from tlcm_jax.io.single_file import layout_of, write_single_file
@@ -417,6 +418,13 @@ def test_names_of_the_published_file(tmp_path):
 def test_sd2_has_no_place():
     with pytest.raises(ValueError, match="SD 2.x cannot be written as a single file"):
         layout_of({"text_encoder": {"hidden_act": "gelu"}})
+
+
+def test_models_that_predict_x0_have_no_mark(tmp_path):
+    folder = write_tiny_pipeline(tmp_path / "x0", prediction_type="sample")
+    with pytest.raises(ValueError, match='predicts x0 .*export "pipeline" instead'):
+        PRODUCTS["single-file"].check(folder)
+    PRODUCTS["pipeline"].check(folder)
 
 
 def test_names_without_a_place():

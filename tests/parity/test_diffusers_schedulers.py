@@ -28,7 +28,12 @@ CONFIG = {
 }
 # What users' fine-tunes of SD 2.x and SDXL have (Lin et al. 2023).
 ZERO_SNR = CONFIG | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-VP = {"eps": CONFIG, "v": CONFIG | {"prediction_type": "v_prediction"}, "v-zero-snr": ZERO_SNR}
+VP = {
+    "eps": CONFIG,
+    "x0": CONFIG | {"prediction_type": "sample"},
+    "v": CONFIG | {"prediction_type": "v_prediction"},
+    "v-zero-snr": ZERO_SNR,
+}
 SHAPE = (3, 4, 4, 2)
 MEAN_KEY, NOISE_KEY = jax.random.split(jax.random.key(0))
 DATA = Gaussian(jax.random.normal(MEAN_KEY, SHAPE), jnp.full(SHAPE, 0.3))
@@ -48,7 +53,7 @@ def raw(process, x0, z, t):
         alpha, sigma = (float(f(t)[0]) for f in (process.alpha, process.sigma))
         eps = (z - alpha * x0) / sigma
         v = alpha * eps - sigma * x0
-        prediction = {"epsilon": eps, "v_prediction": v}[process.prediction_type]
+        prediction = {"epsilon": eps, "v_prediction": v, "sample": x0}[process.prediction_type]
     return torch.from_numpy(np.array(prediction, np.float32))
 
 
@@ -105,7 +110,13 @@ def test_the_teacher_is_ddim(kind, spacing, steps):
 
 @pytest.mark.parametrize(
     ("kind", "steps"),
-    [*(("eps", steps) for steps in range(1, 9)), ("v", 4), ("v-zero-snr", 1), ("v-zero-snr", 4)],
+    [
+        *(("eps", steps) for steps in range(1, 9)),
+        ("v", 4),
+        ("x0", 4),
+        ("v-zero-snr", 1),
+        ("v-zero-snr", 4),
+    ],
 )
 def test_the_student_s_sampler_is_lcm_with_our_timesteps(kind, steps, monkeypatch):
     process = process_from_config(VP[kind])
@@ -157,7 +168,7 @@ def test_x0_noise_and_velocity_are_diffusers_(kind):
         assert_close(
             process.to_x0(*map(jnp.asarray, (eps, z)), t), output.pred_original_sample, 1e-5
         )
-        if kind != "eps":
+        if kind.startswith("v"):
             v = scheduler.get_velocity(*tensors).numpy()
             np.testing.assert_allclose(process.to_x0(*map(jnp.asarray, (v, z)), t), x0, atol=1e-5)
 

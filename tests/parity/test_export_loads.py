@@ -108,6 +108,13 @@ def test_products_of_zero_terminal_snr_draw_our_latents(tmp_path):
     assert max(results["lora"][2], results["pipeline"][2]) < 1e-4
 
 
+def test_products_of_a_teacher_that_predicts_x0_draw_our_latents(tmp_path):
+    teacher = load_model(write_tiny_pipeline(tmp_path / "x0", prediction_type="sample"))
+    products = export(teacher, ("lora", "pipeline"), tmp_path / "export", "fp32")
+    results = verify_products(products, teacher.source, steps=(2,))
+    assert max(results["lora"][2], results["pipeline"][2]) < 1e-4
+
+
 @pytest.mark.parametrize(("size", "passes"), [(2.0, False), (0.5, True)])
 def test_twice_the_tolerance_fails_and_half_of_it_passes(
     teacher, tmp_path, monkeypatch, size, passes

@@ -72,7 +72,7 @@ def cls_module(cls: str) -> str:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_samplers_are_diffusers_(name, kind, steps, monkeypatch):
     process = process_from_config(VP[kind])

@@ -10,6 +10,7 @@ a network's own prediction is converted once, by `to_x0`. One table, with z = al
     prediction      x0 =                           e = (z - alpha x0) / sigma    (2)
     epsilon         (z - sigma eps) / alpha
     v_prediction    alpha z - sigma v              (Salimans & Ho 2022, arXiv 2202.00512)
+    sample          the prediction itself
     velocity        z - t v,  v = e - x0           (flows: alpha = 1 - t, sigma = t)
 
 The deterministic step holds the e of (2) fixed from t to s. It is DDIM (Song et al. 2020, arXiv
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, Shaped
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def bcast_right(values: Shaped[Array, " b"], like: Shaped[Array, " b *latent"]) -> Array:
@@ -173,8 +174,8 @@ class DiscreteVP(Process):
 
     Attributes:
       alphas_cumprod: abar_t, float32, `[T]`, falling, inside (0, 1); the last may be 0 (zero
-        terminal SNR, Lin et al. 2023, arXiv 2305.08891) if the network predicts v.
-      prediction_type: what the raw network returns, "epsilon" or "v_prediction".
+        terminal SNR, Lin et al. 2023, arXiv 2305.08891) unless the network predicts eps.
+      prediction_type: what the raw network returns, one of `PREDICTION_TYPES`.
     """
 
     alphas_cumprod: Float[np.ndarray, " T"]
@@ -243,6 +244,8 @@ class DiscreteVP(Process):
     ) -> Float[Array, " b *latent"]:  # fmt: skip
         """See `Process`."""
         prediction = prediction.astype(jnp.float32)
+        if self.prediction_type == "sample":
+            return prediction
         alpha, sigma = bcast_right(self.alpha(t), z), bcast_right(self.sigma(t), z)
         if self.prediction_type == "v_prediction":
             return alpha * z - sigma * prediction

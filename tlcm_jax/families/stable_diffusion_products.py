@@ -88,6 +88,12 @@ def _write_pipeline(student: Student, folder: Path, weights: bool = True) -> Non
 
 def _check_single_file(folder: Path) -> None:
     check_components(folder)
+    scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("prediction_type") == "sample":
+        raise ValueError(
+            "a single file cannot say that a model predicts x0 (prediction_type 'sample'), and "
+            'would be sampled as one that predicts eps: export "pipeline" instead'
+        )
     towers = [name for name in TOWERS if (folder / name / "config.json").is_file()]
     layout_of({name: read_object(folder / name / "config.json") for name in towers})
 
