@@ -75,6 +75,8 @@ def cls_module(cls: str) -> str:
 @pytest.mark.parametrize("kind", ["eps", "v", "x0"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_samplers_are_diffusers_(name, kind, steps, monkeypatch):
+    if (name, kind) == ("euler_ancestral", "x0"):
+        pytest.skip("diffusers' own scheduler has no x0 prediction")
     process = process_from_config(VP[kind])
     sampler = PAIRS[name][3](process, steps)
     assert_close(ours(sampler, process), theirs(name, process, kind, steps, monkeypatch))
