@@ -6,9 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.support.tiny_pipeline import TOWER, UNET, VAE, write_tiny_pipeline
 from tlcm_jax.families.load import abstract_model, load_model
+from tlcm_jax.families.product import Student
+from tlcm_jax.io.model_card import Recipe
 from tlcm_jax.models.clip_text import CLIPTextConfig
 from tlcm_jax.models.unet_config import UNetConfig
 from tlcm_jax.models.vae import VAEConfig
@@ -147,3 +150,20 @@ def test_a_pointer_in_a_folder(folder):
         with pytest.raises(ValueError, match=f"{part}.*is a git-lfs pointer.*git lfs pull"):
             load_model(folder, on_device=False)
         (folder / part).write_bytes(whole)
+
+
+def test_a_student_that_predicts_v_says_so(tmp_path):
+    folder = write_tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
+    model = load_model(folder, on_device=False)
+    student = Student(
+        model=model, adapter=None, params=model.params["unet"], dtype="fp32", metadata={}
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    model.products["single-file"].write(student, out)
+    (file,) = out.glob("*.safetensors")
+    assert load_file(file)["v_pred"].size == 0
+    assert load_model(file, config=folder, on_device=False).process == model.process
+    recipe = Recipe(name="x", teacher="v", method="TLCM", times={2: (999, 499)})
+    assert "`v_pred`" in model.card(recipe, "single-file")
+    assert "`v_pred`" not in model.card(recipe, "pipeline")

@@ -203,6 +203,18 @@ def test_values_that_are_not_finite(tmp_path, unet, adapter, part):
         read_lora(rewrite(path, damage), unet)
 
 
+def test_factors_of_integers(tmp_path, unet, adapter):
+    path = write_lora(tmp_path / "lora.safetensors", adapter, dialect="kohya")
+    key = "lora_unet_mid_block_resnets_0_conv_shortcut"
+
+    def round_off(tensors):
+        tensors[f"{key}.alpha"] = np.array(RANK, np.int64)
+        tensors[f"{key}.lora_up.weight"] = tensors[f"{key}.lora_up.weight"].astype(np.int8)
+
+    with pytest.raises(ValueError, match=f"model: {key}.lora_up.weight is of int8, quantised"):
+        read_lora(rewrite(path, round_off), unet)
+
+
 @pytest.mark.parametrize("weight", ["nan", "inf", "1e39"])
 def test_a_lora_s_weight_is_a_number(tmp_path, unet, adapter, weight):
     path = write_lora(tmp_path / "lora.safetensors", adapter)

