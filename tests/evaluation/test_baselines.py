@@ -66,6 +66,24 @@ def test_each_is_sampled_as_its_authors_say(files):
     assert entries["lcm"].keys() == {"1", "2"} and entries["lightning"].keys() == {"2"}
 
 
+def test_a_unet_s_weights_alone_go_onto_the_teacher(files):
+    folder, base, _ = files
+    weights = folder / "other" / "unet" / "diffusion_pytorch_model.safetensors"
+    file = BaselineFile.parse(f"dmd2={weights}")
+    (one,) = contestants([file], base, [4])
+    found = one.draw(PROMPTS, 0, OPTIONS)
+    other = load_model(folder / "other")
+    whole = base.with_params(unet=other.params["unet"])
+    expected = generate_by(BASELINES["dmd2"].sampler(base.process, 4), whole, PROMPTS, 0)
+    assert np.max(np.abs(found.astype(int) - expected.astype(int))) <= 1
+    assert np.any(
+        found != generate_by(BASELINES["dmd2"].sampler(base.process, 4), base, PROMPTS, 0)
+    )
+    with pytest.raises(ValueError, match="is an autoencoder"):
+        vae = folder / "other" / "vae" / "diffusion_pytorch_model.safetensors"
+        next(contestants([BaselineFile.parse(f"dmd2={vae}")], base, [4])).draw(PROMPTS, 0, OPTIONS)
+
+
 def test_guidance_is_the_teacher_s(files):
     """DDIM's plan with guidance is the teacher's sampler, where its steps divide the schedule."""
     _, base, _ = files

@@ -14,8 +14,8 @@
 | turbo | euler_ancestral | 1 | 1 to 4 | stabilityai/sdxl-turbo |
 
 Guidance 1 is none: the model is called as it is (their cards write 0). The settings are those of
-the model cards as of 2025; none of these weights was run here. A path is a LoRA, which goes onto
-the teacher, or a whole pipeline.
+the model cards as of 2025; none of these weights was run here. A path is a LoRA or a UNet's weights
+alone, which go onto the teacher, or a whole pipeline.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from tlcm_jax.diffusion.process import Process
 from tlcm_jax.diffusion.samplers import Sampler
 from tlcm_jax.evaluation.contestants import Contestant
 from tlcm_jax.families.base import LatentModel
-from tlcm_jax.families.load import load_model
+from tlcm_jax.families.load import load_model, with_backbone
 from tlcm_jax.generation.generate import generate_by, merged
 from tlcm_jax.generation.image_store import weights_hash
 from tlcm_jax.io.lora_stack import apply_loras
@@ -75,7 +75,7 @@ class BaselineFile:
     Attributes:
       name: a key of `BASELINES`.
       steps: for which the file is; None for all that it takes.
-      path: a LoRA or a whole pipeline.
+      path: a LoRA, a UNet's weights, or a whole pipeline.
     """
 
     name: str
@@ -131,8 +131,10 @@ def contestants(
 
     @functools.lru_cache(maxsize=1)
     def load(path: str) -> LatentModel:
-        if _is_pipeline(Path(path)):
+        if _holds(Path(path), "model_index.json", "first_stage_model."):
             return load_pipeline(path)
+        if _holds(Path(path), "", "conv_in.weight"):
+            return with_backbone(base, path)
         model, adapter = apply_loras(base, [path])
         if adapter is None:
             return model
@@ -166,8 +168,8 @@ def contestants(
             )
 
 
-def _is_pipeline(path: Path) -> bool:
-    """Whether a folder or file holds a whole pipeline, not a LoRA."""
+def _holds(path: Path, file: str, key: str) -> bool:
+    """Whether a folder has a file of this name, or a file a tensor whose name begins so."""
     if path.is_dir():
-        return (path / "model_index.json").is_file()
-    return any(key.startswith("first_stage_model.") for key in TensorFile([path]))
+        return bool(file) and (path / file).is_file()
+    return any(name.startswith(key) for name in TensorFile([path]))

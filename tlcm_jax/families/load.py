@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from tlcm_jax.families.base import LatentModel
@@ -97,6 +98,27 @@ def load_model(
     return dataclasses.replace(
         model, params=params, tokenizers=tokenizers, decoder_source=elsewhere
     )
+
+
+def with_backbone(model: LatentModel, path: str | Path) -> LatentModel:
+    """A model whose backbone's weights are another file's, which holds nothing else.
+
+    Args:
+      model: the model; the new weights lie where its own do.
+      path: safetensors with the component's own names, such as diffusers' UNet.
+
+    Raises:
+      ValueError: the file is another network's, or a weight is not a finite number.
+    """
+    shapes = model.params[model.backbone]
+    tensors = TensorFile([Path(path)])
+    views = names.match_tensors(tensors, shapes, str(path))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    try:
+        params = to_devices(views, shapes, tensors.release, shardings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return model.with_params(**{model.backbone: params})
 
 
 def abstract_model(
