@@ -113,6 +113,7 @@ OUT_PROJ = "text_model.encoder.layers.0.self_attn.out_proj"
         (f"text_encoders.clip_g.transformer.{FC1}.lora_down.weight", "text_encoder_2", FC1,
          "lora_A"),
         (f"text_encoders.clip_l.transformer.{FC1}.lora_B.weight", "text_encoder", FC1, "lora_B"),
+        (f"clip_g.{FC1}.lora_B.weight", "text_encoder_2", FC1, "lora_B"),
     ],
 )  # fmt: skip
 def test_names(key, network, layer, part):

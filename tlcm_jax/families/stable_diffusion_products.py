@@ -24,6 +24,8 @@ def _converted(layers: Iterable[str]) -> dict[str, str]:
     return unet_layers(set(layers) - {"time_embedding.cond_proj"})
 
 
+# ComfyUI's and OneTrainer's names of a text encoder.
+_TEXT_STEMS = ("text_encoders.{}.transformer.", "{}.transformer.", "text_encoders.{}.", "{}.")
 LORA_NAMES = LoraNames(
     backbone=UNET,
     kohya={
@@ -33,8 +35,8 @@ LORA_NAMES = LoraNames(
     },
     dotted={
         UNET: ("diffusion_model.", "model.diffusion_model."),
-        TOWERS[0]: ("text_encoders.clip_l.transformer.", "clip_l.transformer."),
-        TOWERS[1]: ("text_encoders.clip_g.transformer.", "clip_g.transformer."),
+        TOWERS[0]: tuple(stem.format("clip_l") for stem in _TEXT_STEMS),
+        TOWERS[1]: tuple(stem.format("clip_g") for stem in _TEXT_STEMS),
     },
     converted=_converted,
 )
