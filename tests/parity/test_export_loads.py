@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 reason = "loading an export in its consumer needs torch, diffusers and peft"
 torch = pytest.importorskip("torch", reason=reason)
@@ -102,10 +103,23 @@ def test_products_of_zero_terminal_snr_draw_our_latents(tmp_path):
     write_json(path, {**config, "rescale_betas_zero_snr": True})
     teacher = load_model(folder)
     assert teacher.process.alphas[-1] == 0
-    products = export(teacher, ("lora", "pipeline"), tmp_path / "export", "fp32")
+    products = export(teacher, ("kohya", "pipeline", "single-file"), tmp_path / "export", "fp32")
     assert load_model(products["pipeline"]).process == teacher.process
     results = verify_products(products, teacher.source, steps=(2,))
-    assert max(results["lora"][2], results["pipeline"][2]) < 1e-4
+    assert max(differences[2] for differences in results.values()) < 1e-4
+    # Other programs know by markers what the file predicts.
+    with safe_open(products["single-file"], framework="numpy") as file:
+        assert {"v_pred", "ztsnr"} < set(file.keys())
+        assert file.get_tensor("v_pred").shape == (0,)
+        header = file.metadata()
+    assert header["modelspec.prediction_type"] == "v"
+    assert header["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    with safe_open(products["kohya"], framework="numpy") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sdxl_base_v1-0" and header["ss_network_dim"] == "4"
+    workflow = json.loads((products["single-file"].parent / "comfyui_workflow.json").read_text())
+    (marked,) = (n for n in workflow.values() if n["class_type"] == "ModelSamplingDiscrete")
+    assert marked["inputs"]["zsnr"] is True
 
 
 def test_products_of_a_teacher_that_predicts_x0_draw_our_latents(tmp_path):

@@ -140,6 +140,10 @@ class LatentModel:
         """
         raise NotImplementedError
 
+    def companions(self, recipe: Any, product: str) -> dict[str, str]:
+        """Texts that lie beside a product, by file name; arguments as `card`'s."""
+        return {}
+
     def check_teacher(self) -> None:
         """Raises a ValueError, which says why, if the model cannot be distilled."""
 

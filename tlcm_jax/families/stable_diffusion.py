@@ -16,6 +16,7 @@ from tlcm_jax.diffusion.scheduler_config import process_from_config
 from tlcm_jax.families.base import LatentModel, abstract_params
 from tlcm_jax.families.product import Params
 from tlcm_jax.families.stable_diffusion_products import LORA_NAMES, PRODUCTS, TOWERS, VAE
+from tlcm_jax.families.stable_diffusion_tools import WORKFLOW, settings_text, workflow
 from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.ldm_names import UNET
 from tlcm_jax.io.model_card import Recipe, model_card
@@ -151,7 +152,9 @@ class StableDiffusion(LatentModel):
     def card(self, recipe: Recipe, product: str) -> str:
         """See `LatentModel`."""
         sdxl = len(self.text_encoders) == 2
-        card = model_card(dataclasses.replace(recipe, sdxl=sdxl), product)
+        recipe = dataclasses.replace(recipe, sdxl=sdxl)
+        tools = settings_text(recipe, product, self.process, self.configs[UNET])
+        card = model_card(recipe, product, tools)
         marks, _ = marks_of(self.configs["scheduler"])
         if product != "single-file" or not marks:
             return card
@@ -160,6 +163,11 @@ class StableDiffusion(LatentModel):
             f"\n## Prediction\nThe UNet predicts v. The file says so by {named}, empty tensors "
             "that ComfyUI, Forge and A1111 look for; other tools may have to be told.\n"
         )
+
+    def companions(self, recipe: Recipe, product: str) -> dict[str, str]:
+        """See `LatentModel`: a workflow of ComfyUI."""
+        text = workflow(recipe, product, self.process, self.resolution)
+        return {} if text is None else {WORKFLOW: text}
 
     def check_teacher(self) -> None:
         """See `LatentModel`."""

@@ -12,6 +12,7 @@ from tlcm_jax.io.ldm_names import UNET, unet_layers
 from tlcm_jax.io.lora_export import write_lora
 from tlcm_jax.io.lora_names import LoraNames
 from tlcm_jax.io.model_card import FILES
+from tlcm_jax.io.modelspec import modelspec
 from tlcm_jax.io.pipeline_folder import check_components, write_component, write_pipeline
 from tlcm_jax.io.single_file import layout_of, write_single_file
 from tlcm_jax.io.sources import CONFIG_FOLDER
@@ -42,10 +43,27 @@ LORA_NAMES = LoraNames(
 )
 
 
+def _header(student: Student, rank: int = 0) -> dict[str, str]:
+    model = student.model
+    layout = "sdxl" if TOWERS[1] in model.params else "sd"
+    if model.configs[TOWERS[0]].get("hidden_act", "quick_gelu") != "quick_gelu":
+        layout = "sd2"
+    return modelspec(
+        student.metadata, layout, rank=rank,
+        prediction_type=model.process.prediction_type, resolution=model.resolution,
+    )  # fmt: skip
+
+
+def _rank(adapter: Mapping) -> int:
+    """The greatest rank of an adapter's layers."""
+    flat = flax.traverse_util.flatten_dict(adapter)
+    return max((leaf.shape[-1] for path, leaf in flat.items() if path[-1] == "lora_A"), default=0)
+
+
 def _write_lora(student: Student, folder: Path) -> None:
     write_lora(
         folder / FILES["lora"], student.adapter or {}, LORA_NAMES, dtype=student.dtype,
-        metadata=student.metadata,
+        metadata=_header(student, _rank(student.adapter or {})),
     )  # fmt: skip
 
 
@@ -55,7 +73,7 @@ def _write_kohya(student: Student, folder: Path) -> None:
     write_lora(
         folder / FILES["kohya"], adapter, LORA_NAMES, dialect="kohya",
         renamed=_single_file_names(student.model.params[UNET], adapter) if sdxl else None,
-        dtype=student.dtype, metadata=student.metadata,
+        dtype=student.dtype, metadata=_header(student, _rank(adapter)),
     )  # fmt: skip
 
 
@@ -104,7 +122,7 @@ def _write_single_file(student: Student, folder: Path) -> None:
     params = {**student.model.params, UNET: student.params}
     layout = layout_of(student.model.configs)
     write_single_file(
-        folder / FILES["single-file"], params, layout, student.dtype, student.metadata,
+        folder / FILES["single-file"], params, layout, student.dtype, _header(student),
         student.model.configs["scheduler"],
     )  # fmt: skip
     # What the file itself cannot say, so that it loads without a network.

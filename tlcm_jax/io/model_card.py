@@ -1,6 +1,10 @@
-"""The model card: what an export is, how to sample with it, and whose licence it is under."""
+"""The model card: what an export is, how to sample with it, and whose licence it is under.
+
+Names and settings come from recipes and folders: none becomes Markdown, HTML, YAML or Python.
+"""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,35 +97,56 @@ def teacher_licence(folder: Path) -> str:
     return "not stated in its folder"
 
 
-def model_card(recipe: Recipe, product: str) -> str:
+def headline(recipe: Recipe) -> int:
+    """The number of steps that examples draw in: four, as the paper's, or as many as there are."""
+    return min(4, max(recipe.times))
+
+
+def plain_text(text: str) -> str:
+    """A name as one line of text that Markdown and HTML show as it stands."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"[\\`*\[\]<>&|#~!]", lambda found: f"&#{ord(found[0])};", line)
+
+
+def _code(text: str) -> str:
+    """A line within backticks, which it cannot end."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return f"`{line.replace('`', chr(39))}`"
+
+
+def model_card(recipe: Recipe, product: str, tools: str = "") -> str:
     """The text of `README.md`.
 
     Args:
       recipe: how the student was made.
-      product: one of `products.TARGETS`.
+      product: a form of the family's table.
+      tools: sections on other programs than diffusers, Markdown.
     """
-    stages = "\n".join(f"{i}. `{line}`" for i, line in enumerate(recipe.stages, 1))
-    ingredients = "\n".join(f"- {line}" for line in recipe.ingredients)
+    stages = "\n".join(f"{i}. {_code(line)}" for i, line in enumerate(recipe.stages, 1))
+    ingredients = "\n".join(f"- {plain_text(line)}" for line in recipe.ingredients)
     table = "\n".join(f"| {n} | {_join(times)} |" for n, times in recipe.times.items())
     tags = [name.strip().lower().replace(" ", "-") for name in recipe.method.split("+")]
     scales = " and ".join(f"{scale:g}" for scale in recipe.guidance_scales)
     guidance = f"the teacher's, scale {scales}, is" if scales else "the teacher's is"
     rank = f" of rank {recipe.rank}" if recipe.rank else ""
     form = {
-        "lora": f"a LoRA{rank} in diffusers' names",
-        "kohya": f"a LoRA{rank} in kohya's names (ComfyUI, A1111; diffusers reads it too)",
+        "lora": f"a LoRA{rank} in diffusers' names, for diffusers alone",
+        "kohya": f"a LoRA{rank} in kohya's names, which ComfyUI, A1111, Forge, sd-scripts and "
+        "diffusers all take whole",
         UNET: "the student's UNet, as diffusers' `from_pretrained` reads it",
         "pipeline": "a whole diffusers pipeline, the student's weights merged in",
-        "single-file": "a single-file checkpoint for ComfyUI and A1111, the student's weights "
-        "merged in; `config` beside it is for diffusers, which otherwise fetches the teacher's",
+        "single-file": "a single-file checkpoint for ComfyUI, A1111, Forge and sd-scripts, the "
+        "student's weights merged in; `config` beside it is for diffusers, which otherwise fetches "
+        "the teacher's",
     }[product]
     return f"""---
 library_name: diffusers
 tags: [{", ".join(["text-to-image", "distillation", *tags])}]
 ---
-# {recipe.name}, distilled to {min(recipe.times)} to {max(recipe.times)} steps by {recipe.method}
+# {plain_text(recipe.name)}, distilled to {min(recipe.times)} to {max(recipe.times)} steps by \
+{recipe.method}
 
-{form[0].upper() + form[1:]}. Distilled from `{recipe.teacher}` with {PROJECT}.
+{form[0].upper() + form[1:]}. Distilled from {_code(recipe.teacher)} with {PROJECT}.
 
 ## Use
 ```python
@@ -135,10 +160,10 @@ tags: [{", ".join(["text-to-image", "distillation", *tags])}]
 | steps | `timesteps` |
 |---|---|
 {table}
-{_advice(recipe, product)}
+{tools}{_advice(recipe, product)}
 ## Recipe
-- Teacher: `{recipe.teacher}`, frozen
-- Trained: {recipe.trained}
+- Teacher: {_code(recipe.teacher)}, frozen
+- Trained: {plain_text(recipe.trained)}
 - Data: {recipe.data}
 - Method: {recipe.method}
 
@@ -149,7 +174,7 @@ Stages, in order:
 {stages}
 
 ## Licence
-The teacher's licence applies to its students: {recipe.licence}.
+The teacher's licence applies to its students: {plain_text(recipe.licence)}.
 """
 
 
@@ -182,8 +207,7 @@ def _sampler(recipe: Recipe) -> _Sampler:
 
 def _snippet(recipe: Recipe, product: str) -> str:
     kind, sampler = _PIPELINE[recipe.sdxl], _sampler(recipe)
-    # Four steps, as the paper's headline; or as many as there are.
-    times = recipe.times[min(4, max(recipe.times))]
+    times = recipe.times[headline(recipe)]
     draw = f"""image = pipe(
     "a prompt", timesteps=[{_join(times)}], guidance_scale=0,{sampler.call}
     generator=torch.Generator().manual_seed(0),
@@ -220,9 +244,11 @@ def _snippet(recipe: Recipe, product: str) -> str:
 
 def _loading(teacher: str) -> str:
     """How diffusers loads a teacher, up to further arguments."""
-    if teacher.endswith(".safetensors"):
-        return f'from_single_file("path/to/{teacher}"'
-    return f'from_pretrained("{teacher if "/" in teacher else f"path/to/{teacher}"}"'
+    path = teacher if "/" in teacher else f"path/to/{teacher}"
+    # A name may hold quotes and line ends; so may no literal of the snippet.
+    literal = json.dumps(path).replace("`", "\\u0060")
+    kind = "from_single_file" if teacher.endswith(".safetensors") else "from_pretrained"
+    return f"{kind}({literal}"
 
 
 def _advice(recipe: Recipe, product: str) -> str:

@@ -97,7 +97,9 @@ def export_products(
         with atomic_write(folder, replace=_is_export(folder)) as part:
             part.mkdir()
             product.write(student, part)
-            (part / "README.md").write_text(model.card(recipe, name), encoding="utf-8")
+            texts = {"README.md": model.card(recipe, name), **model.companions(recipe, name)}
+            for file, text in texts.items():
+                (part / file).write_text(text, encoding="utf-8")
         written[name] = folder if product.file is None else folder / product.file
     return written
 
