@@ -1,0 +1,1 @@
+"""Damaged and hostile inputs: how they are made, who reads them, and what is watched."""
