@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from tlcm_jax.evaluation.scorers.base import Scorer
+from tlcm_jax.io.json_files import parse, read_object
+from tlcm_jax.io.scorer_files import read_own
+from tlcm_jax.io.tensors import TensorFile
 
 FOLDER = Path(__file__).with_name("scorer")
 CONFIG, WEIGHTS = "scorer.json", "scorer.safetensors"
@@ -98,20 +100,11 @@ class ContrastiveScorer(Scorer):
                     f"{folder} holds no scorer: {name} is missing; train one with "
                     "`python -m miniature.train_scorer`"
                 )
-        try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            tensors = load_file(folder / WEIGHTS)
-            network = ContrastiveNetwork(
-                tuple(config["widths"]), config["features"], config["resolution"]
-            )
-            threshold = float(config["threshold"])
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: a file of the scorer is damaged ({error})") from error
-        wanted = {k: v.shape for k, v in _flat(initial_shapes(network)).items()}
-        if {k: v.shape for k, v in tensors.items()} != wanted:
-            raise ValueError(f"{folder}: {WEIGHTS} and {CONFIG} do not belong together")
-        floats = {name: leaf.astype(np.float32) for name, leaf in tensors.items()}
-        return cls(network, flax.traverse_util.unflatten_dict(floats, sep="/"), threshold)
+        config = parse(folder / CONFIG, read_object(folder / CONFIG, "scorer"), _Sizes.from_dict)
+        network = ContrastiveNetwork(config.widths, config.features, config.resolution)
+        inputs = _inputs(network)
+        params = read_own(TensorFile([folder / WEIGHTS]), network, inputs, str(folder / WEIGHTS))
+        return cls(network, params, config.threshold)
 
     def save(self, folder: str | Path) -> None:
         """Writes the weights (fp16) and the description."""
@@ -152,12 +145,32 @@ def words(prompts: Sequence[str]) -> np.ndarray:
     return table
 
 
-def initial_shapes(network: ContrastiveNetwork) -> Any:
-    """The parameters' shapes."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """What the description of a scorer says."""
+
+    widths: tuple[int, ...]
+    features: int
+    resolution: int
+    threshold: float
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "_Sizes":
+        if len(raw["widths"]) > 16 or raw["resolution"] > 16_384:
+            raise ValueError("its widths or its resolution are no network's")
+        return cls(widths=tuple(raw["widths"]), features=raw["features"],
+                   resolution=raw["resolution"], threshold=raw["threshold"])  # fmt: skip
+
+
+def _inputs(network: ContrastiveNetwork) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     side = network.resolution
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    texts = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-    return jax.eval_shape(network.init, jax.random.key(0), images, texts)["params"]
+    return images, jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+
+
+def initial_shapes(network: ContrastiveNetwork) -> Any:
+    """The parameters' shapes."""
+    return jax.eval_shape(network.init, jax.random.key(0), *_inputs(network))["params"]
 
 
 def _flat(params: Any) -> dict[str, Any]:

@@ -23,14 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from miniature.judge_network import JudgeNetwork
 from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.evaluation.scorers import frechet
 from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer
 from tlcm_jax.evaluation.scorers.frechet import Moments
+from tlcm_jax.io.json_files import naming, read_object
+from tlcm_jax.io.placement import check_finite
+from tlcm_jax.io.tensors import TensorFile
 
 FOLDER = pathlib.Path(__file__).with_name("judge")
 WEIGHTS, DESCRIPTION = "judge.safetensors", "judge.json"
@@ -344,12 +346,23 @@ def _load(folder: pathlib.Path) -> Judge:
                 "train one with `python -m miniature.train_judge`"
             )
     try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        arrays = load_file(folder / WEIGHTS)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: a file of the judge is damaged ({error})") from error
-    if not isinstance(described, dict) or described.get("format") != _FORMAT:
+        described = read_object(folder / DESCRIPTION, "judge")
+        arrays = TensorFile([folder / WEIGHTS])
+        for name in arrays:
+            check_finite(name, arrays[name])
+    except ValueError as error:
+        raise ValueError(f"{folder}: a file of the judge is damaged ({error})") from None
+    if described.get("format") != _FORMAT:
         raise ValueError(f"{folder / DESCRIPTION} is not a judge of format {_FORMAT}")
+    with naming(folder / DESCRIPTION):
+        return _described(described, arrays)
+
+
+def _described(described: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Judge:
+    """The judge that a description and its arrays make."""
+    for key in ("side", "width", "resolution"):
+        if not isinstance(described[key], int) or not 0 < described[key] <= 16_384:
+            raise ValueError(f"{key} = {described[key]!r}: must be a whole number of pixels")
     network = JudgeNetwork(
         classes=len(described["labels"]),
         styles=len(described["styles"]),
@@ -369,7 +382,7 @@ def _load(folder: pathlib.Path) -> Judge:
         }
         centre, projection = arrays["frechet/centre"], arrays["frechet/projection"]
     except KeyError as error:
-        raise ValueError(f"{folder / WEIGHTS} lacks {error}: it is not this judge's") from error
+        raise ValueError(f"{WEIGHTS} lacks {error}: it is not this judge's") from None
     return Judge(
         network=network,
         params=params,

@@ -53,7 +53,7 @@ def run(values: flags.FlagValues) -> None:
     config, trained = load_adapter(values.workdir, values.step)
     path, vae = config["model"]["path"], config["model"].get("vae") or None
     family, folder = find_family(path)
-    check_products(family.products, folder, values.to, values.dtype)
+    check_products(family.products, folder, values.to, values.dtype, values.output)
     if values.verify:
         if family.verified_by is None:
             raise ValueError("--verify: no other library reads the products of this model")

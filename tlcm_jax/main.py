@@ -83,7 +83,7 @@ def run(
             f"--workdir {workdir} is no folder: mount the bucket (gcsfuse, as "
             "launch/tpu_slice.sh does) and give the folder it is mounted on"
         )
-    wanted = outputs.load_outputs(settings := read(config))
+    wanted = outputs.load_outputs(settings := read(config), Path(workdir))
     result = train(
         config,
         workdir,

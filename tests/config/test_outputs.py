@@ -142,6 +142,18 @@ def test_what_is_missing_is_found_before_the_run(recipe, change, message):
         outputs.load_outputs(read(recipe | change))
 
 
+def test_a_place_that_is_taken_is_found_before_the_run(recipe, tmp_path):
+    taken = tmp_path / "export" / "kohya" / "thesis.txt"
+    taken.parent.mkdir(parents=True)
+    chosen = read(recipe | dict(evaluation=None))
+    outputs.load_outputs(chosen, tmp_path)
+    taken.write_text("")
+    with pytest.raises(FileExistsError, match="export/kohya already holds files"):
+        outputs.load_outputs(chosen, tmp_path)
+    (taken.parent / "README.md").write_text("made with tlcm_jax")  # an earlier export is replaced
+    outputs.load_outputs(chosen, tmp_path)
+
+
 def test_a_run_of_one_process_is_where_it_should_be(recipe, run):
     _, result = run
     assert outputs.gather_to_local(result, read(recipe)) is result

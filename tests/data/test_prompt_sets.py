@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tlcm_jax.data.prompt_sets import read_prompt_set
+from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
 
 
 def test_cocos_captions_are_each_images_first_by_image_id(tmp_path):
@@ -44,3 +44,10 @@ def test_a_column_of_a_table(tmp_path):
     table.write_text("prompt\n")
     with pytest.raises(ValueError, match="has no column prompt"):
         read_prompt_set(table)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "..", "a/b", "a\0b", "a\n"])
+def test_a_name_is_one_of_a_file(name):
+    """Images are written under it."""
+    with pytest.raises(ValueError, match="its name must be one of a file"):
+        PromptSet(name=name, prompts=("a cat",))

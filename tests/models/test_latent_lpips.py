@@ -61,7 +61,7 @@ def test_what_is_saved_is_what_is_loaded(params, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, loaded)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("8", "16", 1))
-    with pytest.raises(ValueError, match="does not fit config.json: "):
+    with pytest.raises(ValueError, match="does not fit its config: "):
         load_latent_lpips(tmp_path)
     config.unlink()
     with pytest.raises(FileNotFoundError, match="holds no latent LPIPS"):

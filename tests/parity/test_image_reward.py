@@ -112,7 +112,7 @@ def test_what_is_missing_or_wrong_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="'image_reward' are missing.*THUDM/ImageReward"):
         load_scorer("image_reward", str(tmp_path))
     save_tensors(tmp_path / "ImageReward.safetensors", {"a": np.zeros(1, np.float32)})
-    with pytest.raises(ValueError, match="holds no ImageReward: it has no blip.visual_encoder"):
+    with pytest.raises(ValueError, match="'blip.visual_encoder.* is missing"):
         load_scorer("image_reward", str(tmp_path))
     (tmp_path / "ImageReward.safetensors").write_bytes(
         (folder / "ImageReward.safetensors").read_bytes()

@@ -38,6 +38,9 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match="line 2, is not JSON"):
         MetricsWriter(tmp_path).resume(2)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[1]\n{"loss": 2}\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2, is not JSON of a row"):
+        MetricsWriter(tmp_path).resume(2)
 
 
 def test_the_folder_is_made_with_those_above_it(tmp_path):

@@ -19,13 +19,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tlcm_jax.config.schema import Settings, StageSettings
 from tlcm_jax.data.prompts import read_prompts
 from tlcm_jax.diffusion.timesteps import milestone_indices, student_timesteps
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.io.model_card import Recipe, teacher_licence, teacher_name
+from tlcm_jax.io.npz_files import read_npz
 
 # Method -> its paper on arXiv.
 PAPERS = {
@@ -159,8 +158,7 @@ def training_texts(settings: Settings) -> frozenset[str]:
     if not all(of_data):
         texts += read_prompts(settings.prompts)
     if any(of_data):
-        with np.load(settings.latents) as file:
-            texts += map(str, file["captions"])
+        texts += map(str, read_npz(settings.latents, ("captions",))["captions"])
     return frozenset(texts)
 
 

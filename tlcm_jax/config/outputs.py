@@ -28,18 +28,24 @@ from tlcm_jax.training.state import TrainState
 EXPORT, SAMPLES = "export", "samples"
 
 
-def load_outputs(settings: Settings) -> FinalEval | None:
+def load_outputs(settings: Settings, workdir: Path | None = None) -> FinalEval | None:
     """Loads what the outputs of a recipe need, so that what is missing is found before training.
+
+    Args:
+      settings: the recipe.
+      workdir: the folder of the run, whose exports must have room there.
 
     Returns:
       What is evaluated; None if nothing is.
 
     Raises:
       FileNotFoundError, ValueError: a prompt file, a scorer or a product that there is not.
+      FileExistsError: something else lies where an export will.
     """
     if settings.export:
         family, folder = find_family(settings.model.path)
-        check_products(family.products, folder, settings.export)
+        output = None if workdir is None else workdir / EXPORT
+        check_products(family.products, folder, settings.export, output=output)
     chosen = settings.evaluation
     if chosen is None:
         return None

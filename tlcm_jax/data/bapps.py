@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
+from tlcm_jax.io.npz_files import read_npy
+
 
 def bapps_triplets(
     folder: str | Path,
@@ -59,7 +61,7 @@ def _batches(files: list[Path], encode: Callable, size: int, seed: int) -> Itera
             part: encode(np.stack([_picture(each[part]) for each in chosen]))
             for part in ("reference", "first", "second")
         }
-        verdicts = [np.load(each["verdict"], allow_pickle=False).mean() for each in chosen]
+        verdicts = [read_npy(each["verdict"]).mean() for each in chosen]
         yield {**batch, "verdict": jnp.asarray(verdicts, jnp.float32)}
 
 

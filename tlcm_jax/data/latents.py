@@ -5,10 +5,11 @@ them, float16 or float32; and `captions` `[n]`. `miniature/encode_latents.py` wr
 """
 
 import os
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
+
+from tlcm_jax.io.npz_files import read_npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +38,14 @@ def read_latents(path: str | os.PathLike, shape: tuple[int, ...]) -> LatentSet:
         another shape or are not finite.
     """
     try:
-        with np.load(path) as file:
-            latents, captions = file["latents"], file["captions"]
+        found = read_npz(path, ("latents", "captions"))
+        latents, captions = found["latents"], found["captions"]
     except FileNotFoundError:
         raise FileNotFoundError(f"file of latents {os.fspath(path)} does not exist") from None
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)} is no .npz of `latents` and `captions` ({error})"
-        ) from error
+        ) from None
     if latents.shape[1:] != shape or not len(latents):
         raise ValueError(
             f"latents of {os.fspath(path)} are {list(latents.shape)}, the model's "

@@ -1,7 +1,6 @@
 """Prompts to evaluate on, with what each of them asks for where that is known."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,9 @@ from typing import Any
 
 from tlcm_jax.data.prompt_files import split_column
 from tlcm_jax.data.prompts import read_prompts
+from tlcm_jax.io.json_files import read_json
+
+_LARGEST = 256 * 2**20  # bytes of captions; COCO's 2017 training set has 92 MB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class PromptSet:
     annotations: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or self.name == ".." or not self.name.isprintable():
+            raise ValueError(f"prompt set {self.name!r}: its name must be one of a file")
         if not self.prompts:
             raise ValueError(f"prompt set {self.name!r} is empty: give at least one prompt")
         for key, values in self.annotations.items():
@@ -82,15 +86,19 @@ def read_prompt_set(path: str | os.PathLike, name: str = "") -> PromptSet:
 
 def _read_annotations(beside: Path, path: Path, prompts: Sequence[str]) -> dict[str, list]:
     try:
-        rows = json.loads(beside.read_text(encoding="utf-8"))
+        rows = read_json(beside, "prompts")
     except ValueError as error:
-        raise ValueError(f"{beside} is not valid JSON ({error}): correct or remove it") from None
+        raise ValueError(f"{error}: correct or remove it") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{beside} must be a list of objects, one a prompt: correct or remove it")
     texts = [row.get("prompt") for row in rows]
     if texts != list(prompts):
         line = next(
-            (i for i, pair in enumerate(zip(texts, prompts, strict=False)) if len(set(pair)) > 1),
+            (
+                i
+                for i, (text, prompt) in enumerate(zip(texts, prompts, strict=False))
+                if text != prompt
+            ),
             min(len(texts), len(prompts)),
         )
         raise ValueError(
@@ -110,11 +118,11 @@ def _read_captions(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "prompts", _LARGEST)
         first: dict[int, str] = {}
         for annotation in found["annotations"]:
             first.setdefault(int(annotation["image_id"]), str(annotation["caption"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{path} is not COCO's captions, a JSON object with `annotations` ({error!r}); for "
             "prompts of your own give a text file, a .csv or a .jsonl"

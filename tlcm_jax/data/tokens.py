@@ -15,6 +15,13 @@ import ftfy
 import numpy as np
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from tlcm_jax.io.json_files import read_object
+
+_LARGEST = 16 * 2**20  # bytes of a file; CLIP's tokenizer.json has 2 MB
+_SIDE_FILES = (
+    "vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
 
 def tokenize(
     tokenizers: Sequence[PreTrainedTokenizerBase],
@@ -81,15 +88,23 @@ def read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
         with file.open("rb") as opened:
             if opened.read(23) == b"version https://git-lfs":
                 raise ValueError(f"{file} is a git-lfs pointer, not the file: run `git lfs pull`")
+    for file in folder.glob("*"):
+        if file.is_file() and file.suffix in (".json", ".txt") and file.stat().st_size > _LARGEST:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, over {_LARGEST}")
+        if file.name in _SIDE_FILES:
+            read_object(file, "tokenizer")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        largest = max(tokenizer.get_vocab().values())
+        ids = tokenizer.get_vocab().values()
+        smallest, largest = min(ids), max(ids)
         marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         length = int(tokenizer.model_max_length)
-    except Exception as error:  # of whatever kind: the library trusts its files
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of whatever kind: the library trusts its files, and panics
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder} holds no CLIP tokenizer that can be read ({reason})") from None
-    if largest >= vocabulary or None in marks or length < 3:
+    if smallest < 0 or largest >= vocabulary or None in marks or length < 3:
         raise ValueError(
             f"{folder} does not go with its text encoder: token ids up to {largest} of a "
             f"vocabulary of {vocabulary}; begin, end, padding {marks}; {length} tokens a text"

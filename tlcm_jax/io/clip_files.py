@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from tlcm_jax.io import names
 from tlcm_jax.io.clip_names import is_open_clip, open_clip_places
+from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.placement import to_host
 from tlcm_jax.io.places import PlacedTensors
-from tlcm_jax.io.scorer_files import Published, open_weights, read_json
+from tlcm_jax.io.scorer_files import Published, open_weights
 from tlcm_jax.io.tensors import TensorFile, Tensors
 from tlcm_jax.models.clip import ARCHITECTURES, CLIPConfig, CLIPModel
 
@@ -58,9 +59,9 @@ def clip_shapes(config: CLIPConfig) -> Any:
 def read_clip_config(folder: Path) -> CLIPConfig | None:
     """What the weights' own config says, if they have one."""
     if (file := folder / "open_clip_config.json").is_file():
-        return CLIPConfig.from_open_clip(read_json(file))
-    if (file := folder / "config.json").is_file() and "vision_config" in (raw := read_json(file)):
-        return CLIPConfig.from_transformers(raw)
+        return parse(file, read_object(file), CLIPConfig.from_open_clip)
+    if (file := folder / "config.json").is_file() and "vision_config" in (raw := read_object(file)):
+        return parse(file, raw, CLIPConfig.from_transformers)
     return None
 
 
@@ -89,7 +90,7 @@ def _check_sizes(scorer: str, path: str, tensors: Tensors, config: CLIPConfig) -
     try:
         rows, width = tensors["vision_model.embeddings.position_embedding.weight"].shape
         text = tensors["text_model.embeddings.token_embedding.weight"].shape[1]
-    except KeyError:
+    except (KeyError, ValueError, IndexError):
         raise ValueError(f"{path} holds no CLIP, which score {scorer!r} needs") from None
     if (width, rows, text) == sizes(config):
         return

@@ -4,27 +4,30 @@ What is read is checked before it is used: size and depth of the file, no key tw
 numbers of a size that a model may have, and the types that a config's fields are declared with.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 Parsed = TypeVar("Parsed")
 
-_MAX_BYTES = 64 * 2**20  # of a file; tokenizers' are the largest, with 4 MB
+# Bytes of a file: parsed, it takes some twenty times as much at worst. An index of shards has less
+# than one.
+_MAX_BYTES = 8 * 2**20
 _MAX_DEPTH = 64
 # The largest number that a key may have, where it is less than of any other: layers are traced one
 # by one, sides are those of images, positions those of a text.
 _LARGEST: Mapping[str, int] = {
-    "layers_per_block": 20,
-    "transformer_layers_per_block": 100,
-    "reverse_transformer_layers_per_block": 100,
-    "num_hidden_layers": 100,
-    "layers": 100,
+    "layers_per_block": 200,
+    "transformer_layers_per_block": 200,
+    "reverse_transformer_layers_per_block": 200,
+    "num_hidden_layers": 200,
+    "layers": 200,
     "sample_size": 16_384,
     "image_size": 16_384,
     "num_train_timesteps": 100_000,
@@ -46,12 +49,13 @@ _PER_LEVEL = frozenset(
 )
 
 
-def read_json(path: Path, holder: str = "model folder") -> Any:
+def read_json(path: Path, holder: str = "model folder", max_bytes: int = _MAX_BYTES) -> Any:
     """What a JSON file holds.
 
     Args:
       path: the file.
       holder: what it is a part of, for messages.
+      max_bytes: of the file.
 
     Raises:
       FileNotFoundError: it is not there.
@@ -59,8 +63,8 @@ def read_json(path: Path, holder: str = "model folder") -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; the {holder} is not whole")
-    if (size := path.stat().st_size) > _MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes, which is no JSON file's size here")
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} has {size} bytes; at most {max_bytes} are read of such a file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -79,6 +83,8 @@ def parse_json(text: str, source: str) -> Any:
       ValueError: it is not JSON, nested too deeply, gives a key twice, or has a number that is
         not finite.
     """
+    if text.startswith("version https://git-lfs"):
+        raise ValueError(f"{source} is not valid JSON: it is a git-lfs pointer, run `git lfs pull`")
     try:
         value = json.loads(
             text,
@@ -96,7 +102,7 @@ def parse_json(text: str, source: str) -> Any:
 
 
 def read_object(path: Path, holder: str = "model folder") -> dict[str, Any]:
-    """The JSON object that a file holds; arguments and errors as `read_json`'s."""
+    """The JSON object that a file holds; arguments and errors are `read_json`'s."""
     return as_object(read_json(path, holder), str(path))
 
 
@@ -121,11 +127,18 @@ def parse(
       ValueError: a number that no model has, a key that is missing, a value of the wrong type, or
         what `kind` itself refuses.
     """
-    try:
+    with naming(path):
         _check_numbers(raw)
         parsed = kind(raw)
         _check_fields(parsed)
-        return parsed
+    return parsed
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Makes whatever is wrong with a file's content one ValueError that names the file."""
+    try:
+        yield
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
     except ValueError as error:
@@ -195,12 +208,10 @@ def _check_fields(parsed: Any) -> None:
     for field in dataclasses.fields(parsed):
         value, wanted = getattr(parsed, field.name), hints[field.name]
         if not _is_of(value, wanted):
-            name = getattr(wanted, "__name__", str(wanted)) if wanted in _PLAIN else wanted
-            raise ValueError(f"{field.name} = {_shown(value)}: must be {name}, not negative")
+            name = wanted.__name__ if isinstance(wanted, type) else wanted
+            least = " of at least 0" * (wanted is int)
+            raise ValueError(f"{field.name} = {_shown(value)}: must be {name}{least}")
         _check_fields(value)
-
-
-_PLAIN = (int, float, bool, str)
 
 
 def _is_of(value: Any, wanted: Any) -> bool:

@@ -5,7 +5,9 @@ of the package `elatentlpips`, converted once (`python -m tlcm_jax.io.convert_we
 sdxl_latest_vgg16_tuned.pth`).
 """
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.places import Place, PlacedTensors
-from tlcm_jax.io.scorer_files import read_params
+from tlcm_jax.io.scorer_files import read_own, read_params
 from tlcm_jax.io.tensors import TensorFile, refuse_pickle
 from tlcm_jax.models.latent_lpips import DEPTHS, ELatentLPIPS, LatentLPIPS
 
@@ -81,20 +83,27 @@ def load_latent_lpips(folder: str | Path) -> tuple[LatentLPIPS | ELatentLPIPS, A
     if (published := _published(folder)) is not None:
         return _load_published(published)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-        network = LatentLPIPS(tuple(config["widths"]))
-        latents = jax.ShapeDtypeStruct((1, 4, 4, config["channels"]), jnp.float32)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: a file of the latent LPIPS is damaged ({error})") from error
-    shapes = jax.eval_shape(network.init, jax.random.key(0), latents, latents)["params"]
-    wanted = {k: v.shape for k, v in flax.traverse_util.flatten_dict(shapes, sep="/").items()}
-    found = {name: leaf.shape for name, leaf in tensors.items()}
-    if found != wanted:
-        wrong = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
-        raise ValueError(f"{folder / WEIGHTS} does not fit {CONFIG}: {', '.join(wrong[:4])}")
-    floats = {name: leaf.astype(np.float32) for name, leaf in tensors.items()}
-    return network, flax.traverse_util.unflatten_dict(floats, sep="/")
+        sizes = parse(folder / CONFIG, read_object(folder / CONFIG), _Sizes.from_dict)
+        tensors = TensorFile([folder / WEIGHTS])
+    except ValueError as error:
+        raise ValueError(f"{folder}: a file of the latent LPIPS is damaged ({error})") from None
+    network = LatentLPIPS(sizes.widths)
+    latents = jax.ShapeDtypeStruct((1, 4, 4, sizes.channels), jnp.float32)
+    return network, read_own(tensors, network, (latents, latents), str(folder / WEIGHTS))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """What `config.json` says of a latent LPIPS."""
+
+    widths: tuple[int, ...]
+    channels: int
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "_Sizes":
+        if len(raw["widths"]) > 16:
+            raise ValueError(f"widths holds {len(raw['widths'])} values, over 16")
+        return cls(widths=tuple(raw["widths"]), channels=raw["channels"])
 
 
 def _load_published(file: Path) -> tuple[ELatentLPIPS, Any]:
@@ -106,6 +115,8 @@ def _load_published(file: Path) -> tuple[ELatentLPIPS, Any]:
     for depth in DEPTHS[:-1]:
         first.append(first[-1] + 3 * depth + 1)
     try:
+        if any(tensors[f"net.slice{i + 1}.{n}.weight"].ndim != 4 for i, n in enumerate(first)):
+            raise KeyError("convolutions")
         stages = [tensors[f"net.slice{i + 1}.{layer}.weight"] for i, layer in enumerate(first)]
     except KeyError as error:
         raise ValueError(f"{file} holds no E-LatentLPIPS: it has no {error.args[0]}") from None

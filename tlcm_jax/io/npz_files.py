@@ -5,6 +5,7 @@ member may say a thousand times what the file holds. Nothing pickled is read.
 """
 
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ _HEADERS = {
 }
 
 
-def read_npz(path: str | Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+def read_npz(path: str | os.PathLike, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Reads arrays of a `.npz`.
 
     Args:
@@ -48,7 +49,7 @@ def read_npz(path: str | Path, names: Sequence[str] | None = None) -> dict[str, 
         raise ValueError(f"{path} is no .npz file that can be read ({_line(error)})") from None
 
 
-def read_npy(path: str | Path) -> np.ndarray:
+def read_npy(path: str | os.PathLike) -> np.ndarray:
     """Reads a `.npy`; errors as `read_npz`'s."""
     path = Path(path)
     size = _size(path)
@@ -80,10 +81,13 @@ def _array(stream: IO[bytes], size: int, limit: int, name: str) -> np.ndarray:
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
         raise ValueError(f"{name} is of numpy's format {version}")
-    shape, fortran, dtype = _HEADERS[version](stream)
+    try:
+        shape, fortran, dtype = _HEADERS[version](stream)
+    except Exception as error:  # of whatever kind: it is read as a piece of Python
+        raise ValueError(f"the header of {name} is damaged ({_line(error)})") from None
     if dtype.hasobject or dtype.fields is not None:
         raise ValueError(f"{name} holds objects, which are pickles")
-    if any(not isinstance(n, int) or n < 0 for n in shape):
+    if any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"{name} has a shape {shape}")
     count = math.prod(shape)
     # Before its bytes are counted the header has passed: at most `size` are left.

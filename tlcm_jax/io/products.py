@@ -14,7 +14,11 @@ from tlcm_jax.models.adapters import is_adapter
 
 
 def check_products(
-    products: Mapping[str, Product], folder: Path, chosen: Sequence[str], dtype: str = "fp32"
+    products: Mapping[str, Product],
+    folder: Path,
+    chosen: Sequence[str],
+    dtype: str = "fp32",
+    output: str | Path | None = None,
 ) -> None:
     """Refuses products and dtypes that there are none of, before any work is done.
 
@@ -23,11 +27,13 @@ def check_products(
       folder: the model's, with its configs.
       chosen: some of `products`.
       dtype: one of `files.DTYPES`.
+      output: the folder that will hold the products.
 
     Raises:
       ValueError: an unknown product or dtype, no product at all, or one that there can be none of
         for this model.
       FileNotFoundError: the model's folder lacks what a product needs.
+      FileExistsError: something else than an earlier export lies where a product will.
     """
     unknown = [name for name in chosen if name not in products]
     if unknown or not chosen:
@@ -37,6 +43,14 @@ def check_products(
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     for name in chosen:
         products[name].check(folder)
+        if output is not None:
+            _check_room(Path(output) / name)
+
+
+def _check_room(place: Path) -> None:
+    empty = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+    if not empty and not _is_export(place):
+        raise FileExistsError(f"{place} already holds files; give another folder, or empty it")
 
 
 def export_products(
@@ -74,7 +88,7 @@ def export_products(
       FileExistsError: `output/<name>` holds something else than an earlier export.
       OSError: a product cannot be written; it is named, and those before it are whole.
     """
-    check_products(model.products, Path(model.folder), chosen, dtype)
+    check_products(model.products, Path(model.folder), chosen, dtype, output)
     wanted = {name: model.products[name] for name in chosen}
     adapter = trained if is_adapter(trained) else None
     for product in wanted.values():

@@ -5,17 +5,18 @@ is missing is named with where to get it, before anything else is loaded.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
+import numpy as np
 from transformers import CLIPTokenizer
 
+from tlcm_jax.data.tokens import read_tokenizer
 from tlcm_jax.io import names
-from tlcm_jax.io.placement import to_host
+from tlcm_jax.io.placement import check_finite, to_host
 from tlcm_jax.io.tensors import TensorFile, Tensors, open_component, refuse_pickle
 
 
@@ -82,30 +83,48 @@ def read_params(tensors: Tensors, network: nn.Module, inputs: tuple, source: str
     Raises:
       ValueError: a tensor is missing, left over or misshaped; the first ten are named.
     """
-    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    shapes = _shapes(network, inputs, source)
     return to_host(names.match_tensors(tensors, shapes, source), shapes, tensors.release)
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; a ValueError that names the file if it is none."""
+def _shapes(network: nn.Module, inputs: tuple, source: str) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
+        return jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    except Exception as error:  # whatever sizes that do not fit raise, and where
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source} describes no network ({reason})") from None
 
 
-def clip_tokenizer(scorer: str, folder: Path, origin: str) -> CLIPTokenizer:
+def read_own(tensors: TensorFile, network: nn.Module, inputs: tuple, source: str) -> Any:
+    """Parameters, float32, of a file that has them under the tree's own paths, `a/b/kernel`.
+
+    Args and errors are `read_params`'s.
+    """
+    shapes = _shapes(network, inputs, source)
+    wanted = flax.traverse_util.flatten_dict(shapes, sep="/")
+    wrong = [
+        name for name in sorted(wanted.keys() | set(tensors))
+        if name not in wanted or name not in tensors or tensors[name].shape != wanted[name].shape
+        or tensors[name].dtype.kind in "iub"
+    ]  # fmt: skip
+    names.raise_if(wrong, f"{source} does not fit its config")
+    floats = {}
+    for name in wanted:
+        check_finite(name, tensors[name])
+        floats[name] = np.array(tensors[name], np.float32)
+    return flax.traverse_util.unflatten_dict(floats, sep="/")
+
+
+def clip_tokenizer(scorer: str, folder: Path, origin: str, vocabulary: int) -> CLIPTokenizer:
     """CLIP's tokenizer, from the folder of a scorer's weights or `tokenizer` in it.
 
     Raises:
       FileNotFoundError: there is none.
+      ValueError: it cannot be read, or is another network's.
     """
     for place in (folder, folder / "tokenizer"):
         if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
-            return CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
+            return read_tokenizer(place, vocabulary)
     raise FileNotFoundError(
         f"the tokenizer of score {scorer!r} is missing: put vocab.json and merges.txt of {origin}, "
         f"or of any CLIP (SDXL's folder tokenizer), into {folder / 'tokenizer'}"

@@ -4,7 +4,6 @@ Files are mapped, not read: a tensor is a view of the file until whoever places 
 needs, once, in the dtype and the layout asked for.
 """
 
-import json
 import mmap
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tlcm_jax.io.checkpoint_kinds import describe_bytes
-from tlcm_jax.io.json_files import read_object
+from tlcm_jax.io.json_files import as_object, parse_json, read_object
 
 # What the files of a component's weights are called: by diffusers, and by transformers.
 STEMS = ("diffusion_pytorch_model", "model")
@@ -28,6 +27,7 @@ _QUANTISED = {
     ".absmax": "quantised by bitsandbytes", ".quant_map": "quantised by bitsandbytes",
     ".qweight": "quantised by GPTQ or AWQ", ".svdq_scale": "quantised by SVDQuant",
 }  # fmt: skip
+_MAX_HEADER = 16 * 2**20  # bytes; of SDXL's single file a third of one MB
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -66,10 +66,10 @@ class TensorFile(Tensors):
         self.metadata: dict[str, str] = {}
         for file in files:
             try:
+                header, start, mapped = _map(file)
                 with safe_open(file, framework="numpy"):  # checks the whole header
                     pass
-                header, start, mapped = _map(file)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 if file.is_file() and (kind := describe_bytes(file)):
                     raise ValueError(f"{file} is {kind}") from None
                 raise ValueError(
@@ -84,7 +84,10 @@ class TensorFile(Tensors):
                     raise ValueError(f"{file}: {name} is of dtype {entry['dtype']}; convert it")
                 dtype = np.dtype(_DTYPES[entry["dtype"]])
                 offset = start + entry["data_offsets"][0]
-                self._views[name] = np.ndarray(entry["shape"], dtype, mapped, offset)
+                try:
+                    self._views[name] = np.ndarray(entry["shape"], dtype, mapped, offset)
+                except (ValueError, OverflowError, TypeError):  # more than numpy can count
+                    raise ValueError(f"{file}: {name} has a shape that no tensor has") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._views[name]
@@ -102,10 +105,12 @@ class TensorFile(Tensors):
 
 
 def _map(file: Path) -> tuple[dict, int, mmap.mmap]:
-    """A checked file's header, where its data begins, and its bytes."""
+    """A file's header, where its data begins, and its bytes."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+        if size > min(_MAX_HEADER, file.stat().st_size - 8):
+            raise ValueError(f"its header is said to have {size} bytes")
+        header = as_object(parse_json(stream.read(size).decode(), "its header"), "its header")
         return header, 8 + size, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -186,7 +191,7 @@ def shard_names(index: Path) -> list[str]:
     """
     try:
         shards = sorted(set(read_object(index)["weight_map"].values()))
-        if not shards or any(Path(shard).name != shard for shard in shards):
+        if not shards or any(Path(shard).name != shard or "\0" in shard for shard in shards):
             raise ValueError("its weight_map must name files in the same folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a safetensors index ({error}); fetch it again") from None

@@ -33,6 +33,7 @@ _ONLY = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
 }
+_MOST_BLOCKS = 400
 _DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 _MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
@@ -77,6 +78,17 @@ class UNetConfig:
     addition_time_embed_dim: int
     projection_class_embeddings_input_dim: int
     time_cond_proj_dim: int | None
+
+    def __post_init__(self) -> None:
+        # SDXL has 70 transformer blocks and 17 resnets outside its middle; each is traced.
+        depths = (*self.transformer_layers, *self.up_transformer_layers)
+        blocks = sum(sum(depth) for depth in depths) + self.mid_transformer_layers
+        resnets = sum(len(depth) for depth in depths)
+        if max(blocks, resnets) > _MOST_BLOCKS:
+            raise ValueError(
+                f"unet config: {resnets} resnets and {blocks} transformer blocks, over the "
+                f"{_MOST_BLOCKS} that are traced (layers_per_block, transformer_layers_per_block)"
+            )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "UNetConfig":

@@ -17,6 +17,7 @@ from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from tlcm_jax.models.transformer import Attention
 
 _EPSILON = 1e-6
+_MOST_RESNETS = 200  # of one side; the published ones have 12
 # Fields whose only supported value is the one given: what they switch on is not implemented.
 _ONLY = {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None}
 
@@ -35,6 +36,13 @@ class VAEConfig:
     mid_block_add_attention: bool
     use_quant_conv: bool
     use_post_quant_conv: bool
+
+    def __post_init__(self) -> None:
+        if self.layers_per_block * len(self.block_out_channels) > _MOST_RESNETS:
+            raise ValueError(
+                f"vae config: layers_per_block = {self.layers_per_block} at "
+                f"{len(self.block_out_channels)} levels: more than {_MOST_RESNETS} are not traced"
+            )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "VAEConfig":

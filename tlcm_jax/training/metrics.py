@@ -205,15 +205,18 @@ def _line(row: Row) -> str:
 
 def _read(path: Path) -> list[Row]:
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no row of metrics")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
             # Only the last line can be half written, by a run that was killed.
             if number < len(lines):
                 raise ValueError(
-                    f"{path}, line {number}, is not JSON: move the file away"
+                    f"{path}, line {number}, is not JSON of a row: move the file away"
                 ) from error
     return rows
 

@@ -105,7 +105,7 @@ def load(path: str, *, name: str = "clip") -> CLIPScorer:
         name=name,
         network=network,
         params=params,
-        tokenizer=clip_tokenizer(name, folder, origin),
+        tokenizer=clip_tokenizer(name, folder, origin, network.config.text.vocab_size),
         preprocess=Preprocess(size=network.config.vision.image_size),
         prefix=_PREFIXES.get(name, ""),
     )

@@ -13,6 +13,7 @@ files, or `real.npz` with `mu` and `sigma`, the form in which clean-fid and othe
 (of the same features!). Statistics of `real/` are kept in `real-NAME.npz` for the next time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -33,6 +34,7 @@ from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer, in_ba
 from tlcm_jax.evaluation.scorers.frechet import Moments
 from tlcm_jax.evaluation.scorers.preprocess import Preprocess
 from tlcm_jax.io.clip_files import FILES, load_clip
+from tlcm_jax.io.npz_files import read_npz
 from tlcm_jax.io.places import Place, PlacedTensors
 from tlcm_jax.io.scorer_files import Published, open_weights, read_params
 from tlcm_jax.models.dinov2 import DINOv2, DINOv2Config
@@ -250,9 +252,9 @@ def _against_real(
 
 def _read_statistics(file: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(file, allow_pickle=False) as found:
-            return np.asarray(found["mu"], np.float64), np.asarray(found["sigma"], np.float64)
-    except (ValueError, KeyError, OSError) as error:
+        found = read_npz(file, ("mu", "sigma"))
+        return np.asarray(found["mu"], np.float64), np.asarray(found["sigma"], np.float64)
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} holds no statistics, mu and sigma ({error})") from None
 
 
@@ -267,7 +269,8 @@ def _statistics(
     state = hashlib.sha256(repr(states).encode()).hexdigest()
     kept = folder / f"real-{name}.npz"
     if kept.is_file():
-        with np.load(kept, allow_pickle=False) as found:
+        with contextlib.suppress(ValueError):  # a damaged one is made again
+            found = read_npz(kept, ("state", "mu", "sigma"))
             if str(found["state"]) == state:
                 return found["mu"], found["sigma"]
     logging.info("%s: features of %d real images, once", name, len(files))
@@ -287,7 +290,7 @@ def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is not a readable image ({error}); remove it") from None
 
 

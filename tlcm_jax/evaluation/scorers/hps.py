@@ -40,7 +40,9 @@ def load(path: str, *, name: str = "hps_v21") -> CLIPScorer:
         name=name,
         network=network,
         params=params,
-        tokenizer=clip_tokenizer(name, folder, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        tokenizer=clip_tokenizer(
+            name, folder, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", network.config.text.vocab_size
+        ),
         preprocess=Preprocess(size=network.config.vision.image_size, fit="pad"),
     )
 

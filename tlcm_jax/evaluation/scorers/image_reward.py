@@ -19,6 +19,7 @@ from transformers import BertTokenizer
 
 from tlcm_jax.evaluation.scorers.base import Annotations, Scorer, image_scores
 from tlcm_jax.evaluation.scorers.preprocess import Preprocess
+from tlcm_jax.io.json_files import naming
 from tlcm_jax.io.places import Place, PlacedTensors
 from tlcm_jax.io.scorer_files import Published, open_weights, read_params
 from tlcm_jax.io.tensors import Tensors
@@ -96,15 +97,26 @@ def load(path: str) -> ImageRewardScorer:
     return ImageRewardScorer(
         network=network,
         params=read_params(PlacedTensors(tensors, weights), network, inputs, path),
-        tokenizer=_tokenizer(folder),
+        tokenizer=_tokenizer(folder, config.vocab_size),
         preprocess=Preprocess(size=config.image_size),
     )
 
 
-def _tokenizer(folder: Path) -> BertTokenizer:
+def _tokenizer(folder: Path, words: int) -> BertTokenizer:
+    """BERT's tokenizer, of at most so many words."""
     for place in (folder, folder / "tokenizer"):
-        if (place / "vocab.txt").is_file():
-            return BertTokenizer(str(place / "vocab.txt"), do_lower_case=True)
+        if (file := place / "vocab.txt").is_file():
+            try:
+                found = BertTokenizer(str(file), do_lower_case=True)
+                largest = max(found.get_vocab().values())
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # of whatever kind: the library trusts its files
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"{file} is no vocabulary of BERT's ({reason})") from None
+            if largest >= words:
+                raise ValueError(f"{file} has ids up to {largest}, and the network {words} words")
+            return found
     raise FileNotFoundError(
         "the tokenizer of score 'image_reward' is missing: put vocab.txt of bert-base-uncased "
         f"into {folder / 'tokenizer'}"
@@ -118,14 +130,12 @@ def _config(path: str, tensors: Tensors) -> BLIPConfig:
         return len({key[len(stem) :].split(".")[0] for key in tensors if key.startswith(stem)})
 
     vision, text = "blip.visual_encoder.", "blip.text_encoder."
-    try:
+    with naming(path):
         width, _, patch, _ = tensors[f"{vision}patch_embed.proj.weight"].shape
         count = tensors[f"{vision}pos_embed"].shape[1] - 1
         words, hidden = tensors[f"{text}embeddings.word_embeddings.weight"].shape
         positions = tensors[f"{text}embeddings.position_embeddings.weight"].shape[0]
         inner = tensors[f"{text}encoder.layer.0.intermediate.dense.weight"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"{path} holds no ImageReward: it has no {error.args[0]}") from None
     return BLIPConfig(
         image_size=round(count**0.5) * patch,
         patch_size=patch,

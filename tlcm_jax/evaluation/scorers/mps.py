@@ -20,6 +20,7 @@ from tlcm_jax.data.tokens import clip_ids
 from tlcm_jax.evaluation.scorers.base import Annotations, Scorer, image_scores
 from tlcm_jax.evaluation.scorers.preprocess import Preprocess
 from tlcm_jax.io.clip_files import read_clip_config
+from tlcm_jax.io.json_files import naming
 from tlcm_jax.io.places import Place, PlacedTensors
 from tlcm_jax.io.scorer_files import Published, clip_tokenizer, open_weights, read_params
 from tlcm_jax.io.tensors import Tensors
@@ -95,7 +96,9 @@ def load(path: str) -> MPSScorer:
     return MPSScorer(
         network=network,
         params=read_params(placed, network, (pixels, ids, ids), path),
-        tokenizer=clip_tokenizer("mps", Path(folder), "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        tokenizer=clip_tokenizer(
+            "mps", Path(folder), "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", config.text.vocab_size
+        ),
         preprocess=Preprocess(size=side),
     )
 
@@ -103,15 +106,15 @@ def load(path: str) -> MPSScorer:
 def _cross_config(path: str, tensors: Tensors) -> CrossConfig:
     """The cross model's sizes, from its weights."""
     stem = "mps.cross_model.layers."
-    try:
+    with naming(path):
+        if not any(key.startswith(stem) for key in tensors):
+            raise ValueError(f"it holds no MPS, whose layers are {stem}*")
         pairs, _ = tensors[f"{stem}0.0.fn.to_kv.weight"].shape
         queries, width = tensors[f"{stem}0.0.fn.to_q.weight"].shape
         inner = tensors[f"{stem}0.0.fn.ff.2.weight"].shape[1]
-    except KeyError:
-        raise ValueError(f"{path} holds no MPS: it has no {stem}0.0.fn.*") from None
-    return CrossConfig(
-        layers=1 + max(int(key[len(stem) :].split(".")[0]) for key in tensors if stem in key),
-        heads=queries // (pairs // 2),
-        head_width=pairs // 2,
-        expansion=inner // width,
-    )
+        return CrossConfig(
+            layers=len({key[len(stem) :].split(".")[0] for key in tensors if key.startswith(stem)}),
+            heads=queries // (pairs // 2),
+            head_width=pairs // 2,
+            expansion=inner // width,
+        )

@@ -29,7 +29,9 @@ def load(path: str) -> CLIPScorer:
         name="pickscore",
         network=network,
         params=params,
-        tokenizer=clip_tokenizer("pickscore", folder, _PUBLISHED.origin),
+        tokenizer=clip_tokenizer(
+            "pickscore", folder, _PUBLISHED.origin, network.config.text.vocab_size
+        ),
         preprocess=Preprocess(size=network.config.vision.image_size, floor=True),
         tokenize=clip_ids,
         learned_scale=True,
