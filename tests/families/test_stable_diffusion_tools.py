@@ -95,6 +95,8 @@ def test_where_they_cannot_draw_as_we_do():
     told = text(scheduler=V)
     assert "this one predicts v" in told and "`ModelSamplingDiscrete`, `v_prediction`." in told
     assert "zsnr on" in text(scheduler={**V, "rescale_betas_zero_snr": True})
+    told = text(scheduler={**SCHEDULER, "prediction_type": "sample"})
+    assert "this one predicts x0" in told and "`ModelSamplingDiscrete`, `x0`." in told
     few = dataclasses.replace(RECIPE, times={3: (999, 499, 124)})
     assert "At 1" not in text(few)
 

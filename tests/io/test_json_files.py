@@ -69,7 +69,10 @@ def config(**changes):
         (config(norm_eps=None), "norm_eps = None: must be float"),
         (config(block_out_channels=None), "not of the type it must have"),
         (config(time_cond_proj_dim=[1]), r"time_cond_proj_dim = \[1\]: must be int | None"),
-        ({k: v for k, v in UNET.items() if k != "block_out_channels"}, "down_block_types=.* needs 4 values"),
+        (
+            {k: v for k, v in UNET.items() if k != "block_out_channels"},
+            "down_block_types=.* needs 4 values",
+        ),
     ],
 )
 def test_what_no_config_has(tmp_path, raw, message):

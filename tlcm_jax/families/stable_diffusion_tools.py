@@ -27,6 +27,8 @@ WORKFLOW = "comfyui_workflow.json"
 _LEAST_ABAR = 4.8973451890853435e-08
 # Times at which a sampler of share gamma of fresh noise is one of theirs.
 _SAMPLERS = {1.0: ("lcm", "LCM"), 0.0: ("euler", "Euler")}
+# What ComfyUI's node ModelSamplingDiscrete calls what a network predicts, and we do, if not noise.
+_PREDICTS = {"v_prediction": ("v_prediction", "v"), "sample": ("x0", "x0")}
 
 
 def comfyui_times(steps: int) -> tuple[int, ...]:
@@ -120,9 +122,10 @@ def _comfyui(recipe: Recipe, product: str, process: DiscreteVP) -> str:
         rows.append(f"| {steps} | {'`simple`' if simple else f'`ManualSigmas`: {typed}'} |")
     strength = ", `LoraLoaderModelOnly` with strength 1" if product == "kohya" else ""
     marked = ""
-    if process.prediction_type == "v_prediction":
+    if process.prediction_type in _PREDICTS:
+        sampling, predicted = _PREDICTS[process.prediction_type]
         end = ", zsnr on" if process.alphas_cumprod[-1] == 0 else ""
-        marked = f" The model predicts v: `ModelSamplingDiscrete`, `v_prediction`{end}"
+        marked = f" The model predicts {predicted}: `ModelSamplingDiscrete`, `{sampling}`{end}"
         marked += (
             " (the file says so itself, too)." if recipe.sdxl and product == "single-file" else "."
         )
@@ -136,10 +139,11 @@ def _comfyui(recipe: Recipe, product: str, process: DiscreteVP) -> str:
 
 def _a1111(recipe: Recipe, product: str, prediction_type: str) -> str:
     _, sampler = _SAMPLERS[recipe.gamma]
-    if prediction_type == "v_prediction" and recipe.gamma == 1:
+    _, predicted = _PREDICTS.get(prediction_type, ("", "noise"))
+    if predicted == "x0" or (predicted == "v" and recipe.gamma == 1):
         return (
             "## A1111 and Forge\nTheir LCM sampler takes every model for one that predicts noise; "
-            "this one predicts v. Use ComfyUI or diffusers.\n"
+            f"this one predicts {predicted}. Use ComfyUI or diffusers.\n"
         )
     right = [n for n, times in recipe.times.items() if a1111_times(n, recipe.gamma) == times]
     prompt = f", `<lora:{FILES['kohya'].removesuffix('.safetensors')}:1>` in the prompt"
@@ -193,9 +197,10 @@ def workflow(recipe: Recipe, product: str, process: Process, resolution: int) ->
         lora = FILES["kohya"]
         node = add("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)
         model = [node, 0]
-    if process.prediction_type == "v_prediction":
+    if process.prediction_type in _PREDICTS:
+        sampling, _ = _PREDICTS[process.prediction_type]
         zero = bool(process.alphas_cumprod[-1] == 0)
-        node = add("ModelSamplingDiscrete", model=model, sampling="v_prediction", zsnr=zero)
+        node = add("ModelSamplingDiscrete", model=model, sampling=sampling, zsnr=zero)
         model = [node, 0]
     texts = [
         [add("CLIPTextEncode", clip=[loader, 1], text=text), 0]

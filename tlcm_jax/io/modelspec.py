@@ -12,6 +12,7 @@ _ARCHITECTURES = {
     "sd": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",
 }
+_PREDICTS = {"v_prediction": "v", "epsilon": "epsilon"}
 _BASES = {"sdxl": "sdxl_base_v1-0", "sd": "sd_v1", "sd2": "sd_v2"}
 
 
@@ -39,9 +40,10 @@ def modelspec(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture + ("/lora" if rank else ""),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.resolution": f"{resolution}x{resolution}",
     }
+    if prediction_type in _PREDICTS:  # there is no word for others
+        spec["modelspec.prediction_type"] = _PREDICTS[prediction_type]
     for ours, theirs in (("title", "title"), ("licence", "license")):
         if ours in metadata:
             spec[f"modelspec.{theirs}"] = metadata[ours]
