@@ -6,19 +6,21 @@
 The teacher is trained as miniature/shapes/README.md says; rung `r1`, one object in a picture.
 
     --config configs/shapes.py:smoke        a few steps of each stage, to see that all is in place
+    --config configs/shapes.py:reward       then a stage that follows the parser, which has no
+                                            gradient (its rate and weight are not yet measured)
 """
 
 from ml_collections import ConfigDict
 
 from tlcm_jax import paths
 
-VARIANTS = ("", "smoke")
+VARIANTS = ("", "smoke", "reward")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe, or its variant: see above."""
+    """The recipe, or one of its variants: see above."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/shapes.py has no variant {variant!r}; use ':smoke'")
+        raise ValueError(f"configs/shapes.py has no variant {variant!r}; use ':smoke', ':reward'")
     smoke = variant == "smoke"
     prompts = paths.MINIATURE / "shapes/prompts/r1"
     guidance_scale = 3.0
@@ -42,6 +44,23 @@ def get_config(variant: str = "") -> ConfigDict:
         )
         for count in (4, 2)
     }
+    if variant == "reward":
+        stages["reward"] = dict(
+            objective="lcd",
+            steps=300,
+            # 32 rollouts, each asked at 2 of the states it came through: 2 updates of 32.
+            batch_size=32,
+            prompts_per_refill=32,
+            learning_rate=1e-4,
+            warmup_steps=20,
+            settings=dict(
+                guidance_scale=guidance_scale,
+                teacher_substeps=2,
+                states="visited",
+                states_per_rollout=2,
+            ),
+            terms=dict(reward=dict(scorers=dict(parser=dict(scorer="miniature.shapes.scorer")))),
+        )
     return ConfigDict(
         dict(
             name="shapes-xl",

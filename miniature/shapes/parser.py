@@ -9,7 +9,7 @@ is the residual e projected on the object's own colour u,
 
 and, where stripes or an outline make the colour uneven, |e| cut off at a quarter of its height;
 there `explain` decides between the candidates.
-It is deterministic, has no weights and no gradient: no loss can follow it.
+It is deterministic, and has no weights and no gradient.
 """
 
 import dataclasses

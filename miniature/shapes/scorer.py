@@ -3,7 +3,8 @@
     all checks = mean over images of [well formed, and all that the caption names holds]      (1)
 
 The captions are the world's own, English or Chinese, and are read back into what they ask for. The
-parser has no gradient, so no loss can follow it.
+parser has no gradient: of the terms `reward` alone can follow it, and what has followed it is no
+longer judged by it.
 """
 
 import dataclasses

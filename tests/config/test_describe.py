@@ -31,6 +31,7 @@ def recipe(name, variant=""):
         ("emoji_mcm", "", "MCM", True),
         ("emoji_scott", "", "SCott", True),
         ("emoji_dmd2", "", "DMD2 + TLCM", False),
+        ("shapes", "reward", "TLCM + Hyper-SD + RLCM", False),
         ("sdxl", "", "TLCM + Hyper-SD", False),
         ("sdxl", "paper", "TLCM", False),
     ],

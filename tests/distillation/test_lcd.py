@@ -200,3 +200,64 @@ def test_fresh_states_lie_at_other_milestones_of_the_same_sample(any_world):
 def test_bad_settings_are_refused(world, changes, message):
     with pytest.raises(ValueError, match=message):
         LCDSettings(**{"guidance_scale": 2.0, **changes}).build(world.networks)
+
+
+# The sampler's own states.
+
+
+def test_visited_states_are_the_sampler_s_and_lead_to_each_other(any_world):
+    world, process, times = any_world, any_world.process, (999, 749, 499, 249)
+    theta = jax.tree.map(lambda x: x + 0.1, world.trainable())
+    objective = make(world, states="visited", states_per_rollout=4)
+    pairs = world.pairs(objective, 3, trainable=theta)
+    plain = world.pairs(make(world), 3, trainable=theta)
+    np.testing.assert_allclose(pairs.sample[::4], plain.sample, atol=1e-6)
+
+    falling = np.asarray(milestones(process, 8))
+    order = np.argsort(-np.asarray(pairs.t_m).reshape(3, 4), axis=1)
+
+    def sorted_by_time(leaf):
+        leaf = np.asarray(leaf).reshape(3, 4, *leaf.shape[1:])
+        return np.stack([rows[place] for rows, place in zip(leaf, order, strict=True)])
+
+    t_m, t_n, then = (sorted_by_time(x) for x in (pairs.t_m, pairs.t_n, pairs.next_time))
+    np.testing.assert_array_equal(t_m, [times_of(process, times)] * 3)
+    np.testing.assert_array_equal(t_n, falling[np.searchsorted(-falling, -t_m) + 1])
+    np.testing.assert_array_equal(then, [[*times_of(process, times)[1:], process.end]] * 3)
+    z_m, after = sorted_by_time(pairs.z_m), sorted_by_time(pairs.next_state)
+    np.testing.assert_array_equal(after[:, :-1], z_m[:, 1:])
+    np.testing.assert_array_equal(after[:, -1], pairs.sample[::4])
+    np.testing.assert_array_equal(z_m[:, 0], normal(split(keys(0, 3), 4)[0], world.shape))
+    # Each from the prediction at the state before: what is left is unit noise, and none at the end.
+    student = jax.jit(world.student(theta, world.frozen))
+    x0 = sorted_by_time(student(*pairs[:2], pairs.conditioning))
+    s, made = jnp.asarray(then[0, :3]), jnp.asarray(x0[:, :3])
+    noise = after[:, :3] - bcast_right(process.alpha(s), made[0]) * made
+    noise = noise / bcast_right(process.sigma(s), made[0])
+    assert 0.5 < noise.std() < 1.5
+    np.testing.assert_allclose(after[:, 3], x0[:, 3], atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_visited_states_have_the_teacher_s_step_as_others_have(world, weight):
+    pairs = world.pairs(make(world, states="visited", weight=weight), 8)
+    assert pairs.z_n.shape == pairs.next_state.shape == (8, *world.shape)
+    moved = np.any(np.asarray(pairs.z_n) != np.asarray(pairs.z_m))
+    assert moved == (weight > 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"states": "own"}, "states = 'own': must be one of renoised, visited"),
+        ({"rollout": "milestones", "states": "visited"}, "those of rollout = 'renoise'"),
+        ({"states": "visited", "states_per_rollout": 5}, "the number of rollout_timesteps"),
+        (
+            {"states": "visited", "rollout_timesteps": (999, 500)},
+            "must be among the milestones 999, 874",
+        ),
+    ],
+)
+def test_visited_states_that_cannot_be_are_refused(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(world, **changes)

@@ -153,6 +153,26 @@ def test_a_refill_is_drawn_once_and_its_prompts_asked_for_once():
     assert asked == [0, 1, 2]
 
 
+def test_what_the_host_adds_is_added_once_a_refill_before_it_is_shuffled():
+    asked = []
+
+    def annotate(frozen, pairs):
+        asked.append(np.asarray(pairs["same"]))
+        return {**pairs, "rank": jnp.arange(MADE)}
+
+    plain = draw(numbered_source(), range(4))
+    found = draw(numbered_source(annotate=annotate), range(4))
+    assert len(asked) == 2
+    for r in range(2):
+        wanted = r * toy.PROMPTS + np.arange(toy.PROMPTS)
+        expected = (10 * wanted[:, None] + np.arange(toy.PATHS)).ravel()
+        np.testing.assert_array_equal(asked[r], expected)
+        for batch in found[2 * r : 2 * r + 2]:
+            np.testing.assert_array_equal(asked[r][batch["rank"]], batch["same"])
+    for with_rank, without in zip(found, plain, strict=True):
+        np.testing.assert_array_equal(with_rank["same"], without["same"])
+
+
 def test_pairs_pass_no_gradient():
     source = toy.source(sample=toy.sample_by_student, uses_student=True)
     refill = PairStream(source).refill

@@ -3,12 +3,14 @@
 Nothing here computes: the same stages run on real weights and are lowered from shapes alone.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from tlcm_jax.config.sample_scores import sample_scores
 from tlcm_jax.config.schema import Settings, StageSettings
 from tlcm_jax.distillation.networks import AuxNetwork, init_adapter, model_networks
 from tlcm_jax.distillation.objective import Pairs, repeat
@@ -100,6 +102,7 @@ def stage_spec(
             batch_size=settings.batch_size,
             epochs=settings.epochs,
             uses_student=objective.uses_student,
+            annotate=sample_scores(loss, mesh, math.gcd(settings.refill, micro)),
         )
         optimizer = adamw(
             settings.learning_rate,

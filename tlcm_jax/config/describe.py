@@ -10,6 +10,7 @@ named by what defines it:
     Hyper-SD  targets at any time of a segment
     SCott     noised real latents, a stochastic teacher
     DMD2      distribution matching without a consistency loss
+    RLCM      a policy gradient on the steps of the student's own sampler
 
 and a recipe that takes something from several of them says what from which.
 """
@@ -35,6 +36,7 @@ PAPERS = {
     "Hyper-SD": "2404.13686",
     "SCott": "2403.01505",
     "DMD2": "2405.14867",
+    "RLCM": "2404.03673",
     "trajectory distillation": "2101.02388",
 }
 
@@ -122,6 +124,8 @@ def _ingredients(stage: StageSettings) -> Iterator[tuple[str, str]]:
         yield "TLCM", "latent LPIPS beside the loss"
     if "preference" in terms:
         yield "TLCM", "preference"
+    if "reward" in terms:
+        yield "RLCM", "a reward that needs no gradient, on the steps of the student's own sampler"
 
 
 def method_name(settings: Settings) -> str:

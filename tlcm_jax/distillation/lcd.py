@@ -12,6 +12,9 @@ below, t_n, in p equal steps, z_m -> z_n, and the student must see the same end 
     L = || f(z_m, t_m) - stopgrad f(z_n, t_n) ||^2,                              (3)
 
 where t_n = 0 the target is z_n itself. Times may be weighed by min(SNR(t_m) + 1, snr_limit).
+
+In place of (2), z_m may be a state that the sampler of (1) came through (`states = "visited"`,
+ours): f is then asked where sampling asks it, and terms see where the sampler went from there.
 """
 
 import dataclasses
@@ -20,11 +23,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser, nfe
 from tlcm_jax.diffusion.process import Process, bcast_right
-from tlcm_jax.diffusion.sampling import normal, sample
+from tlcm_jax.diffusion.sampling import levels, normal, sample, student_step
 from tlcm_jax.diffusion.timesteps import (
     check_timesteps,
     milestone_indices,
@@ -50,6 +53,8 @@ class LCDSettings:
         all M milestones by the deterministic segment jumps of stage 1, for the first iterations,
         while f is still a segment jumper and "renoise" may be soft.
       rollout_timesteps: of "renoise", in training steps; q = 4 in the paper, these times.
+      states: what z_m is: "renoised", the paper's (2), or "visited", the rollout's own states at
+        `rollout_timesteps`.
       states_per_rollout: how many t_m one z0 serves, all different; 1 in the paper.
       snr_limit: of the weight of times; 1, the paper's, weighs all milestones alike.
       weight: of (3) beside a stage's terms. 0 leaves the terms alone, as in DMD2, and then no
@@ -61,6 +66,7 @@ class LCDSettings:
     guidance_scale: float = 8.0
     rollout: str = "renoise"
     rollout_timesteps: tuple[int, ...] = (999, 749, 499, 249)
+    states: str = "renoised"
     states_per_rollout: int = 1
     snr_limit: float = 1.0
     weight: float = 1.0
@@ -70,12 +76,19 @@ class LCDSettings:
         check_at_least("teacher_substeps", self.teacher_substeps, 1)
         check_at_least("guidance_scale", self.guidance_scale, 0)
         check_choice("rollout", self.rollout, ("renoise", "milestones"))
+        check_choice("states", self.states, ("renoised", "visited"))
+        if self.states == "visited" and self.rollout != "renoise":
+            raise ValueError(
+                f"states = 'visited' are those of rollout = 'renoise', not {self.rollout!r}"
+            )
         check_at_least("states_per_rollout", self.states_per_rollout, 1)
         check_at_least("snr_limit", self.snr_limit, 1)
         check_at_least("weight", self.weight, 0)
-        check_at_most(
-            "states_per_rollout", self.states_per_rollout, self.segments, "the number of milestones"
-        )
+        if self.states == "visited":
+            most, what = len(self.rollout_timesteps), "the number of rollout_timesteps"
+        else:
+            most, what = self.segments, "the number of milestones"
+        check_at_most("states_per_rollout", self.states_per_rollout, most, what)
 
     def build(self, networks: Networks) -> "LCD":
         """The objective on `networks`.
@@ -86,6 +99,12 @@ class LCDSettings:
         process = networks.process
         check_segments(process, self.segments, "teacher_substeps", self.teacher_substeps)
         check_timesteps(process, self.rollout_timesteps, "rollout_timesteps")
+        known = milestone_indices(self.segments, process.num_train_timesteps)[:-1]
+        if self.states == "visited" and not set(known).issuperset(self.rollout_timesteps):
+            raise ValueError(
+                f"states = 'visited': rollout_timesteps = {self.rollout_timesteps} must be among "
+                f"the milestones {', '.join(map(str, known))}"
+            )
         return LCD(self, networks)
 
 
@@ -96,6 +115,11 @@ class LCD(Objective):
     settings: LCDSettings
     uses_student: ClassVar[bool] = True
     has_sample: ClassVar[bool] = True
+
+    @property
+    def has_next_state(self) -> bool:  # type: ignore[override]
+        """See `Objective`."""
+        return self.settings.states == "visited"
 
     @property
     def weight(self) -> float:  # type: ignore[override]
@@ -123,18 +147,37 @@ class LCD(Objective):
     ) -> Pairs:
         """See `Objective`."""
         chosen, networks = self.settings, self.networks
-        process, conditioning = networks.process, batch["conditioning"]
-        noise_keys, rollout_keys, time_keys, state_keys = split(keys, 4)
+        process = networks.process
+        noise_keys, *rest = split(keys, 4)
+        student = networks.target(trainable, frozen)
+        noise = normal(noise_keys, networks.latent_shape)
+        make = self._visited if self.has_next_state else self._renoised
+        pairs = make(student, noise, batch["conditioning"], tuple(rest))
+        if chosen.weight == 0:
+            return jax.lax.stop_gradient(pairs._replace(z_n=pairs.z_m, t_n=pairs.t_m))
+        teacher = networks.guided_teacher(frozen, chosen.guidance_scale)
+        substeps = jnp.full(pairs.t_m.shape, chosen.teacher_substeps, jnp.int32)
+        stops = subdivide(process, pairs.t_m, pairs.t_n, substeps, chosen.teacher_substeps)
+        _, z_n = teacher_path(teacher, process, pairs.z_m, stops, pairs.conditioning)
+        return jax.lax.stop_gradient(pairs._replace(z_n=z_n))
+
+    def _renoised(
+        self,
+        student: Denoiser,
+        noise: Float[Array, " b *latent"],
+        conditioning: PyTree[Array],
+        keys: tuple[Key[Array, " b"], ...],
+    ) -> Pairs:
+        """Equations (1) and (2); z_n is still z_m."""
+        chosen, process = self.settings, self.networks.process
+        rollout_keys, time_keys, state_keys = keys
         if chosen.rollout == "milestones":
             # The sampler without fresh noise is the chain of segment jumps g.
             times = milestone_indices(chosen.segments, process.num_train_timesteps)[:-1]
             gamma = 0.0
         else:
             times, gamma = chosen.rollout_timesteps, 1.0
-        student = networks.target(trainable, frozen)
-        noise = normal(noise_keys, networks.latent_shape)
         z0 = sample(student, process, noise, conditioning, times, rollout_keys, gamma)  # (1)
-
         states, size = chosen.states_per_rollout, batch_size(conditioning)
         z0, conditioning = repeat((z0, conditioning), states)
         index = milestone_choices(time_keys, chosen.segments, states).reshape(-1)
@@ -143,14 +186,44 @@ class LCD(Objective):
         state_keys = jax.vmap(lambda key: jax.random.split(key, states))(state_keys)
         z_m = _renoised(process, z0, t_m, state_keys.reshape(size * states))
         clean = jnp.full_like(t_m, process.end)
-        if chosen.weight == 0:
-            return jax.lax.stop_gradient(Pairs(z_m, t_m, z_m, t_m, clean, z0, conditioning))
+        return Pairs(z_m, t_m, z_m, t_n, clean, z0, conditioning)
 
-        teacher = networks.guided_teacher(frozen, chosen.guidance_scale)
-        substeps = jnp.full(t_m.shape, chosen.teacher_substeps, jnp.int32)
-        stops = subdivide(process, t_m, t_n, substeps, chosen.teacher_substeps)
-        _, z_n = teacher_path(teacher, process, z_m, stops, conditioning)
-        return jax.lax.stop_gradient(Pairs(z_m, t_m, z_n, t_n, clean, z0, conditioning))
+    def _visited(
+        self,
+        student: Denoiser,
+        noise: Float[Array, " b *latent"],
+        conditioning: PyTree[Array],
+        keys: tuple[Key[Array, " b"], ...],
+    ) -> Pairs:
+        """Equation (1) and the states it came through; z_n is still z_m."""
+        chosen, process = self.settings, self.networks.process
+        rollout_keys, time_keys, _ = keys  # nothing is noised again
+        times, count = chosen.rollout_timesteps, chosen.states_per_rollout
+        path = visited(student, process, noise, conditioning, times, rollout_keys)
+        index = milestone_choices(time_keys, len(times), count)
+
+        def at(shift: int) -> Array:
+            taken = jax.vmap(lambda states, rows: states[rows])(path, index + shift)
+            return taken.reshape(-1, *path.shape[2:])
+
+        z0, conditioning = repeat((path[:, -1], conditioning), count)
+        known = milestone_indices(chosen.segments, process.num_train_timesteps)
+        places = jnp.asarray([known.index(t) for t in (*times, known[-1])])
+        falling = jnp.asarray(milestones(process, chosen.segments))
+        flat = index.reshape(-1)
+        t_m, t_n = (falling[places[flat] + shift] for shift in (0, 1))
+        clean = jnp.full_like(t_m, process.end)
+        return Pairs(
+            z_m=at(0),
+            t_m=t_m,
+            z_n=at(0),
+            t_n=t_n,
+            target_time=clean,
+            sample=z0,
+            conditioning=conditioning,
+            next_state=at(1),
+            next_time=falling[places[flat + 1]],
+        )
 
     def target(self, denoiser: Denoiser, pairs: Pairs) -> Float[Array, " n *latent"]:
         """The right side of (3)."""
@@ -183,6 +256,27 @@ class LCD(Objective):
         return pairs._replace(
             t_m=t_m, z_m=_renoised(process, jnp.asarray(pairs.sample), t_m, state_keys)
         )
+
+
+def visited(
+    student: Denoiser,
+    process: Process,
+    noise: Float[Array, " b *latent"],
+    conditioning: PyTree[Array],
+    timesteps: tuple[int, ...],
+    keys: Key[Array, " b"],
+) -> Float[Array, "b states *latent"]:
+    """What `sample` comes through at each of its times, and last what it ends with."""
+
+    def advance(z: Array, xs: tuple) -> tuple[Array, Array]:
+        index, t, level = xs
+        xi = normal(jax.vmap(jax.random.fold_in, (0, None))(keys, index), z.shape[1:])
+        return student_step(student, process, z, t, level, xi, conditioning), z
+
+    times = jnp.asarray([process.time(t) for t in timesteps])
+    plan = jnp.asarray(levels(process, timesteps, 1.0), jnp.float32)
+    end, states = jax.lax.scan(advance, noise, (jnp.arange(len(timesteps)), times, plan))
+    return jnp.moveaxis(jnp.concatenate([states, end[None]]), 0, 1)
 
 
 def _renoised(

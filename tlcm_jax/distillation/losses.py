@@ -67,6 +67,35 @@ def preference(
     return jax.nn.relu(threshold - score) + mismatched * jax.nn.relu(negative_score)
 
 
+def reward_weighted(
+    x: Float[Array, " n *latent"],
+    state: Float[Array, " n *latent"],
+    alpha: Float[Array, " n"],
+    sigma: Float[Array, " n"],
+    weight: Float[Array, " n"],
+) -> Float[Array, " n"]:
+    """A |z_s - alpha_s x|^2 / (2 sigma_s^2), the mean over a sample's elements.
+
+    But for that mean, -A log p of a state that was drawn from N(alpha_s x, sigma_s^2 I).
+
+    Args:
+      x: the student's prediction.
+      state: z_s, where its sampler went from there.
+      alpha: alpha_s.
+      sigma: sigma_s, above 0.
+      weight: A, of either sign.
+    """
+    error = mse(bcast_right(alpha, x) * x, state)
+    return weight * error / (2 * jnp.square(sigma))
+
+
+def standardised(scores: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Scores less their mean, in units of their standard deviation; 0 where they are all alike."""
+    spread = jnp.std(scores)
+    apart = spread > 1e-6 * jnp.max(jnp.abs(scores))
+    return jnp.where(apart, (scores - jnp.mean(scores)) / jnp.where(apart, spread, 1.0), 0.0)
+
+
 def distribution_matching_grad(
     x: Float[Array, " n *latent"],
     real_x0: Float[Array, " n *latent"],

@@ -28,6 +28,8 @@ class Pairs(NamedTuple):
         several steps, or a real latent; None where there is neither.
       conditioning: pytree `[n, ...]`.
       inputs: pytree `[n, ...]`, what else the batch held, such as prompts as a scorer reads them.
+      next_state: `[n, *latent]` where the student's own sampler went from z_m, at time `next_time`,
+        `[n]`; at the process's end it is `sample`. None where z_m is no state of its sampler.
     """
 
     z_m: Float[Array, " n *latent"]
@@ -38,6 +40,8 @@ class Pairs(NamedTuple):
     sample: Float[Array, " n *latent"] | None
     conditioning: PyTree[Array]
     inputs: dict[str, PyTree[Array]] = {}
+    next_state: Float[Array, " n *latent"] | None = None
+    next_time: Num[Array, " n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,7 @@ class Objective:
       needs_latents: batches must hold real latents under "latents".
       uses_student: pairs depend on the student's parameters.
       has_sample: pairs have a `sample`.
+      has_next_state: pairs have a `next_state`.
       target_is_ema: targets are asked of the student's EMA, which the stage must then keep.
       weight: 0 where the stage has its terms alone, and no target.
     """
@@ -99,6 +104,7 @@ class Objective:
     needs_latents: ClassVar[bool] = False
     uses_student: ClassVar[bool] = False
     has_sample: ClassVar[bool] = False
+    has_next_state: ClassVar[bool] = False
     target_is_ema: ClassVar[bool] = False
     weight: ClassVar[float] = 1.0
 

@@ -6,6 +6,7 @@ from tlcm_jax.distillation.terms.adversarial import AdversarialSettings
 from tlcm_jax.distillation.terms.distribution_matching import DistributionMatchingSettings
 from tlcm_jax.distillation.terms.latent_lpips import LatentLPIPSSettings
 from tlcm_jax.distillation.terms.preference import PreferenceSettings
+from tlcm_jax.distillation.terms.reward import RewardSettings
 from tlcm_jax.distillation.trajectory_kd import TrajectoryKDSettings
 
 OBJECTIVES = {
@@ -16,6 +17,7 @@ OBJECTIVES = {
 TERMS = {
     "latent_lpips": LatentLPIPSSettings,
     "preference": PreferenceSettings,
+    "reward": RewardSettings,
     "distribution_matching": DistributionMatchingSettings,
     "adversarial": AdversarialSettings,
 }

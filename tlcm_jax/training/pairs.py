@@ -8,7 +8,8 @@ with the student as it stands,
 without gradients and in a program of its own; shuffles them (pairs of one path must not meet in
 one update); and hands them out in mini-batches, going through them `epochs` times, each in another
 order. Everything is a function of (key, step) and, where pairs depend on the student, of theta at
-the refill: the stream has no state that a checkpoint would have to hold.
+the refill: the stream has no state that a checkpoint would have to hold. Where the host has to look
+at pairs, it does so between drawing and shuffling (`PairSource.annotate`).
 """
 
 import dataclasses
@@ -41,6 +42,9 @@ class PairSource:
       batch_size: pairs of a mini-batch; divides b k.
       epochs: how often the pairs of a refill are gone through.
       uses_student: pairs depend on `trainable`.
+      annotate: `(frozen, pairs) -> pairs`, leaves `[b * k, ...]` on the devices as `sample` orders
+        them: what the host adds to a refill. It may wait for the devices; every process calls it.
+        A pure function, or a resumed run is not the same run.
     """
 
     sample: Callable[..., PyTree[Array]]
@@ -50,6 +54,7 @@ class PairSource:
     batch_size: int
     epochs: int = 1
     uses_student: bool = False
+    annotate: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]] | None = None
 
     def __post_init__(self) -> None:
         """Refuses sizes that do not fit each other."""
@@ -82,6 +87,8 @@ class PairStream:
         """
         self.source = source
         self.refill = jax.jit(traced_on(mesh, partial(_refill, source, mesh)))
+        self._draw = jax.jit(traced_on(mesh, partial(_draw, source)))
+        self._arrange = jax.jit(partial(_arrange, source, mesh))
         self._held: tuple[int, PyTree[Array]] | None = None
 
     def resumable(self, step: int) -> bool:
@@ -113,12 +120,13 @@ class PairStream:
                 )
             self._held = None  # its memory, before the next is drawn
             batch = self.source.batches(number)
-            self._held = (
-                number,
-                self.refill(
-                    state.student.params, frozen, batch, state.key, jnp.asarray(number, jnp.uint32)
-                ),
-            )
+            which = state.key, jnp.asarray(number, jnp.uint32)
+            if self.source.annotate is None:
+                pairs = self.refill(state.student.params, frozen, batch, *which)
+            else:
+                drawn = self._draw(state.student.params, frozen, batch, *which)
+                pairs = self._arrange(self.source.annotate(frozen, drawn), *which)
+            self._held = (number, pairs)
         return _take(self._held[1], jnp.asarray(place, jnp.int32))
 
 
@@ -132,11 +140,35 @@ def _refill(
     number: Int[Array, ""],
 ) -> PyTree[Array]:
     """Equation (1), shuffled: leaves `[steps_per_refill, batch_size, ...]`."""
-    sample_key, order_key = jax.random.split(jax.random.fold_in(key, _PAIRS))
+    pairs = _draw(source, trainable, frozen, batch, key, number)
+    return _arrange(source, mesh, pairs, key, number)
+
+
+def _draw(
+    source: PairSource,
+    trainable: PyTree[Array],
+    frozen: PyTree[Array],
+    batch: PyTree[Array],
+    key: PRNGKeyArray,
+    number: Int[Array, ""],
+) -> PyTree[Array]:
+    """Equation (1): leaves `[b * k, ...]`."""
+    sample_key, _ = jax.random.split(jax.random.fold_in(key, _PAIRS))
     # The key of a prompt is that of its place in the stream of all prompts, however it is cut.
     places = number * source.prompts + jnp.arange(source.prompts, dtype=jnp.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, places)
-    pairs = jax.lax.stop_gradient(source.sample(trainable, frozen, batch, keys))
+    return jax.lax.stop_gradient(source.sample(trainable, frozen, batch, keys))
+
+
+def _arrange(
+    source: PairSource,
+    mesh: Mesh | None,
+    pairs: PyTree[Array],
+    key: PRNGKeyArray,
+    number: Int[Array, ""],
+) -> PyTree[Array]:
+    """Shuffled: leaves `[steps_per_refill, batch_size, ...]`."""
+    _, order_key = jax.random.split(jax.random.fold_in(key, _PAIRS))
     count = jax.tree.leaves(pairs)[0].shape[0]
     epoch_keys = jax.random.split(jax.random.fold_in(order_key, number), source.epochs)
     order = jax.vmap(lambda key: jax.random.permutation(key, count))(epoch_keys).reshape(-1)

@@ -97,7 +97,7 @@ def test_a_scorer_that_cannot_be_followed_is_refused_and_can_be_held_out(world, 
 
     monkeypatch.setattr(roles, "load", load)
     assert preference(world).held_out is not None
-    with pytest.raises(ValueError, match="has no gradient in the images"):
+    with pytest.raises(ValueError, match="has no gradient in the images.*a `reward` term"):
         preference(world, wish(weights="2"))
 
 

@@ -128,6 +128,22 @@ def test_a_scorer_that_cannot_be_followed_is_refused(plugin):
     assert table.load_scorer("some.plugin", differentiable=True).threshold == 7.0
 
 
+def test_a_plugin_may_be_a_plain_function(plugin):
+    plugin(load=lambda path: lambda images, prompts: images[..., 0].mean(axis=(1, 2)))
+    scorer = table.load_scorer("some.plugin")
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[1, ..., 0] = 9
+    values = scorer.values(images, ["a", "b"], {})
+    np.testing.assert_array_equal(values["plugin"], [0, 9])
+    assert scorer.summarise(values) == {"plugin": 4.5}
+    assert [measure.key for measure in scorer.measures] == ["plugin"]
+    with pytest.raises(ValueError, match="has no gradient in the images"):
+        table.load_scorer("some.plugin", differentiable=True)
+    plugin(load=lambda path: 3)
+    with pytest.raises(ValueError, match="its `load\\(path\\)` returns int: return a Scorer, or a"):
+        table.load_scorer("some.plugin")
+
+
 def test_what_scores_whole_sets_has_no_score_of_one():
     class Spread(Scorer):
         name = "spread"

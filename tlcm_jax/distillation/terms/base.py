@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from jaxtyping import Array, Float, Key, Num, PyTree
+import numpy as np
+from jaxtyping import Array, Float, Key, Num, PyTree, UInt8
 
 from tlcm_jax.distillation.checks import check_at_least, check_positive
 from tlcm_jax.distillation.networks import AuxNetwork, Networks
@@ -29,6 +30,8 @@ class StudentOutputs(NamedTuple):
         neither.
       target_time: `[n]` of jump and target; the process's end counts as clean.
       conditioning: pytree `[n, ...]`.
+      next_state: `[n, *latent]` where the student's own sampler went from what it is asked at, at
+        time `next_time`, `[n]`; None where there is none (`Pairs`).
     """
 
     x0: Float[Array, " n *latent"]
@@ -37,6 +40,8 @@ class StudentOutputs(NamedTuple):
     sample: Float[Array, " n *latent"] | None
     target_time: Num[Array, " n"]
     conditioning: PyTree[Array]
+    next_state: Float[Array, " n *latent"] | None = None
+    next_time: Num[Array, " n"] | None = None
 
 
 class Context(NamedTuple):
@@ -45,7 +50,8 @@ class Context(NamedTuple):
     Attributes:
       frozen: the stage's frozen tree.
       params: the term's own weights, as its `params`.
-      inputs: what `prompt_inputs` made of the batch's prompts, `[n, ...]`.
+      inputs: what `prompt_inputs` made of the batch's prompts, `[n, ...]`; of a term that scores
+        samples, what `weigh` made of their scores.
       aux_params: parameters of the auxiliary networks, by name.
       keys: one for each sample, `[n]`.
     """
@@ -73,6 +79,8 @@ class Term:
     params: Any = dataclasses.field(default_factory=dict)
 
     needs: ClassVar[tuple[str, ...]] = ()
+    # Whether the host is to score the student's own samples, as images, when they are made.
+    scores_samples: ClassVar[bool] = False
 
     @property
     def needed_outputs(self) -> tuple[str, ...]:
@@ -93,6 +101,21 @@ class Term:
         """What the loss reads of the prompts: numpy arrays `[n, ...]`."""
         del prompts
         return {}
+
+    def score_samples(
+        self, images: UInt8[np.ndarray, "n h w 3"], inputs: Mapping[str, Any]
+    ) -> dict[str, Float[np.ndarray, " n"]]:
+        """Scores of the student's samples, on the host, by name.
+
+        Args:
+          images: decoded.
+          inputs: `prompt_inputs` of their prompts, `[n, ...]`.
+        """
+        raise NotImplementedError
+
+    def weigh(self, scores: Mapping[str, Float[Array, " n"]]) -> dict[str, Any]:
+        """What the loss reads of the scores of all samples of a refill: arrays `[n, ...]`."""
+        raise NotImplementedError
 
     def loss(
         self, outputs: StudentOutputs, context: Context

@@ -58,6 +58,11 @@ class StageLoss:
                     "only the objective 'lcd' makes, or with a real one, which 'mlcd' has in mode "
                     "'data'"
                 )
+            if "next_state" in term.needed_outputs and not self.objective.has_next_state:
+                raise ValueError(
+                    f"term {name!r} follows the steps of the student's own sampler: take the "
+                    "objective 'lcd' with states = 'visited'"
+                )
             if term.aux is not None and term.aux.name in known:
                 raise ValueError(f"two terms train a network called {term.aux.name!r}: keep one")
             known |= set() if term.aux is None else {term.aux.name}
@@ -192,6 +197,8 @@ class StageLoss:
             sample=pairs.sample,
             target_time=pairs.target_time,
             conditioning=pairs.conditioning,
+            next_state=pairs.next_state,
+            next_time=pairs.next_time,
         )
 
 

@@ -8,7 +8,8 @@ prompt and c' another sample's,
 
 Scorers differ in their units, which weights and thresholds are in. The term's gradient is held to a
 share of the consistency loss's (compose.py, equation 2), and a scorer that nothing follows, the
-held-out reward, is reported beside them (scored.py).
+held-out reward, is reported beside them (scored.py). A scorer without a gradient is followed by
+another term (reward.py).
 """
 
 import dataclasses
@@ -87,7 +88,7 @@ class PreferenceSettings(ScoredSettings):
             if type(held_out).score is Scorer.score:
                 raise ValueError(
                     f"held_out: scorer {self.held_out!r} scores on the host, and preference on the "
-                    "device; name another"
+                    "device; name another, or hold it out beside a `reward` term"
                 )
             params["held_out"] = held_out.params
         return Preference(

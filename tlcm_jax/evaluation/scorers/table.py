@@ -1,7 +1,7 @@
 """The scorers there are, by name. A new one is one file beside this one and one line in `SCORERS`.
 
-A dotted name is a plug-in: a module that can be imported and offers `load(path) -> Scorer`, such as
-`miniature.judge`.
+A dotted name is a plug-in: a module that can be imported and offers `load(path)`, such as
+`miniature.judge`. It returns a `Scorer`, or a plain function of images and prompts (function.py).
 """
 
 import importlib
@@ -21,6 +21,7 @@ from tlcm_jax.evaluation.scorers import (
     pickscore,
 )
 from tlcm_jax.evaluation.scorers.base import Scorer
+from tlcm_jax.evaluation.scorers.function import FunctionScorer, check_callable
 
 # Name -> loader, given the file or folder of the weights; "" where none was given.
 SCORERS: Mapping[str, Callable[[str], Scorer]] = {
@@ -47,12 +48,14 @@ def load_scorer(name: str, path: str = "", *, differentiable: bool = False) -> S
       FileNotFoundError: weights are missing.
     """
     scorer = _loader(name)(path)
+    if not isinstance(scorer, Scorer):
+        scorer = FunctionScorer(name.rpartition(".")[2], check_callable(name, scorer))
     if not differentiable:
         return scorer
     if not scorer.differentiable:
         raise ValueError(
-            f"scorer {name!r} has no gradient in the images, so preference cannot follow it; "
-            "`evaluate` can tell it"
+            f"scorer {name!r} has no gradient in the images, so preference cannot follow it; a "
+            "`reward` term can"
         )
     if "." in name:  # the library's own are tested; a plug-in's claim is tried
         check_gradient(name, scorer)
