@@ -217,6 +217,9 @@ CONFIG = dict(
     sample_every=0,
     checkpoint_every=100,
     keep_checkpoints=2,
+    keep_every=0,
+    keep_stage_ends=False,
+    keep_best="",
     evaluation={"prompts": ["a.txt"], "gamma": 1.0},
     export=["lora"],
 )

@@ -22,7 +22,8 @@ from tlcm_jax.io.placement import to_host
 from tlcm_jax.io.tensors import open_component
 from tlcm_jax.models import lora
 from tlcm_jax.models.adapters import svd_extract
-from tlcm_jax.training.checkpoints import Checkpoints, Position
+from tlcm_jax.training.checkpoints import Checkpoints
+from tlcm_jax.training.positions import Position
 from tlcm_jax.training.state import create
 
 RANK, ALPHA = 2, 8.0

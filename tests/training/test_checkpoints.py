@@ -12,8 +12,10 @@ import toy_regression as toy
 
 from tlcm_jax.training import mesh as meshes
 from tlcm_jax.training import sharding
-from tlcm_jax.training.checkpoints import Checkpoints, Position
+from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.optimizers import adamw
+from tlcm_jax.training.positions import Position
+from tlcm_jax.training.retention import Keep
 from tlcm_jax.training.state import create
 
 
@@ -112,14 +114,14 @@ def test_the_trained_leaves_are_read_alone_beside_a_run_that_saves(tmp_path):
 
 def test_the_newest_few_are_kept_and_half_written_ones_never_chosen(tmp_path):
     state = make_state()
-    saved = Checkpoints(tmp_path, keep=2)
+    saved = Checkpoints(tmp_path, keep=Keep(last=2))
     for total in (5, 6, 7):
         saved.save(at(total), state)
     save(saved, at(7), state)  # already there
     assert sorted(os.listdir(tmp_path)) == ["6", "7"]
     # What a run that was killed while saving leaves: the temporary name.
     shutil.copytree(tmp_path / "7", tmp_path / "8.orbax-checkpoint-tmp")
-    again = Checkpoints(tmp_path, keep=2)
+    again = Checkpoints(tmp_path, keep=Keep(last=2))
     assert again.latest() == at(7)
     save(again, at(8), state)
     assert Checkpoints(tmp_path).latest() == at(8)
@@ -142,9 +144,67 @@ def test_damaged_and_missing_checkpoints_are_errors(tmp_path):
             path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(RuntimeError, match=r"/6 cannot be read .*resume from step 5"):
         Checkpoints(tmp_path).restore(template(state))
-    shutil.rmtree(tmp_path / "6/position")
-    with pytest.raises(RuntimeError, match=r"/6 cannot be read"):
+    with pytest.raises(RuntimeError, match=r"/6 cannot be read .*has changed since"):
+        Checkpoints(tmp_path, keep=None).trained(6)
+
+
+def test_a_damaged_newest_is_set_aside_and_the_one_before_taken(tmp_path, caplog):
+    state = make_state()
+    saved = Checkpoints(tmp_path)
+    saved.save(at(5), state)
+    save(saved, at(6), make_state(seed=6))
+    (tmp_path / "6/position/metadata").write_bytes(b"")
+    reader = Checkpoints(tmp_path, keep=None)
+    reader.trained()  # of 5, and leaves all as it is
+    assert reader.latest() == at(5) and sorted(os.listdir(tmp_path)) == ["5", "6"]
+    caplog.clear()
+    again = Checkpoints(tmp_path)
+    assert again.latest() == at(5)
+    assert_same(again.restore(template(state)), state)
+    said = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    assert len(said) == 1 and "/6 is damaged (position/metadata has changed" in said[0]
+    assert sorted(os.listdir(tmp_path)) == ["5", "6.damaged"]
+    save(again, at(6), state)  # trained again
+    assert Checkpoints(tmp_path).latest() == at(6)
+    for total in ("5", "6"):
+        (tmp_path / total / "state/manifest.ocdbt").unlink()
+    with pytest.raises(RuntimeError, match=r"can be read .6: state/manifest.ocdbt is missing"):
         Checkpoints(tmp_path).latest()
+    assert {"5", "6"} <= set(os.listdir(tmp_path))
+
+
+def test_checkpoints_of_versions_without_sums_are_taken_with_a_warning(tmp_path, caplog):
+    state = make_state()
+    saved = Checkpoints(tmp_path)
+    saved.save(at(5), state)
+    save(saved, at(6), state)
+    for total in "56":
+        (tmp_path / total / "SHA256SUMS").unlink()
+    assert Checkpoints(tmp_path).latest() == at(6) and "6 has no SHA256SUMS" in caplog.text
+    (tmp_path / "6/position/metadata").write_text('{"stage": 1')
+    assert Checkpoints(tmp_path).latest() == at(5)
+
+
+def test_a_run_that_is_killed_before_the_last_two_files_are_listed_has_a_list(tmp_path):
+    saved, state = Checkpoints(tmp_path), make_state()
+    saved.save(at(5), state)
+    saved._manager.wait_until_finished()  # named, and `wait` was never called
+    text = (tmp_path / "5/SHA256SUMS").read_text()
+    assert "state/manifest.ocdbt" in text and "_CHECKPOINT_METADATA" not in text
+    assert Checkpoints(tmp_path).latest() == at(5)
+    saved.wait()
+    assert "_CHECKPOINT_METADATA" in (tmp_path / "5/SHA256SUMS").read_text()
+
+
+def test_the_keep_policy_holds_on_the_disk_and_over_a_resume(tmp_path):
+    keep = Keep(last=1, every=4, stage_ends=True, best="loss")
+    losses = {5: 3.0, 6: 1.0, 7: 2.0, 8: 5.0, 9: float("nan"), 10: 4.0}
+    for total, loss in losses.items():
+        saved = Checkpoints(tmp_path, keep=keep)
+        saved.latest()
+        saved.save(at(total), make_state(), stage_end=total == 7, row={"loss": loss})
+        saved.wait()
+    assert sorted(map(int, os.listdir(tmp_path))) == [6, 7, 8, 10]
 
 
 def test_another_state_is_refused_leaf_by_leaf(tmp_path):

@@ -11,7 +11,8 @@ import toy_regression as toy
 
 from tlcm_jax.training import loop, preemption
 from tlcm_jax.training import mesh as meshes
-from tlcm_jax.training.checkpoints import Checkpoints, Position
+from tlcm_jax.training.checkpoints import Checkpoints
+from tlcm_jax.training.positions import Position
 from tlcm_jax.training.preemption import Preemption
 from tlcm_jax.training.profile import Profiler
 

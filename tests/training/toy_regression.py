@@ -8,6 +8,7 @@ from tlcm_jax.training import loop, mesh, optimizers, sharding
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.metrics import MetricsWriter
 from tlcm_jax.training.pairs import PairSource
+from tlcm_jax.training.retention import Keep
 from tlcm_jax.training.stage import StageSpec
 
 FEATURES, TARGETS, PROMPTS, PATHS, BATCH = 16, 8, 16, 4, 32
@@ -88,7 +89,7 @@ def spec(name="first", steps=6, on=None, rate=1e-2, batches=None, pairs=None, **
 def run(folder, specs, on=None, hooks=(), keep=2, profiler=None, write=True, **settings):
     """The stages, with checkpoints and metrics in `folder`."""
     quiet = {"log_every": 2, "checkpoint_every": 3, "progress": False}
-    checkpoints = Checkpoints(folder / "checkpoints", keep=keep)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=Keep(last=keep))
     try:
         return loop.run(
             specs,

@@ -19,9 +19,9 @@ from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import find_family
 from tlcm_jax.io.products import check_products, export_products
 from tlcm_jax.models import lora
-from tlcm_jax.training.checkpoints import Position
 from tlcm_jax.training.loop import Hook
 from tlcm_jax.training.mesh import make_mesh
+from tlcm_jax.training.positions import Position
 from tlcm_jax.training.sharding import place
 from tlcm_jax.training.state import TrainState
 

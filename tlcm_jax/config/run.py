@@ -113,7 +113,7 @@ def train(
     _log_sizes(settings, trainable, prompts, mesh)
 
     writer = MetricsWriter(workdir, write=lead)
-    checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, keep=settings.keep_checkpoints)
+    checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, keep=settings.keep)
     try:
         result = loop.run(
             specs,

@@ -15,6 +15,7 @@ from tlcm_jax.diffusion.sampling import check_gamma
 from tlcm_jax.distillation.checks import check_at_least
 from tlcm_jax.distillation.registry import OBJECTIVES, TERMS
 from tlcm_jax.models.lora import LoRAConfig
+from tlcm_jax.training.retention import Keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,11 @@ class Settings:
       log_every: steps between rows of metrics.
       sample_every: steps between previews, drawn into the workdir's `samples`; 0 draws none.
       checkpoint_every: steps between checkpoints.
-      keep_checkpoints: how many are kept.
+      keep_checkpoints: how many are kept, the newest.
+      keep_every: those of every so many steps over all stages are kept too; 0 keeps none so.
+      keep_stage_ends: whether each stage's last one is kept too.
+      keep_best: a metric of the rows whose least value is kept too, or, as "-METRIC", whose
+        greatest; "" keeps none so.
       evaluation: None leaves it to the `evaluate` command.
       export: products written at the end.
     """
@@ -170,6 +175,9 @@ class Settings:
     sample_every: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    keep_stage_ends: bool = False
+    keep_best: str = ""
     evaluation: EvaluationSettings | None = None
     export: tuple[str, ...] = ("kohya",)
 
@@ -181,11 +189,22 @@ class Settings:
             check_at_least(name, getattr(self, name), 1)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}: must lie in 0 to {2**32 - 1}")
-        check_at_least("sample_every", self.sample_every, 0)
+        for name in ("sample_every", "keep_every"):
+            check_at_least(name, getattr(self, name), 0)
         if self.trainable == "full" and {"lora", "kohya"} & set(self.export):
             raise ValueError(
                 f"export = {self.export}: a UNet trained whole has no LoRA; export 'pipeline'"
             )
+
+    @property
+    def keep(self) -> Keep:
+        """Which checkpoints are kept."""
+        return Keep(
+            last=self.keep_checkpoints,
+            every=self.keep_every,
+            stage_ends=self.keep_stage_ends,
+            best=self.keep_best,
+        )
 
 
 # Keys that may differ when a workdir is resumed: they change what is shown, not what is learnt.
@@ -194,6 +213,9 @@ MAY_CHANGE = (
     "sample_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "keep_stage_ends",
+    "keep_best",
     "evaluation",
     "export",
     "mesh",

@@ -103,7 +103,9 @@ def atomic_write(target: Path, *, replace: bool = False) -> Iterator[Path]:
         if target.is_dir():  # a folder cannot be renamed over another
             _remove(old)
             os.replace(target, old)
+        sync(part)
         os.replace(part, target)
+        sync(target.parent, deep=False)
         _remove(old)
     except OSError as error:
         _remove(part)
@@ -119,6 +121,28 @@ def atomic_write(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         _remove(part)
         raise
+
+
+def sync(path: Path, deep: bool = True) -> None:
+    """Returns when a file, or a folder with all in it, is on the disk and not only in memory.
+
+    Args:
+      path: the file or folder.
+      deep: False writes of a folder its list of names alone.
+    """
+    inside = path.rglob("*") if deep and path.is_dir() else ()
+    for each in (*inside, path):
+        if each.is_symlink():
+            continue
+        handle = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            # File systems that keep no order of their own (some mounts of buckets) have no fsync.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS):
+                raise
+        finally:
+            os.close(handle)
 
 
 def _remove(path: Path) -> None:

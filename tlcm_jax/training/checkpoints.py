@@ -4,10 +4,15 @@ A checkpoint holds the trained parameters, the optimisers' states, the step and 
 and where the run stands. Leaves are stored flat under their path
 (`networks/student/params/down_blocks.0/...`), so what is restored is compared name by name. The
 only file that knows Orbax.
+
+Each has a list of its files' sums (`training.integrity`). A run goes on from the newest checkpoint
+whose files are still what was saved; newer ones that are not are set aside as `NUMBER.damaged`.
 """
 
-import dataclasses
 import errno
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,92 +20,144 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 
-from tlcm_jax.training.sharding import leaf_name
+from tlcm_jax.training import integrity
+from tlcm_jax.training.leaves import compare, flatten, unflatten
+from tlcm_jax.training.positions import (
+    POSITION,
+    Position,
+    describe,
+    newest_whole,
+    read_position,
+    read_record,
+)
+from tlcm_jax.training.retention import Keep, Record, metric_of, surplus
 from tlcm_jax.training.state import STUDENT, TrainState
 from tlcm_jax.training.workdir import is_full
 
-_STATE, _POSITION = "state", "position"
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where a run stands, between two steps.
-
-    Attributes:
-      stage: index of the stage.
-      name: its name.
-      step: steps of the stage that are done. It is also the position in the stage's data: batch
-        k is drawn for step k, so the next batch is number `step`.
-      total: steps of all stages that are done; numbers checkpoints and metrics.
-    """
-
-    stage: int
-    name: str
-    step: int
-    total: int
+_STATE = "state"
+# Of the names that Orbax gives to what it is still writing.
+_UNNAMED = ".orbax-checkpoint-tmp"
+KEEP = Keep()
 
 
 class Checkpoints:
-    """The checkpoints of one folder; the newest few are kept.
+    """The checkpoints of one folder.
 
     A checkpoint is written under a temporary name and renamed when it is whole, so one that was
     interrupted is never chosen. It is written in the background: `save` returns when the state is
     copied, and the next `save`, or `wait`, says what went wrong with the one before.
     """
 
-    def __init__(self, directory: str | Path, keep: int | None = 2):
+    def __init__(self, directory: str | Path, keep: Keep | None = KEEP):
         """Opens a folder of checkpoints.
 
         Args:
           directory: the folder; made if it is missing.
-          keep: how many to keep, the newest. None opens the folder for reading only, and leaves
-            alone what a run that is still going has half written there.
+          keep: which to keep. None opens the folder for reading only, and leaves alone what a run
+            that is still going has half written there.
         """
         self.directory = Path(directory).absolute()
+        self._keep = keep
         self._saving = 0
+        self._records: dict[int, Record] = {}
         if keep is None:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, save_interval_steps=0, create=False
             )
         else:
+            listed = ocp.options.AsyncOptions(post_finalization_callback=self._list_files)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+                enable_async_checkpointing=True, cleanup_tmp_directories=True, async_options=listed
             )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
             item_handlers={
                 _STATE: ocp.StandardCheckpointHandler(),
-                _POSITION: ocp.JsonCheckpointHandler(),
+                POSITION: ocp.JsonCheckpointHandler(),
             },
         )
 
     def latest(self) -> Position | None:
-        """The newest checkpoint's position, or None when there is none."""
-        total = self._manager.latest_step()
+        """The position of the newest checkpoint that is whole, or None when there is none.
+
+        Newer ones that are damaged are set aside, with a warning.
+
+        Raises:
+          RuntimeError: all there are are damaged.
+          ValueError: the newest was written by a newer version.
+        """
+        total, damaged = self._choose()
+        if total is None and damaged:
+            newest = max(damaged)
+            raise RuntimeError(
+                f"no checkpoint in {self.directory} can be read ({newest}: {damaged[newest]}): "
+                "bring one back from a copy, or remove that folder to start again"
+            )
+        for number, reason in damaged.items():
+            where = f"set aside as {number}.damaged" if self._keep else "left out"
+            logging.warning("checkpoint %s is damaged (%s): %s, and %d taken in its place",
+                            self._path(number), reason, where, total)  # fmt: skip
+            if self._keep and jax.process_index() == 0:
+                aside = self._path(f"{number}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self._path(number), aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint chosen")
+        self._manager.reload()
         if total is None:
             return None
-        args = ocp.args.Composite(**{_POSITION: ocp.args.JsonRestore()})
-        try:
-            return Position(**self._manager.restore(total, args=args)[_POSITION])
-        except Exception as error:
-            raise self._unreadable(total, error) from error
+        best = self._keep.best if self._keep else ""
+        read = (read_record(self._path(number), best) for number in self._manager.all_steps())
+        self._records = {record.total: record for record in read if record is not None}
+        return read_position(self._path(total))
+
+    def _choose(self) -> tuple[int | None, dict[int, str]]:
+        """As `newest_whole`; of several processes one looks, and all take what it found."""
+        if jax.process_count() == 1:
+            return newest_whole(self.directory, self._named())
+        found = np.full(2, -1, np.int32)
+        damaged: dict[int, str] = {}
+        if jax.process_index() == 0:
+            total, damaged = newest_whole(self.directory, self._named())
+            found[:] = (-1 if total is None else total, max(damaged, default=-1))
+        total, newest = map(int, multihost_utils.broadcast_one_to_all(found))
+        if newest >= 0 and not damaged:
+            damaged = {newest: "process 0 says why"}
+        return (None if total < 0 else total), damaged
+
+    def _path(self, total: int | str) -> Path:
+        return self.directory / str(total)
 
     def last_good(self) -> str:
         """Names the newest whole checkpoint, for messages."""
-        # As the disk has it: one that is still being written has another name there.
-        whole = [int(path.name) for path in self.directory.iterdir() if path.name.isdigit()]
-        if not whole:
-            return f"none yet in {self.directory}"
-        return str(self.directory / str(max(whole)))
+        named = self._named()
+        return str(self._path(named[-1])) if named else f"none yet in {self.directory}"
 
-    def save(self, position: Position, state: TrainState) -> None:
-        """Saves a checkpoint and drops the ones that are too old.
+    def _named(self) -> list[int]:
+        # As the disk has it: one that is still being written has another name there.
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def save(
+        self,
+        position: Position,
+        state: TrainState,
+        *,
+        stage_end: bool = False,
+        row: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves a checkpoint, and drops those that are not to be kept once it is on the disk.
 
         Args:
           position: where the run stands; one with the total of the newest is already saved.
           state: the state there. It is read before this returns, so it may be donated after.
+          stage_end: whether it is the stage's last.
+          row: the row of metrics that ends there, for `Keep.best`.
 
         Raises:
           OSError: no space is left, now or for the save before (naming the last good checkpoint,
@@ -119,10 +176,15 @@ class Checkpoints:
         if jax.default_backend() == "cpu":
             # There "copied to the host" is the array itself, which the next update overwrites.
             state = jax.tree.map(jnp.copy, state)
+        keep = self._keep or KEEP
+        record = Record(
+            total=position.total, stage_end=stage_end, metric=metric_of(row or {}, keep)
+        )
+        self._records[position.total] = record
         args = ocp.args.Composite(
             **{
-                _STATE: ocp.args.StandardSave(_flatten(state)),
-                _POSITION: ocp.args.JsonSave(dataclasses.asdict(position)),
+                _STATE: ocp.args.StandardSave(flatten(state)),
+                POSITION: ocp.args.JsonSave(describe(position, record, keep.best)),
             }
         )
         self._saving = position.total
@@ -141,8 +203,22 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
+            if self._saving and jax.process_index() == 0:
+                integrity.add_late_sums(self._path(self._saving))
         except Exception as error:
             raise self._not_saved(error) from error
+        if self._saving and self._keep is not None:
+            there = set(self._manager.all_steps())
+            self._records = {n: r for n, r in self._records.items() if n in there}
+            known = [self._records.get(n, Record(total=n)) for n in there]
+            for number in surplus(known, self._keep):
+                self._manager.delete(number)
+        self._saving = 0
+
+    def _list_files(self) -> None:
+        """Called by Orbax, in the background, when all files are final and have no name yet."""
+        for folder in self.directory.glob(f"{self._saving}{_UNNAMED}*"):
+            integrity.write_sums(folder)
 
     def _not_saved(self, error: Exception) -> Exception:
         if not is_full(error):
@@ -174,18 +250,18 @@ class Checkpoints:
         total = self._manager.latest_step()
         if total is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        wanted = _flatten(template)
+        wanted = flatten(template)
         try:
             stored = dict(self._manager.item_metadata(total)[_STATE].items())
         except Exception as error:
             raise self._unreadable(total, error) from error
-        _compare(wanted, stored, self.directory / str(total))
+        compare(wanted, stored, self._path(total))
         args = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
         try:
             leaves = self._manager.restore(total, args=args)[_STATE]
         except Exception as error:
             raise self._unreadable(total, error) from error
-        return _unflatten(template, leaves)
+        return unflatten(template, leaves)
 
     def trained(self, total: int | None = None) -> dict[str, Any]:
         """What a checkpoint leaves to sampling and export alone: the EMA, or else the parameters.
@@ -200,12 +276,15 @@ class Checkpoints:
           FileNotFoundError: no such checkpoint; names those there are.
           RuntimeError: its files are damaged.
         """
-        there = sorted(self._manager.all_steps())
+        there = self._named()
         if not there or (total is not None and total not in there):
             wished = "" if total is None else f" {total}"
             found = f"it has {', '.join(map(str, there))}" if there else "it has none"
             raise FileNotFoundError(f"no checkpoint{wished} in {self.directory}: {found}")
-        total = there[-1] if total is None else total
+        total = self._newest(there) if total is None else total
+        path = self._path(total)
+        if integrity.has_sums(path) and (reason := integrity.damage(path)):
+            raise self._unreadable(total, ValueError(reason))
         try:
             stored = self._manager.item_metadata(total)[_STATE].items()
             student = f"networks/{STUDENT}/"
@@ -219,7 +298,7 @@ class Checkpoints:
             host = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
             args = ocp.args.PyTreeRestore(wanted, restore_args=host, partial_restore=True)
             with ocp.PyTreeCheckpointer() as reader:
-                leaves = reader.restore(self.directory / str(total) / _STATE, args=args)
+                leaves = reader.restore(path / _STATE, args=args)
         except Exception as error:
             raise self._unreadable(total, error) from error
         tree: dict[str, Any] = {}
@@ -231,9 +310,20 @@ class Checkpoints:
             branch[last] = value
         return tree
 
+    def _newest(self, there: list[int]) -> int:
+        """The newest that is whole, with a warning where a newer one is not."""
+        total, damaged = newest_whole(self.directory, there)
+        if total is None:
+            raise self._unreadable(there[-1], ValueError(damaged[there[-1]]))
+        for number, reason in damaged.items():
+            logging.warning("checkpoint %s is damaged (%s): taking %d", number, reason, total)
+        return total
+
     def close(self) -> None:
         """Waits for what is being saved, and releases the folder."""
         self._manager.close()
+        if self._saving and jax.process_index() == 0:
+            integrity.add_late_sums(self._path(self._saving))
 
     def _unreadable(self, total: int, error: Exception) -> RuntimeError:
         path = self.directory / str(total)
@@ -242,63 +332,4 @@ class Checkpoints:
         then = f"resume from step {max(older)}" if older else "start again"
         return RuntimeError(
             f"checkpoint {path} cannot be read ({reason[0]}): remove that folder to {then}"
-        )
-
-
-def _flatten(state: TrainState) -> dict[str, Any]:
-    """Leaves by name; the key as its data, and shapes as `jax.ShapeDtypeStruct`s."""
-    flat: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        name = leaf_name(path)
-        if name in flat:
-            raise ValueError(f"two leaves of the state are called {name!r}: rename one")
-        flat[name] = _key_data(leaf) if _is_key(leaf) else leaf
-    return flat
-
-
-def _unflatten(template: TrainState, leaves: dict[str, Any]) -> TrainState:
-    def pick(path: tuple, leaf: Any) -> Any:
-        value = leaves[leaf_name(path)]
-        if not _is_key(leaf):
-            return value
-        return jax.random.wrap_key_data(value, impl=_key_impl(leaf))
-
-    return jax.tree_util.tree_map_with_path(pick, template)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_data(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-        return jax.random.key_data(leaf)
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-
-
-def _key_impl(leaf: Any) -> Any:
-    # Asked of a tracer: only keys that are arrays have an implementation to ask for.
-    found: list[Any] = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
-    return found[0]
-
-
-def _compare(wanted: dict[str, Any], stored: dict[str, Any], path: Path) -> None:
-    problems = [f"{name}: not in the checkpoint" for name in sorted(set(wanted) - set(stored))]
-    problems += [f"{name}: only in the checkpoint" for name in sorted(set(stored) - set(wanted))]
-    for name in sorted(set(wanted) & set(stored)):
-        here = (tuple(wanted[name].shape), np.dtype(wanted[name].dtype))
-        there = (tuple(stored[name].shape), np.dtype(stored[name].dtype))
-        if here != there:
-            problems.append(
-                f"{name}: {there[1]}{list(there[0])} in the checkpoint, {here[1]}{list(here[0])} "
-                f"in this run"
-            )
-    if problems:
-        shown = "".join(f"\n  {line}" for line in problems[:8])
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(
-            f"checkpoint {path} does not fit this run's state; use the config it was made with, "
-            f"or another workdir:{shown}{more}"
         )

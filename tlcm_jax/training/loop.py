@@ -15,8 +15,9 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from tlcm_jax.training.checkpoints import Checkpoints, Position
+from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.metrics import Meter, MetricsWriter, Progress, Row
+from tlcm_jax.training.positions import Position
 from tlcm_jax.training.preemption import Preemption
 from tlcm_jax.training.profile import Profiler
 from tlcm_jax.training.sharding import RULES, Rules, place, tree_shardings
@@ -211,7 +212,7 @@ def _run_stage(
                 # Before the save: a run that dies in a hook comes back to it.
                 hook.call(position, state)
             if save:
-                checkpoints.save(position, state)
+                checkpoints.save(position, state, stage_end=end, row=writer.history[-1])
                 save_due = False
             if stop and not end:
                 checkpoints.wait()
