@@ -1,9 +1,12 @@
 """Distils a teacher: `python -m tlcm_jax.main --config configs/emoji.py --workdir runs/emoji`.
 
-The same command resumes a run that was stopped.
+The same command resumes a run that was stopped. Exit codes: 0 finished; 75 (EX_TEMPFAIL) asked to
+stop by SIGTERM, to be resumed; 1 an error, which is one line.
 """
 
+import contextlib
 import functools
+import shlex
 import sys
 import time
 import traceback
@@ -27,6 +30,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, 
 _PROFILE = flags.DEFINE_string(
     "profile_steps", "", "Trace these steps of the run, FIRST:LAST, for XProf or TensorBoard."
 )
+_JOIN = flags.DEFINE_integer(
+    "join_seconds", 60, "How long the processes of a run of several wait for one another."
+)
+_DEBUG = flags.DEFINE_integer(
+    "debug_step", 0, "Instead of training, repeat this update operation by operation, for its NaN."
+)
 _PROGRESS = flags.DEFINE_bool("progress", True, "Draw progress bars.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -39,23 +48,44 @@ def main(argv: list[str]) -> None:
     """Reads the flags, runs the recipe; what a user can cause is an error of one line."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    # Before anything touches a backend.
     from tlcm_jax.training import distributed
+    from tlcm_jax.training.preemption import EXIT_CODE, Preemption
 
-    distributed.initialize()
-    compilation.use_cache(_CACHE.value)
+    several = False
     try:
+        # Before anything touches a backend.
+        several = distributed.initialize(join_seconds=_JOIN.value)
+        compilation.use_cache(_CACHE.value)
         config = _CONFIG.value.to_dict()
-        run(config, _WORKDIR.value, progress=_PROGRESS.value, profile_steps=_PROFILE.value)
+        with Preemption(at_once=True) as preemption:
+            completed = run(
+                config,
+                _WORKDIR.value,
+                progress=_PROGRESS.value,
+                profile_steps=_PROFILE.value,
+                preemption=preemption,
+                debug_step=_DEBUG.value,
+            )
     except (ValueError, FileNotFoundError, OSError, RuntimeError) as error:
         if logging.level_debug():
             raise
-        sys.exit(f"error: {error}")
+        if several:
+            told = distributed.describe_failure(error)
+            distributed.end_now(f"error: {told}{_how_to_repeat(error)}")
+        sys.exit(f"error: {error}{_how_to_repeat(error)}")
+    if not completed and not _DEBUG.value:
+        sys.exit(EXIT_CODE)
 
 
 def run(
-    config: dict[str, Any], workdir: str | Path, *, progress: bool = True, profile_steps: str = ""
-) -> None:
+    config: dict[str, Any],
+    workdir: str | Path,
+    *,
+    progress: bool = True,
+    profile_steps: str = "",
+    preemption: Any = None,
+    debug_step: int = 0,
+) -> bool:
     """Trains a recipe's student, then evaluates, reports and exports it.
 
     Args:
@@ -63,10 +93,15 @@ def run(
       workdir: the run's folder.
       progress: whether to draw progress bars.
       profile_steps: `FIRST:LAST`, the steps of a profiler's trace; empty traces none.
+      preemption: already listening (`training.preemption`).
+      debug_step: the update to repeat instead of training; 0 trains.
+
+    Returns:
+      Whether it is finished; otherwise the same command resumes it.
 
     Raises:
       ValueError, FileNotFoundError: bad input; the message says what to change.
-      RuntimeError: the loss is not finite any more.
+      RuntimeError: updates are not finite any more, or another run holds the workdir.
       OSError: the disk is full.
     """
     started = time.monotonic()
@@ -76,6 +111,7 @@ def run(
     from tlcm_jax.config.run import train
     from tlcm_jax.config.schema import read
     from tlcm_jax.training import distributed
+    from tlcm_jax.training.lock import WorkdirLock
     from tlcm_jax.training.profile import parse_steps
 
     if "://" in str(workdir):
@@ -84,23 +120,42 @@ def run(
             "launch/tpu_slice.sh does) and give the folder it is mounted on"
         )
     wanted = outputs.load_outputs(settings := read(config), Path(workdir))
-    result = train(
-        config,
-        workdir,
-        progress=progress,
-        profile_steps=parse_steps(profile_steps),
-        make_hooks=functools.partial(outputs.preview_hooks, workdir=Path(workdir)),
-    )
-    if not result.completed:
-        logging.warning("stopped on request; the same command resumes this run")
-        return
-    result = outputs.gather_to_local(result, settings)
-    if jax.process_index() == 0:
-        outputs.write_outputs(
-            result, settings, wanted, Path(workdir), config, started=started, progress=progress
+    steps = parse_steps(profile_steps)
+    with contextlib.ExitStack() as stack:
+        lock = WorkdirLock(workdir)
+        distributed.lead_first(lambda: stack.enter_context(lock))
+        result = train(
+            config,
+            workdir,
+            progress=progress,
+            profile_steps=steps,
+            make_hooks=functools.partial(outputs.preview_hooks, workdir=Path(workdir)),
+            lock=lock,
+            preemption=preemption,
+            debug_step=debug_step,
         )
-    # A process that ends before the others takes them with it after some minutes.
-    distributed.wait_for_all("finished")
+        if debug_step:
+            return False
+        if not result.completed:
+            logging.warning("stopped on request; the same command resumes this run")
+            return False
+        result = outputs.gather_to_local(result, settings)
+        if jax.process_index() == 0:
+            outputs.write_outputs(
+                result, settings, wanted, Path(workdir), config, started=started, progress=progress
+            )
+        # A process that ends before the others takes them with it after some minutes.
+        distributed.wait_for_all("finished")
+    return True
+
+
+def _how_to_repeat(error: Exception) -> str:
+    """The command that repeats an update that was not finite, where the error is of one."""
+    step = getattr(error, "step", None)
+    if step is None:
+        return ""
+    command = shlex.join([sys.executable, "-m", "tlcm_jax.main", *sys.argv[1:]])
+    return f"\nto see which operation it is: {command} --debug_step {step}"
 
 
 def parse_flags(argv: list[str]) -> list[str]:

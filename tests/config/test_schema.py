@@ -220,6 +220,7 @@ CONFIG = dict(
     keep_every=0,
     keep_stage_ends=False,
     keep_best="",
+    max_skipped_updates=10,
     evaluation={"prompts": ["a.txt"], "gamma": 1.0},
     export=["lora"],
 )

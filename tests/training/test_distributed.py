@@ -1,5 +1,7 @@
 """Several processes: when they are joined, and that together they compute the same."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,13 @@ def calls(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
     made = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: made.append(args))
+
+    def join(heartbeat_timeout_seconds, **chosen):
+        made.append(tuple(chosen.values()))
+
+    monkeypatch.setattr(jax.distributed, "initialize", join)
     monkeypatch.setattr(jax.config, "update", lambda *args: made.append(args))
+    monkeypatch.setattr(distributed, "_reach", lambda address, until: None)
     return made
 
 
@@ -47,6 +54,90 @@ def test_half_an_environment_is_refused(calls, monkeypatch):
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be a whole number, got 'four'"):
         distributed.initialize()
     assert not calls
+
+
+GLOO = ("jax_cpu_collectives_implementation", "gloo")
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "1"}
+OMPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3", "OMPI_COMM_WORLD_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "2"}, [GLOO, ("slurm",)]),
+        ({**OMPI, "OMPI_COMM_WORLD_SIZE": "2"}, [GLOO, ("ompi",)]),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, []),  # one task of `srun`
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, []),  # a batch script
+        ({"WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1"}, []),
+    ],
+)
+def test_what_jax_joins_by_itself_is_joined(calls, monkeypatch, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.initialize() is bool(expected) and calls == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
+)
+def test_processes_that_did_not_join_are_refused_naming_what_to_set(calls, monkeypatch, name):
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ValueError, match=f"{name}=4: this is one of 4 .* set JAX_COORDINATOR_ADDR"):
+        distributed.initialize()
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("address", "index", "message"),
+    [
+        ("localhost:1", 7, "JAX_PROCESS_ID = 7 is none of 2 processes: it counts from 0 to 1"),
+        ("localhost:1", -1, "JAX_PROCESS_ID = -1 is none of 2"),
+        ("localhost", 1, "JAX_COORDINATOR_ADDRESS = 'localhost': give HOST:PORT of process 0"),
+        ("localhost:1", 1, "no answer from process 0 at localhost:1 .*refused.*: start it"),
+        ("no-such-host.invalid:1", 1, "no answer from process 0 at no-such-host.invalid:1"),
+    ],
+)
+def test_an_address_or_number_that_cannot_be_is_one_line(monkeypatch, address, index, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        distributed.initialize(address, 2, index, join_seconds=0)
+
+
+JOIN = """
+import sys
+from tlcm_jax.training import distributed
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), join_seconds=2)
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_waits_in_vain_ends_with_one_line_and_no_stack(index):
+    """As process 0 alone; and where something listens at the address that says nothing."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        if index:
+            silent.listen()
+        else:
+            silent.close()
+        ended = subprocess.run(
+            [sys.executable, "-c", JOIN, address, str(index)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "2 processes did not all join at 127.0.0.1" in said[0]
+    assert "Traceback" not in ended.stderr and "***" not in ended.stderr
+
+
+def test_the_death_of_another_is_said_in_one_line():
+    error = RuntimeError("INTERNAL: Gloo AllGather failed:\n Connection reset by peer")
+    said = distributed.describe_failure(error)
+    assert said.startswith("another process of this run died") and "\n" not in said
+    assert distributed.describe_failure(ValueError("seed = 1")) == "seed = 1"
 
 
 def test_a_slice_is_recognised_without_a_backend(calls, monkeypatch):

@@ -1,9 +1,14 @@
 """The loop: interrupted anywhere, a run ends where an uninterrupted one does."""
 
+import dataclasses
+import errno
+import json
 import os
 import signal
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,9 +17,12 @@ import toy_regression as toy
 from tlcm_jax.training import loop, preemption
 from tlcm_jax.training import mesh as meshes
 from tlcm_jax.training.checkpoints import Checkpoints
+from tlcm_jax.training.nonfinite import NonFiniteError
+from tlcm_jax.training.pairs import PairStream
 from tlcm_jax.training.positions import Position
 from tlcm_jax.training.preemption import Preemption
 from tlcm_jax.training.profile import Profiler
+from tlcm_jax.training.state import create
 
 TIMES = ("pairs_per_second", "nfe_per_second", "first_step_seconds")
 
@@ -191,28 +199,125 @@ def test_it_resumes_on_another_mesh(whole, tmp_path):
     assert len(kernel.addressable_shards) == 2
 
 
-@pytest.mark.parametrize("log_every", [1, 100])
-def test_a_nan_stops_before_it_is_saved(tmp_path, log_every):
-    # The refill of step 5 (of the second checkpoint interval) is poisoned.
+def poisoned(*numbers):
+    """Batches of prompts of which some are NaN, two updates each."""
+
     def batches(r):
-        batch = toy.host_batch(r)
-        return {"conditioning": batch["conditioning"] * (np.nan if r == 2 else 1)}
+        return {"conditioning": toy.host_batch(r)["conditioning"] * (np.nan if r in numbers else 1)}
 
-    with pytest.raises(RuntimeError) as error:
-        toy.run(tmp_path, [toy.spec("only", 9, batches=batches)], log_every=log_every)
+    return batches
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_resumed_bit_for_bit(tmp_path):
+    whole = toy.run(tmp_path / "whole", [toy.spec("only", 12, batches=poisoned(1, 3))])
+    assert whole.completed
+    skips = [
+        (row["step"], row.get("skipped"), row.get("skipped_in_a_row")) for row in whole.history
+    ]
+    assert skips == [
+        (2, None, None), (3, 1, 1), (4, 1, 2), (6, None, None), (8, 2, 2), (9, None, None),
+        (10, None, None), (12, None, None),
+    ]  # fmt: skip
+    assert all(np.isfinite(leaf).all() for leaf in toy.values(whole.state).values())
+    assert whole.history[1]["loss"] is None and whole.history[3]["loss"] > 0
+
+    def dies(r):
+        if r == 2:
+            raise KeyboardInterrupt
+        return poisoned(1, 3)(r)
+
+    # Resumed between the two that are skipped.
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(tmp_path / "again", [toy.spec("only", 12, batches=dies)])
+    assert latest(tmp_path / "again").total == 3
+    again = toy.run(tmp_path / "again", [toy.spec("only", 12, batches=poisoned(1, 3))])
+    toy.assert_close(again.state, whole.state)
+    assert untimed(again.history) == untimed(whole.history)
+
+
+def test_a_skipped_update_changes_nothing_but_the_step(tmp_path):
+    run = toy.run(tmp_path, [toy.spec("only", 4, batches=poisoned(1), ema_decay=0.9)])
+    before = toy.run(tmp_path / "two", [toy.spec("only", 2, ema_decay=0.9)])
+    toy.assert_close(run.state.networks, before.state.networks)
+    assert int(run.state.step) == 4
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_too_many_in_a_row_end_the_run_with_a_file_that_says_of_what(tmp_path, log_every):
+    texts = lambda r: [f"prompt {r}.{i}" for i in range(toy.PROMPTS)]  # noqa: E731
+    source = toy.source(batches=poisoned(2, 3, 4), texts=texts)
+    with pytest.raises(NonFiniteError) as error:
+        toy.run(tmp_path, [toy.spec("only", 20, pairs=source)], log_every=log_every, max_skipped=5)
     text = str(error.value)
-    assert "stage 'only', step 5: the loss, its gradient or the update is not finite" in text
-    assert f"last good checkpoint is {tmp_path}/checkpoints/3" in text
-    assert "lower learning rate" in text
-    assert latest(tmp_path).total == 3
+    assert (
+        "stage 'only', step 9: the loss, its gradient or the update was not finite 5 times" in text
+    )
+    assert "lower learning rate" in text and error.value.step == 9
+    assert latest(tmp_path).total == 6  # all of them finite
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert (report["stage"], report["stage_step"], report["step"]) == ("only", 9, 9)
+    assert report["grad_norm"] == ["nan"] * 5 == report["loss"]
+    assert len(report["prompts"]) == toy.BATCH
+    assert {prompt.split(".")[0] for prompt in report["prompts"]} == {"prompt 4"}
 
 
-def test_an_update_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
+def test_a_stage_that_never_moved_ends_the_run(tmp_path):
     """Of a finite loss and gradient: at this rate only the parameters overflow."""
     only = toy.spec("only", 1, optimizer=optax.sgd(1e39))
-    with pytest.raises(RuntimeError, match="'only', step 1: .*or the update is not finite"):
+    with pytest.raises(NonFiniteError, match="'only', step 1: .*or the update was not finite 1 "):
         toy.run(tmp_path, [only], log_every=100)
     assert latest(tmp_path) is None
+
+
+def test_the_prompts_of_a_mini_batch_are_those_that_its_pairs_were_made_of():
+    source = toy.source(texts=lambda r: [str(100 * r + i) for i in range(toy.PROMPTS)])
+    marked = lambda trainable, frozen, batch, keys: {  # noqa: E731
+        "x": jnp.repeat(batch["conditioning"][:, 0], toy.PATHS)
+    }
+    stream = PairStream(dataclasses.replace(source, sample=marked, epochs=2))
+    state = create(toy.trainable(), optax.sgd(0.1), jax.random.key(0))
+    for step in (0, 3, 5):
+        pairs = stream.next(step, state, toy.frozen())
+        r = step // 4
+        values = [toy.host_batch(r)["conditioning"][int(p) - 100 * r, 0]
+                  for p in stream.prompts(step, state.key)]  # fmt: skip
+        np.testing.assert_array_equal(pairs["x"], np.array(values, np.float32))
+
+
+def test_an_error_of_the_disk_names_the_last_good_checkpoint(tmp_path):
+    def full(position, state):
+        if position.total == 5:
+            raise OSError(errno.EROFS, "Read-only file system", "samples/5.png")
+
+    with pytest.raises(
+        OSError, match=r"Read-only .* samples/5.png; the last good .*points/4"
+    ) as raised:
+        toy.run(tmp_path, specs(), hooks=[loop.Hook(every=1, call=full)])
+    assert raised.value.errno == errno.EROFS
+
+
+def test_asked_to_stop_where_nothing_is_unsaved_it_ends_at_once_and_twice_anywhere():
+    said = []
+    with Preemption(at_once=True, end=said.append) as asked:
+        asked.settle = lambda: said.append("settled")
+        asked.unsaved = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.requested(1) and not said
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: said)
+        assert said == ["asked to stop twice: ended at once; the same command resumes"]
+    said.clear()
+    with Preemption(at_once=True, end=said.append) as asked:
+        asked.settle = lambda: said.append("settled")
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: len(said) == 2)
+        assert said[0] == "settled" and said[1].startswith("asked to stop: nothing was unsaved")
+
+
+def wait_for(condition):
+    until = time.monotonic() + 30
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def test_hooks_run_on_their_steps_and_at_the_end_of_each_stage(tmp_path):

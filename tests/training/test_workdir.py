@@ -41,9 +41,12 @@ def test_unreadable_config_and_full_disk(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not readable JSON"):
-        claim_workdir(tmp_path, CONFIG)
+    for text in ("", "{", "[]", "[" * 100_000, "\x00"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(
+            ValueError, match="config.json .*remove that one file.*checkpoints stay"
+        ):
+            claim_workdir(tmp_path, CONFIG)
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space left to write .*config.json"):
         claim_workdir(tmp_path / "other", CONFIG)

@@ -4,7 +4,7 @@ Nothing here computes: the same stages run on real weights and are lowered from 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -69,6 +69,7 @@ def stage_spec(
     mesh: Mesh,
     batches: Callable[[int], PyTree[Array]],
     frozen: Mapping[str, Any],
+    texts: Callable[[int], Sequence[str]] | None = None,
 ) -> StageSpec:
     """A stage, checked, ready to run or to be lowered.
 
@@ -80,6 +81,7 @@ def stage_spec(
       batches: batch r of `settings.refill` prompts: `{"conditioning": ..}`, and beside it
         "inputs", what the terms read of the prompts, and "latents" where needed.
       frozen: what its networks read (`distillation.networks`).
+      texts: the prompts of batch r, for messages.
 
     Raises:
       ValueError: settings that do not fit the mesh or each other.
@@ -103,6 +105,7 @@ def stage_spec(
             epochs=settings.epochs,
             uses_student=objective.uses_student,
             annotate=sample_scores(loss, mesh, math.gcd(settings.refill, micro)),
+            texts=texts,
         )
         optimizer = adamw(
             settings.learning_rate,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from tlcm_jax.config.build import initial_trainable, load_losses, stage_spec
+from tlcm_jax.config.inputs import Inputs
 from tlcm_jax.config.schema import MAY_CHANGE, ModelSettings, Settings, read
 from tlcm_jax.config.workdir import CHECKPOINTS
 from tlcm_jax.data.latents import LatentSet, read_latents
@@ -23,13 +24,17 @@ from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
 from tlcm_jax.models import lora
-from tlcm_jax.training import loop
+from tlcm_jax.training import distributed, loop
 from tlcm_jax.training.checkpoints import Checkpoints
+from tlcm_jax.training.lock import WorkdirLock
 from tlcm_jax.training.loop import Hook
 from tlcm_jax.training.mesh import make_mesh, shard_batch
 from tlcm_jax.training.metrics import MetricsWriter
+from tlcm_jax.training.preemption import Preemption
 from tlcm_jax.training.profile import Profiler
+from tlcm_jax.training.repeat import repeat_update
 from tlcm_jax.training.sharding import place, tree_shardings
+from tlcm_jax.training.stage import StageSpec
 from tlcm_jax.training.workdir import claim_workdir
 
 PROFILE = "profile"
@@ -61,6 +66,9 @@ def train(
     progress: bool = True,
     profile_steps: tuple[int, int] | None = None,
     make_hooks: Callable[[Settings, LatentModel], Sequence[Hook]] = lambda settings, model: (),
+    lock: WorkdirLock | None = None,
+    preemption: Preemption | None = None,
+    debug_step: int = 0,
 ) -> TrainResult:
     """Runs all stages of a recipe, from the workdir's newest checkpoint if it has one.
 
@@ -72,13 +80,19 @@ def train(
       progress: whether to draw progress bars.
       profile_steps: the first and last step of a profiler's trace, if there is to be one.
       make_hooks: what else to do on the way, given the recipe and the teacher.
+      lock: on the workdir, asked with every row whether it is still held.
+      preemption: already listening; None listens while the stages run.
+      debug_step: instead of training, repeats this update, counted over all stages, operation by
+        operation under `jax_debug_nans`; what it finds is logged.
 
     Raises:
       ValueError, FileNotFoundError: bad input; the message says what to change.
-      RuntimeError: the loss is not finite any more.
+      RuntimeError: updates are not finite any more, or another run has taken the workdir.
       OSError: the disk is full.
     """
     settings = read(config)
+    # As often as rows are written, which they are where hooks are due.
+    hooks = [Hook(every=settings.log_every, call=lambda *_: lock.check())] if lock else []
     prompts = read_prompts(settings.prompts)
     mesh = make_mesh(settings.mesh)
     model = load_teacher(settings.model, mesh)
@@ -92,13 +106,28 @@ def train(
         latents = read_latents(settings.latents, model.latent_shape(resolution))
     batches = PromptBatches(model, prompts, mesh, settings, latents)
     specs = [
-        stage_spec(name, stage, losses[name], mesh, batches.of(name, index, losses[name]), {})
+        stage_spec(
+            name,
+            stage,
+            losses[name],
+            mesh,
+            batches.of(name, index, losses[name]),
+            {},
+            batches.texts(name, index, losses[name]),
+        )
         for index, (name, stage) in enumerate(settings.stages.items())
     ]
     for tokenizer in model.tokenizers[:1]:
         warn_truncated(prompts, tokenizer)
     lead = jax.process_index() == 0
-    claim_workdir(workdir, config, may_change=MAY_CHANGE, write=lead)
+
+    def claim() -> None:
+        inputs = Inputs(workdir, settings, prompts)
+        claim_workdir(workdir, config, may_change=(*MAY_CHANGE, *inputs.moved))
+        inputs.check()
+        inputs.write()
+
+    distributed.lead_first(claim)
 
     adapter_key, run_key = jax.random.split(jax.random.key(settings.seed))
     trainable = initial_trainable(settings, model, adapter_key)
@@ -112,6 +141,8 @@ def train(
     ]
     _log_sizes(settings, trainable, prompts, mesh)
 
+    if debug_step:
+        return _repeat(debug_step, specs, trainable, run_key, mesh, model, Path(workdir))
     writer = MetricsWriter(workdir, write=lead)
     checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, keep=settings.keep)
     try:
@@ -125,10 +156,12 @@ def train(
                 log_every=settings.log_every,
                 checkpoint_every=settings.checkpoint_every,
                 progress=progress,
+                max_skipped=settings.max_skipped_updates,
             ),
             mesh=mesh,
-            hooks=make_hooks(settings, model),
+            hooks=[*make_hooks(settings, model), *hooks],
             profiler=Profiler(profile_steps, Path(workdir) / PROFILE),
+            preemption=preemption,
         )
     finally:
         writer.close()
@@ -139,6 +172,19 @@ def train(
         history=result.history,
         completed=result.completed,
     )
+
+
+def _repeat(
+    step: int, specs: Sequence[StageSpec], trainable: PyTree[Array], key: Array, mesh: Mesh,
+    model: LatentModel, workdir: Path,
+) -> TrainResult:  # fmt: skip
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=None)
+    try:
+        found = repeat_update(specs, trainable, key, step, checkpoints=checkpoints, mesh=mesh)
+    finally:
+        checkpoints.close()
+    logging.warning("%s", found)
+    return TrainResult(model=model, adapter={}, history=[], completed=False)
 
 
 def load_teacher(model: ModelSettings, mesh: Mesh) -> LatentModel:
@@ -218,16 +264,9 @@ class PromptBatches:
         Returns:
           `(r) -> {"conditioning", "inputs"}`, and "latents" where needed.
         """
-        source = self._latents if loss.objective.needs_latents else self._prompts
+        source = self._source(loss)
         more = {"inputs": loss.prompt_inputs(source.prompts), **source.more}
-        stream = PromptStream(
-            source.prompts,
-            self._settings.stages[name].refill,
-            # A stage of its own order: the second does not begin where the first began.
-            seed=1000 * self._settings.seed + index,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        stream = self._stream(name, index, source, jax.process_index(), jax.process_count())
 
         def batch(r: int) -> PyTree[Array]:
             rows = stream.indices(r)
@@ -236,6 +275,25 @@ class PromptBatches:
             return {"conditioning": self._encode(self._params, ids), **read}
 
         return batch
+
+    def texts(self, name: str, index: int, loss: StageLoss) -> Callable[[int], Sequence[str]]:
+        """What the batches of a stage hold over all processes, as text; arguments as of `of`."""
+        return self._stream(name, index, self._source(loss), 0, 1).batch
+
+    def _source(self, loss: StageLoss) -> _Source:
+        return self._latents if loss.objective.needs_latents else self._prompts
+
+    def _stream(
+        self, name: str, index: int, source: _Source, process_index: int, process_count: int
+    ) -> PromptStream:
+        return PromptStream(
+            source.prompts,
+            self._settings.stages[name].refill,
+            # A stage of its own order: the second does not begin where the first began.
+            seed=1000 * self._settings.seed + index,
+            process_index=process_index,
+            process_count=process_count,
+        )
 
 
 def _log_sizes(

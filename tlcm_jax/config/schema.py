@@ -158,6 +158,8 @@ class Settings:
       keep_stage_ends: whether each stage's last one is kept too.
       keep_best: a metric of the rows whose least value is kept too, or, as "-METRIC", whose
         greatest; "" keeps none so.
+      max_skipped_updates: so many updates in a row that are not finite, and are skipped, end the
+        run.
       evaluation: None leaves it to the `evaluate` command.
       export: products written at the end.
     """
@@ -178,6 +180,7 @@ class Settings:
     keep_every: int = 0
     keep_stage_ends: bool = False
     keep_best: str = ""
+    max_skipped_updates: int = 10
     evaluation: EvaluationSettings | None = None
     export: tuple[str, ...] = ("kohya",)
 
@@ -185,7 +188,7 @@ class Settings:
         if not self.stages:
             raise ValueError("stages: the recipe has none; give at least one")
         _one_of("trainable", self.trainable, ("adapter", "full"))
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_updates"):
             check_at_least(name, getattr(self, name), 1)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}: must lie in 0 to {2**32 - 1}")
@@ -216,6 +219,7 @@ MAY_CHANGE = (
     "keep_every",
     "keep_stage_ends",
     "keep_best",
+    "max_skipped_updates",
     "evaluation",
     "export",
     "mesh",

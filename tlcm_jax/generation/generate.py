@@ -8,6 +8,7 @@ on how the prompts are cut into batches or over devices.
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -296,7 +297,14 @@ def _generate(
     keys = _prompt_keys(jax.random.key(seed), numbers)
     images = []
     batches = list(whole_batches(count, size))
-    for rows in tqdm(batches, desc=label, unit="batch", disable=not options.progress):
+    for rows in tqdm(
+        batches,
+        desc=label,
+        unit="batch",
+        disable=not options.progress,
+        mininterval=0.1 if sys.stderr.isatty() else 300.0,
+        maxinterval=300.0,
+    ):
         ids, noise_keys = shard_batch(mesh, (tuple(t[rows] for t in tokens), keys[rows]))
         with known_mesh(mesh):
             found = latents(_encode(static, model.text_params, ids), noise_keys)

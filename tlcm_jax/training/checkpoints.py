@@ -10,8 +10,6 @@ whose files are still what was saved; newer ones that are not are set aside as `
 """
 
 import errno
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,11 @@ from tlcm_jax.training.positions import (
     POSITION,
     Position,
     describe,
+    newest_of_all,
     newest_whole,
     read_position,
     read_record,
+    set_aside,
 )
 from tlcm_jax.training.retention import Keep, Record, metric_of, surplus
 from tlcm_jax.training.state import STUDENT, TrainState
@@ -90,7 +90,7 @@ class Checkpoints:
           RuntimeError: all there are are damaged.
           ValueError: the newest was written by a newer version.
         """
-        total, damaged = self._choose()
+        total, damaged = newest_of_all(self.directory, self._named())
         if total is None and damaged:
             newest = max(damaged)
             raise RuntimeError(
@@ -102,9 +102,7 @@ class Checkpoints:
             logging.warning("checkpoint %s is damaged (%s): %s, and %d taken in its place",
                             self._path(number), reason, where, total)  # fmt: skip
             if self._keep and jax.process_index() == 0:
-                aside = self._path(f"{number}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(self._path(number), aside)
+                set_aside(self._path(number))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint chosen")
         self._manager.reload()
@@ -115,21 +113,7 @@ class Checkpoints:
         self._records = {record.total: record for record in read if record is not None}
         return read_position(self._path(total))
 
-    def _choose(self) -> tuple[int | None, dict[int, str]]:
-        """As `newest_whole`; of several processes one looks, and all take what it found."""
-        if jax.process_count() == 1:
-            return newest_whole(self.directory, self._named())
-        found = np.full(2, -1, np.int32)
-        damaged: dict[int, str] = {}
-        if jax.process_index() == 0:
-            total, damaged = newest_whole(self.directory, self._named())
-            found[:] = (-1 if total is None else total, max(damaged, default=-1))
-        total, newest = map(int, multihost_utils.broadcast_one_to_all(found))
-        if newest >= 0 and not damaged:
-            damaged = {newest: "process 0 says why"}
-        return (None if total < 0 else total), damaged
-
-    def _path(self, total: int | str) -> Path:
+    def _path(self, total: int) -> Path:
         return self.directory / str(total)
 
     def last_good(self) -> str:
@@ -214,6 +198,10 @@ class Checkpoints:
             for number in surplus(known, self._keep):
                 self._manager.delete(number)
         self._saving = 0
+
+    def commit(self) -> None:
+        """As `wait`, for another thread than the one that saves, before the process ends."""
+        self._manager.wait_until_finished()
 
     def _list_files(self) -> None:
         """Called by Orbax, in the background, when all files are final and have no name yet."""

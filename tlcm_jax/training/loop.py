@@ -5,22 +5,23 @@ PRNG key. Everything is a function of (state, position), so the same call resume
 interrupted and repeats it bit for bit.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from tlcm_jax.training.begin import initial, resume
 from tlcm_jax.training.checkpoints import Checkpoints
 from tlcm_jax.training.metrics import Meter, MetricsWriter, Progress, Row
+from tlcm_jax.training.nonfinite import Skipped, say_skipped
 from tlcm_jax.training.positions import Position
 from tlcm_jax.training.preemption import Preemption
 from tlcm_jax.training.profile import Profiler
-from tlcm_jax.training.sharding import RULES, Rules, place, tree_shardings
+from tlcm_jax.training.sharding import RULES, Rules
 from tlcm_jax.training.stage import Stage, StageSpec
 from tlcm_jax.training.state import TrainState
 
@@ -48,14 +49,19 @@ class LoopSettings:
         pairs depend on the student it is the first step from there on at which a run can resume
         (`PairStream.resumable`).
       progress: whether to draw a progress bar.
+      max_skipped: so many updates in a row that are not finite, and are skipped, end the run, at
+        the end of their row.
     """
 
     log_every: int = 10
     checkpoint_every: int = 500
     progress: bool = True
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        """Refuses intervals below one step."""
+        """Refuses intervals and limits below one."""
+        if self.max_skipped < 1:
+            raise ValueError(f"max_skipped must be at least 1, got {self.max_skipped}")
         if self.log_every < 1 or self.checkpoint_every < 1:
             raise ValueError(
                 f"log_every and checkpoint_every must be at least 1, got {self.log_every} and "
@@ -92,6 +98,7 @@ def run(
     rules: Rules = RULES,
     hooks: Sequence[Hook] = (),
     profiler: Profiler | None = None,
+    preemption: Preemption | None = None,
 ) -> Result:
     """Runs the stages, from the newest checkpoint if there is one.
 
@@ -106,31 +113,31 @@ def run(
       rules: where the state lies there.
       hooks: what else to do on the way.
       profiler: traces some of the steps.
+      preemption: already listening, for what comes before and after the stages too; None listens
+        here.
 
     Returns:
       The final state and the history.
 
     Raises:
-      RuntimeError: a loss, gradient or update that is not finite; names the last good checkpoint.
+      NonFiniteError: too many updates in a row were not finite.
+      RuntimeError: no checkpoint can be read.
       ValueError: a checkpoint that belongs to other stages or another state.
-      OSError: no space left for a checkpoint.
+      OSError: no space left for a checkpoint, or the folder cannot be written; names the last
+        good checkpoint.
     """
     settings = settings or LoopSettings()
-    position = checkpoints.latest()
-    writer.resume(position.total if position else 0)
-    state = None
-    if position is not None:
-        _check_position(position, specs)
-        spec = specs[position.stage]
-        state = checkpoints.restore(_template(trainable, spec, key, position.stage, mesh, rules))
-        logging.info("resuming %s at step %d of %d", spec.name, position.step, spec.steps)
-    else:
-        position = Position(stage=0, name=specs[0].name, step=0, total=0)
-    with Preemption() as preemption, profiler or Profiler(None) as profiler:
+    state, position = resume(specs, trainable, key, checkpoints, mesh, rules)
+    writer.resume(position.total)
+    with contextlib.ExitStack() as stack:
+        preemption = preemption or stack.enter_context(Preemption())
+        profiler = stack.enter_context(profiler or Profiler(None))
+        preemption.settle = checkpoints.commit
+        stack.enter_context(_naming_last_good(checkpoints))
         while True:
             spec = specs[position.stage]
             if state is None:
-                state = _initial(trainable, spec, key, position.stage, mesh, rules)
+                state = initial(trainable, spec, key, position.stage, mesh, rules)
             stage = Stage(spec, mesh, rules)
             state, position, completed = _run_stage(
                 stage,
@@ -151,6 +158,21 @@ def run(
             position = Position(following, specs[following].name, 0, position.total)
 
 
+@contextlib.contextmanager
+def _naming_last_good(checkpoints: Checkpoints) -> Iterator[None]:
+    """Adds to an error of the disk what the run can go on from."""
+    try:
+        yield
+    except OSError as error:
+        if "last good checkpoint" in str(error):
+            raise
+        reason = error.strerror or str(error)
+        path = f" {error.filename}" if error.filename else ""
+        raise OSError(
+            error.errno, f"{reason}{path}; the last good checkpoint is {checkpoints.last_good()}"
+        ) from error
+
+
 def _run_stage(
     stage: Stage,
     state: TrainState,
@@ -168,6 +190,8 @@ def _run_stage(
     show = settings.progress and jax.process_index() == 0
     progress = Progress(spec.name, position.step, spec.steps, show)
     ended = _ended(spec, writer.history)
+    rows = [row for row in writer.history if row["stage"] == spec.name]
+    skipped = Skipped(settings.max_skipped, spec.steps, rows)
     save_due = False
     try:
         while position.step < spec.steps and not ended:
@@ -182,6 +206,7 @@ def _run_stage(
             step = position.step + 1
             position = dataclasses.replace(position, step=step, total=position.total + 1)
             meter.add(metrics)
+            preemption.unsaved = True
             progress.at(meter.ready())
 
             stop_asked = preemption.requested(position.total)
@@ -193,16 +218,16 @@ def _run_stage(
             due = [hook for hook in hooks if end or step % hook.every == 0]
             if save or due or step % settings.log_every == 0:
                 # Rows end where checkpoints are, so a resumed run writes the rows that an
-                # uninterrupted one would have; and no state is saved before it is known finite.
-                row, bad = meter.collect()
-                if bad is not None:
-                    checkpoints.wait()  # for the last good one to be named
-                    raise RuntimeError(
-                        _not_finite(spec, step - row["steps"] + bad + 1, row, checkpoints)
-                    )
+                # uninterrupted one would have.
+                row, updates = meter.collect()
+                row |= skipped.add(updates)
+                say_skipped(spec.name, step, row)
                 progress.settle(row)
                 names = {"step": position.total, "stage": spec.name, "stage_step": step}
                 writer.write({**names, **row})
+                if skipped.over:
+                    checkpoints.wait()
+                    raise skipped.report(stage, state, position, writer.folder)
                 ended = _ended(spec, writer.history)
                 if ended:
                     logging.warning("stage %s ends at step %d: %s", spec.name, step, ended)
@@ -213,7 +238,7 @@ def _run_stage(
                 hook.call(position, state)
             if save:
                 checkpoints.save(position, state, stage_end=end, row=writer.history[-1])
-                save_due = False
+                preemption.unsaved = save_due = False
             if stop and not end:
                 checkpoints.wait()
                 logging.warning("asked to stop: saved %s", checkpoints.last_good())
@@ -225,69 +250,7 @@ def _run_stage(
 
 def _ended(spec: StageSpec, history: Sequence[Row]) -> str:
     """Why the stage is over before its last step, or ""."""
-    return spec.should_stop([row for row in history if row["stage"] == spec.name])
-
-
-def _not_finite(spec: StageSpec, step: int, row: Row, checkpoints: Checkpoints) -> str:
-    return (
-        f"stage {spec.name!r}, step {step}: the loss, its gradient or the update is not finite "
-        f"(over the last {row['steps']} steps loss {row['loss']:.4g}, gradient norm up to "
-        f"{row['grad_norm_max']:.4g}). The last good checkpoint is {checkpoints.last_good()}. Try "
-        f"a lower learning rate or a longer warm-up; if the loss was steady before, look at the "
-        f"batch of that step"
-    )
-
-
-def _check_position(position: Position, specs: Sequence[StageSpec]) -> None:
-    names = [spec.name for spec in specs]
-    if position.stage >= len(specs) or names[position.stage] != position.name:
-        raise ValueError(
-            f"the checkpoint is of stage {position.stage} ({position.name!r}), but this run's "
-            f"stages are {names}: use the config it was made with, or another workdir"
-        )
-    if position.step > specs[position.stage].steps:
-        raise ValueError(
-            f"the checkpoint is at step {position.step} of stage {position.name!r}, which now has "
-            f"only {specs[position.stage].steps}: raise its steps, or use another workdir"
-        )
-
-
-def _create(spec: StageSpec, key: Array, index: int) -> Callable[[Any, Any], TrainState]:
-    # A key of its own for each stage: steps count from 0 in each, and fold into this key.
-    impl = jax.random.key_impl(key)
-
-    def make(trainable: PyTree[Array], key_data: Array) -> TrainState:
-        run_key = jax.random.wrap_key_data(key_data, impl=impl)
-        return spec.create_state(trainable, jax.random.fold_in(run_key, index))
-
-    return make
-
-
-def _initial(
-    trainable: PyTree[Array], spec: StageSpec, key: Array, index: int, mesh: Mesh | None,
-    rules: Rules,
-) -> TrainState:  # fmt: skip
-    make, data = _create(spec, key, index), np.asarray(jax.random.key_data(key))
-    if mesh is None:
-        return jax.jit(make)(trainable, data)
-    shardings = tree_shardings(jax.eval_shape(make, trainable, data), mesh, rules)
-    placed = place({"trainable": trainable}, mesh, rules)["trainable"]
-    return jax.jit(make, out_shardings=shardings)(placed, data)
-
-
-def _template(
-    trainable: PyTree[Array], spec: StageSpec, key: Array, index: int, mesh: Mesh | None,
-    rules: Rules,
-) -> TrainState:  # fmt: skip
-    make, data = _create(spec, key, index), np.asarray(jax.random.key_data(key))
-    shapes = jax.eval_shape(make, trainable, data)
-    if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
-    else:
-        shardings = tree_shardings(shapes, mesh, rules)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    # A row whose updates were all skipped has no values to decide by.
+    rows = [row for row in history if row["stage"] == spec.name]
+    rows = [row for row in rows if row.get("loss") is not None]
+    return spec.should_stop(rows)

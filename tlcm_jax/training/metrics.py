@@ -4,16 +4,17 @@ Metrics stay on the device until a row is due; only then does the host wait for 
 covers the steps since the one before it.
 """
 
-import errno
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from tlcm_jax.training.workdir import is_full, write_atomically
@@ -26,6 +27,7 @@ class MetricsWriter:
     """Appends rows to `metrics.jsonl` and to TensorBoard when TensorFlow is installed.
 
     Attributes:
+      folder: the run's.
       history: the rows of the file, those of the run it continues included.
     """
 
@@ -36,9 +38,10 @@ class MetricsWriter:
           workdir: the run's folder; made if it is missing.
           write: False keeps only the history; for all processes but one.
         """
+        self.folder = Path(workdir)
         self.history: list[Row] = []
         self._write = write
-        self._path = Path(workdir) / METRICS_FILE
+        self._path = self.folder / METRICS_FILE
         self._events = None
         if write:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +68,8 @@ class MetricsWriter:
         Raises:
           OSError: no space is left.
         """
+        # As it will be read back: what looks at the rows decides the same after a resume.
+        row = _clean(row)
         self.history.append(row)
         if not self._write:
             return
@@ -72,12 +77,11 @@ class MetricsWriter:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(row))
         except OSError as error:
-            if not is_full(error):
-                raise
+            reason = "no space left" if is_full(error) else error.strerror
             raise OSError(
-                errno.ENOSPC,
-                f"no space left to write {self._path}: free some and run the same command to "
-                f"resume from the last checkpoint",
+                error.errno,
+                f"{reason}: cannot write {self._path}; mend that and run the same command to "
+                "resume from the last checkpoint",
             ) from error
         if self._events is not None:
             scalars = {
@@ -130,24 +134,29 @@ class Meter:
         """How many of the row's steps the device has finished; does not wait."""
         return sum(metrics["loss"].is_ready() for metrics in self._pending)
 
-    def collect(self) -> tuple[Row, int | None]:
+    def collect(self) -> tuple[Row, list[dict[str, Any]]]:
         """Waits for the row's steps, and begins the next row.
 
         Returns:
-          The row: mean of every metric over the steps, `grad_norm_max`, the `steps` and `pairs`
-          it covers, `pairs_per_second` and `nfe_per_second` where a timed step is among them, and
-          `first_step_seconds` once; and the index in the row of the first step that was not
-          finite, or None.
+          The row: mean of every metric over the steps that were finite (NaN if none was),
+          `grad_norm_max`, the `steps` and `pairs` it covers, `pairs_per_second` and
+          `nfe_per_second` where a timed step is among them, and `first_step_seconds` once; and
+          each step's `loss`, `grad_norm` and `finite`.
         """
         values = jax.device_get(self._pending)
         seconds = time.perf_counter() - (self._started or time.perf_counter())
-        finite = [bool(value.pop("finite")) for value in values]
+        finite = np.array([value.pop("finite") for value in values], bool)
+        columns = {name: np.asarray([v[name] for v in values], np.float64) for name in values[0]}
+        steps = [
+            {"loss": float(loss), "grad_norm": float(norm), "finite": bool(good)}
+            for loss, norm, good in zip(columns["loss"], columns["grad_norm"], finite, strict=True)
+        ]
         row: Row = {}
-        for name in values[0]:
-            column = np.asarray([value[name] for value in values], np.float64)
-            row[name] = float(column.mean())
+        for name, column in columns.items():
+            done = column[finite] if finite.any() else np.array([np.nan])
+            row[name] = float(done.mean())
             if name == "grad_norm":
-                row["grad_norm_max"] = float(column.max())
+                row["grad_norm_max"] = float(done.max())
         row["steps"], row["pairs"] = len(values), len(values) * self._batch_size
         timed = (len(values) - self._untimed) * self._batch_size
         if timed and seconds > 0:
@@ -156,7 +165,12 @@ class Meter:
         if self._untimed:
             row["first_step_seconds"] = self._first_seconds
         self._pending, self._started, self._untimed = [], None, 0
-        return row, (finite.index(False) if False in finite else None)
+        return row, steps
+
+
+def redraw_seconds() -> float:
+    """How often a progress bar is drawn; a file keeps each, so there every five minutes."""
+    return 0.1 if sys.stderr.isatty() else 300.0
 
 
 class Progress:
@@ -172,7 +186,14 @@ class Progress:
           show: False draws nothing.
         """
         self._bar = tqdm(
-            desc=name, initial=done, total=steps, disable=not show, unit="step", dynamic_ncols=True
+            desc=name,
+            initial=done,
+            total=steps,
+            disable=not show,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=redraw_seconds(),
+            maxinterval=max(10.0, redraw_seconds()),
         )
         self._settled = done
 
@@ -195,30 +216,41 @@ class Progress:
         self._bar.close()
 
 
-def _line(row: Row) -> str:
-    clean = {
+def _clean(row: Row) -> Row:
+    return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in row.items()
     }
-    return json.dumps(clean, ensure_ascii=False) + "\n"
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _read(path: Path) -> list[Row]:
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("no row of metrics")
-            rows.append(row)
-        except (ValueError, RecursionError) as error:
-            # Only the last line can be half written, by a run that was killed.
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number}, is not JSON of a row: move the file away"
-                ) from error
+    """The rows of a file; one that holds anything else is kept beside it for its reader."""
+    content = path.read_bytes()
+    lines = content.split(b"\n")
+    read = [_row(line) for line in lines if line.strip()]
+    rows = [row for row in read if row is not None]
+    # Only the last line can be half written, by a run that was killed.
+    if None in read[:-1]:
+        aside = path.with_name(path.name + ".damaged")
+        aside.write_bytes(content)
+        logging.warning(
+            "%s holds %d lines that are no rows: left out, and the file as it was is kept as %s",
+            path, read[:-1].count(None), aside.name,
+        )  # fmt: skip
     return rows
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and type(row.get("step")) is int
+    return row if whole and isinstance(row.get("stage"), str) else None
 
 
 def _tensorboard(workdir: str | os.PathLike) -> Any:

@@ -13,7 +13,7 @@ at pairs, it does so between drawing and shuffling (`PairSource.annotate`).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -45,6 +45,7 @@ class PairSource:
       annotate: `(frozen, pairs) -> pairs`, leaves `[b * k, ...]` on the devices as `sample` orders
         them: what the host adds to a refill. It may wait for the devices; every process calls it.
         A pure function, or a resumed run is not the same run.
+      texts: the prompts of batch r over all processes, for messages; None if they have none.
     """
 
     sample: Callable[..., PyTree[Array]]
@@ -55,6 +56,7 @@ class PairSource:
     epochs: int = 1
     uses_student: bool = False
     annotate: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]] | None = None
+    texts: Callable[[int], Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
         """Refuses sizes that do not fit each other."""
@@ -129,6 +131,30 @@ class PairStream:
             self._held = (number, pairs)
         return _take(self._held[1], jnp.asarray(place, jnp.int32))
 
+    def prompts(self, step: int, key: PRNGKeyArray) -> list[str]:
+        """The prompt of each pair of mini-batch number `step`, where the source knows them.
+
+        Args:
+          step: of the stage.
+          key: of the stage's state.
+        """
+        if self.source.texts is None:
+            return []
+        number, place = divmod(step, self.source.steps_per_refill)
+        order = _order(self.source, jax.random.split(jax.random.fold_in(key, _PAIRS))[1], number)
+        rows = (
+            order.reshape(self.source.steps_per_refill, -1)[place] // self.source.pairs_per_prompt
+        )
+        texts = self.source.texts(number)
+        return [texts[row] for row in jax.device_get(rows)]
+
+
+def _order(source: PairSource, key: PRNGKeyArray, number: int | Int[Array, ""]) -> Int[Array, " m"]:
+    """Which pair of a refill comes when, over all epochs."""
+    epoch_keys = jax.random.split(jax.random.fold_in(key, number), source.epochs)
+    count = source.prompts * source.pairs_per_prompt
+    return jax.vmap(lambda key: jax.random.permutation(key, count))(epoch_keys).reshape(-1)
+
 
 def _refill(
     source: PairSource,
@@ -169,9 +195,7 @@ def _arrange(
 ) -> PyTree[Array]:
     """Shuffled: leaves `[steps_per_refill, batch_size, ...]`."""
     _, order_key = jax.random.split(jax.random.fold_in(key, _PAIRS))
-    count = jax.tree.leaves(pairs)[0].shape[0]
-    epoch_keys = jax.random.split(jax.random.fold_in(order_key, number), source.epochs)
-    order = jax.vmap(lambda key: jax.random.permutation(key, count))(epoch_keys).reshape(-1)
+    order = _order(source, order_key, number)
 
     def arrange(leaf: Array) -> Array:
         leaf = leaf[order].reshape(source.steps_per_refill, source.batch_size, *leaf.shape[1:])

@@ -1,11 +1,16 @@
 """Where a checkpoint's run stood, as the checkpoint says it, and which one a run goes on from."""
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from tlcm_jax.io.json_files import read_object
 from tlcm_jax.training import integrity
@@ -128,6 +133,28 @@ def newest_whole(directory: Path, totals: Iterable[int]) -> tuple[int | None, di
         "checkpoint %s has no %s: it is taken unchecked", directory / str(unlisted), integrity.SUMS
     )
     return unlisted, {total: why for total, why in damaged.items() if total > unlisted}
+
+
+def newest_of_all(directory: Path, totals: Iterable[int]) -> tuple[int | None, dict[int, str]]:
+    """As `newest_whole`; of several processes one looks, and all take what it found."""
+    if jax.process_count() == 1:
+        return newest_whole(directory, totals)
+    found = np.full(2, -1, np.int32)
+    damaged: dict[int, str] = {}
+    if jax.process_index() == 0:
+        total, damaged = newest_whole(directory, totals)
+        found[:] = (-1 if total is None else total, max(damaged, default=-1))
+    chosen, newest = map(int, multihost_utils.broadcast_one_to_all(found))
+    if newest >= 0 and not damaged:
+        damaged = {newest: "process 0 says why"}
+    return (None if chosen < 0 else chosen), damaged
+
+
+def set_aside(folder: Path) -> None:
+    """Gives a damaged checkpoint a name that is no number, over what had it before."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
 
 
 def _readable(folder: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -47,7 +47,7 @@ class Record:
     metric: float | None = None
 
 
-def metric_of(row: dict[str, Any], keep: Keep) -> float | None:
+def metric_of(row: Mapping[str, Any], keep: Keep) -> float | None:
     """The value of a row that decides what is best."""
     value = row.get(keep.best.removeprefix("-")) if keep.best else None
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

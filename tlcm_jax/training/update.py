@@ -10,8 +10,9 @@ begins as the parameters:
 
   ema <- d ema + (1 - d) theta.                                                          (3)
 
-The mean (1) may be taken over micro-batches, which costs the memory of one. An auxiliary network's
-update is the same function with another loss. The engine knows no loss by name.
+An update that is not finite is left out: parameters, optimiser and EMA stay as they were, bit for
+bit. The mean (1) may be taken over micro-batches, which costs the memory of one. An auxiliary
+network's update is the same function with another loss. The engine knows no loss by name.
 """
 
 import zlib
@@ -65,7 +66,7 @@ def make_update(
       use the returned one. `turn` counts the updates of a network within a step. The student's
       update ends the step. Metrics are float32 scalars on the device: `loss` and the loss's own,
       means over the batch; `grad_norm` before clipping; `param_norm` after the update; and
-      `finite`, a bool, whether all three are.
+      `finite`, a bool, whether all three are, and so whether the update was done.
 
     Raises:
       ValueError: (when first called, before anything is compiled) a batch that the micro-batches
@@ -111,8 +112,10 @@ def make_update(
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         metrics = {**metrics, **norms}
         watched = jnp.stack([metrics["loss"], *norms.values()])
-        metrics["finite"] = jnp.all(jnp.isfinite(watched))
-        networks = {**state.networks, network: NetworkState(params, opt_state, ema)}
+        metrics["finite"] = finite = jnp.all(jnp.isfinite(watched))
+        moved = NetworkState(params, opt_state, ema)
+        moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, own)
+        networks = {**state.networks, network: moved}
         step = state.step + 1 if network == STUDENT else state.step
         state = TrainState(step=step, key=state.key, networks=networks)
         if mesh is not None:

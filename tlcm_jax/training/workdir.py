@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from tlcm_jax.io.files import sync
+from tlcm_jax.io.json_files import read_object
+
 CONFIG_FILE = "config.json"
 _ABSENT = object()
 
@@ -27,7 +30,7 @@ def claim_workdir(
       config: the whole config as nested dicts of JSON values.
       may_change: dotted keys that may differ on resume (a key exempts everything below it); the
         file then takes their new values.
-      write: whether this process writes; of several processes one should.
+      write: False only compares.
 
     Raises:
       ValueError: the folder belongs to another config (naming each key, old -> new), or its
@@ -40,12 +43,12 @@ def claim_workdir(
     new = json.loads(json.dumps(config))
     if path.exists():
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = read_object(path, "workdir")
         except ValueError as error:
             raise ValueError(
-                f"{path} is not readable JSON ({error}): use another workdir, or remove this one "
-                f"to start again"
-            ) from error
+                f"{error}. It holds nothing but the config: if this command is the one that the "
+                "run was begun with, remove that one file and run it again; the checkpoints stay"
+            ) from None
         changes = differing_keys(old, new)
         forbidden = {
             key: change
@@ -60,14 +63,15 @@ def claim_workdir(
             )
         if not changes:
             return
-    if write:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(new, indent=2, sort_keys=True) + "\n")
-        except OSError as error:
-            if not is_full(error):
-                raise
-            raise OSError(errno.ENOSPC, f"no space left to write {path}: free some") from error
+    if not write:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(new, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise OSError(errno.ENOSPC, f"no space left to write {path}: free some") from error
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
@@ -85,7 +89,9 @@ def write_atomically(path: Path, text: str) -> None:
     """Writes a file whole or not at all, over what was there."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, path)
+    sync(path.parent, deep=False)
 
 
 def is_full(error: BaseException | None) -> bool:

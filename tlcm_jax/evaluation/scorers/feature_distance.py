@@ -13,7 +13,6 @@ files, or `real.npz` with `mu` and `sigma`, the form in which clean-fid and othe
 (of the same features!). Statistics of `real/` are kept in `real-NAME.npz` for the next time.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -34,6 +33,7 @@ from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer, in_ba
 from tlcm_jax.evaluation.scorers.frechet import Moments
 from tlcm_jax.evaluation.scorers.preprocess import Preprocess
 from tlcm_jax.io.clip_files import FILES, load_clip
+from tlcm_jax.io.files import atomic_write
 from tlcm_jax.io.npz_files import read_npz
 from tlcm_jax.io.places import Place, PlacedTensors
 from tlcm_jax.io.scorer_files import Published, open_weights, read_params
@@ -269,10 +269,12 @@ def _statistics(
     state = hashlib.sha256(repr(states).encode()).hexdigest()
     kept = folder / f"real-{name}.npz"
     if kept.is_file():
-        with contextlib.suppress(ValueError):  # a damaged one is made again
+        try:
             found = read_npz(kept, ("state", "mu", "sigma"))
             if str(found["state"]) == state:
                 return found["mu"], found["sigma"]
+        except ValueError as error:
+            logging.warning("%s; it is made again", error)
     logging.info("%s: features of %d real images, once", name, len(files))
     moments = None
     for start in range(0, len(files), _BATCH):
@@ -282,7 +284,8 @@ def _statistics(
         part = features(extract, params, lambda each: each, pixels)
         moments = Moments.of(part) if moments is None else moments.update(part)
     assert moments is not None
-    np.savez(kept, mu=moments.mean, sigma=moments.covariance, state=np.array(state))
+    with atomic_write(kept) as unnamed, unnamed.open("wb") as file:
+        np.savez(file, mu=moments.mean, sigma=moments.covariance, state=np.array(state))
     return moments.mean, moments.covariance
 
 
