@@ -191,7 +191,9 @@ def test_a_run_that_is_killed_before_the_last_two_files_are_listed_has_a_list(tm
     saved._manager.wait_until_finished()  # named, and `wait` was never called
     text = (tmp_path / "5/SHA256SUMS").read_text()
     assert "state/manifest.ocdbt" in text and "_CHECKPOINT_METADATA" not in text
+    (tmp_path / "5/SHA256SUMS.part").write_text("killed while it wr")
     assert Checkpoints(tmp_path).latest() == at(5)
+    assert not (tmp_path / "5/SHA256SUMS.part").exists()
     saved.wait()
     assert "_CHECKPOINT_METADATA" in (tmp_path / "5/SHA256SUMS").read_text()
 

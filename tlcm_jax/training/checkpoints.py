@@ -90,6 +90,9 @@ class Checkpoints:
           RuntimeError: all there are are damaged.
           ValueError: the newest was written by a newer version.
         """
+        if self._keep and jax.process_index() == 0:
+            for number in self._named():
+                integrity.remove_unfinished(self._path(number))
         total, damaged = newest_of_all(self.directory, self._named())
         if total is None and damaged:
             newest = max(damaged)

@@ -36,6 +36,11 @@ def add_late_sums(folder: Path) -> None:
         _write(folder, _files(folder))
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes the list that a run was killed at writing; the one before it is whole."""
+    (folder / _PART).unlink(missing_ok=True)
+
+
 def has_sums(folder: Path) -> bool:
     """Whether a checkpoint can be checked; those of older versions cannot."""
     return (folder / SUMS).is_file()
