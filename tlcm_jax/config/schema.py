@@ -27,7 +27,8 @@ class ModelSettings:
       dtype: compute dtype of the networks.
       param_dtype: dtype that the frozen weights are kept in.
       resolution: side of the pictures in pixels; 0 takes the model's own.
-      remat: the UNet's rematerialisation policy, `none` or `blocks`.
+      remat: the UNet's rematerialisation policy: `none`; `blocks`, the transformer blocks; `all`,
+        the resnets too, for the least memory.
       vae: another autoencoder than the model's, or that of a file without one: a folder, a file or
         a hub id.
     """
@@ -42,7 +43,7 @@ class ModelSettings:
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
             _one_of(f"model.{name}", getattr(self, name), ("float32", "bfloat16"))
-        _one_of("model.remat", self.remat, ("none", "blocks"))
+        _one_of("model.remat", self.remat, ("none", "blocks", "all"))
         check_at_least("model.resolution", self.resolution, 0)
 
 

@@ -32,7 +32,8 @@ class UNet2DConditionModel(nn.Module):
     Attributes:
       config: the architecture.
       dtype: compute dtype; norms keep fp32 statistics whatever it is.
-      remat: `"none"`, or `"blocks"` to recompute each transformer block in the backward pass.
+      remat: what the backward pass recomputes: `"none"`, each transformer block (`"blocks"`), or
+        each resnet as well (`"all"`).
     """
 
     config: UNetConfig
@@ -148,7 +149,7 @@ class UNet2DConditionModel(nn.Module):
             heads=heads,
             head_dim=channels // heads,
             linear_projection=config.use_linear_projection,
-            remat=self.remat == "blocks",
+            remat=self.remat in ("blocks", "all"),
         )
         return dict(
             features=channels,
@@ -157,6 +158,7 @@ class UNet2DConditionModel(nn.Module):
             groups=config.norm_num_groups,
             epsilon=config.norm_eps,
             dtype=self.dtype,
+            remat=self.remat == "all",
         )
 
     def _check(

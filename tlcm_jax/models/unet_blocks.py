@@ -19,6 +19,7 @@ class _Block(nn.Module):
       layers: number of resnets.
       transformer: arguments of each `Transformer2DModel`; None in blocks without attention.
       depths: transformer layers after each resnet.
+      remat: recompute each resnet's activations in the backward pass.
     """
 
     features: int
@@ -28,11 +29,11 @@ class _Block(nn.Module):
     groups: int = 32
     epsilon: float = 1e-5
     dtype: Dtype = jnp.float32
+    remat: bool = False
 
     def resnet(self, i: int) -> ResnetBlock2D:
-        return ResnetBlock2D(
-            self.features, self.groups, self.epsilon, self.dtype, name=f"resnets.{i}"
-        )
+        resnet = nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D
+        return resnet(self.features, self.groups, self.epsilon, self.dtype, name=f"resnets.{i}")
 
     def attention(self, i: int) -> Transformer2DModel:
         return Transformer2DModel(

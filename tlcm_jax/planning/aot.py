@@ -32,8 +32,10 @@ def devices(name: str) -> Sequence[jax.Device]:
         os.environ.setdefault(key, value)
     from jax.experimental import topologies
 
+    # A v4's two cores as one device, as JAX runs them.
+    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(name, "tpu", **options).devices
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"libtpu does not describe the topology {name!r}: {reason}") from None

@@ -23,6 +23,7 @@ class Device:
       link: bytes/s that it sends to its neighbours, all links together.
       flops_per_cycle: of its matrix units; `peak` over it is the clock that turns the compiler's
         cycles into seconds. 0 where no compiler for it is at hand.
+      matrix_unit: their side.
       smallest: its smallest topology, by libtpu's name.
       per_chip: devices of a chip.
       dimensions: of its topologies' names: 2 or 3 on a TPU, 1 elsewhere.
@@ -34,6 +35,7 @@ class Device:
     bandwidth: float
     link: float
     flops_per_cycle: int = 0
+    matrix_unit: int = 128
     smallest: str = ""
     per_chip: int = 1
     dimensions: int = 1
@@ -68,11 +70,12 @@ DEVICES = {
         ),
         Device(
             name="v6e", peak=918e12, memory=32 * GIB, bandwidth=1.64e12, link=448e9,
-            flops_per_cycle=_CORE_6, smallest="v6e:1x1", dimensions=2,
+            flops_per_cycle=_CORE_6, matrix_unit=256, smallest="v6e:1x1", dimensions=2,
         ),
         Device(
             name="tpu7x", peak=1153e12, memory=96 * GIB, bandwidth=3.69e12, link=600e9,
-            flops_per_cycle=_CORE_6, smallest="tpu7x:2x2x1", per_chip=2, dimensions=3,
+            flops_per_cycle=_CORE_6, matrix_unit=256, smallest="tpu7x:2x2x1", per_chip=2,
+            dimensions=3,
         ),
         Device(name="h100", peak=989e12, memory=80 * 10**9, bandwidth=3.35e12, link=450e9),
         Device(name="h200", peak=989e12, memory=141 * 10**9, bandwidth=4.8e12, link=450e9),

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp")
@@ -34,6 +34,12 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
       ValueError: an unknown axis, or sizes whose product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(axes, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(axes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """The sizes of `AXES` on so many devices; arguments and errors are those of `make_mesh`."""
     unknown = set(axes) - set(AXES)
     if unknown:
         raise ValueError(f"unknown mesh axis {sorted(unknown)}: the axes are {list(AXES)}")
@@ -44,7 +50,6 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
             f"mesh sizes must be positive, at most one of them -1 (the rest), got {sizes}"
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    count = len(devices)
     if free and count % fixed == 0:
         sizes[free[0]] = count // fixed
     if math.prod(sizes.values()) != count:
@@ -53,9 +58,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
             f"a mesh of {wanted} does not fit {count} devices: choose sizes whose product is "
             f"{count}, or set data=-1 with an fsdp that divides {count}"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return tuple(sizes.values())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -87,7 +90,9 @@ def traced_on(mesh: Mesh | None, function: Callable) -> Callable:
     return traced
 
 
-def check_batch(mesh: Mesh | None, batch_size: int, what: str = "the batch size") -> None:
+def check_batch(
+    mesh: Mesh | AbstractMesh | None, batch_size: int, what: str = "the batch size"
+) -> None:
     """Raises unless the mesh can divide a batch evenly.
 
     Args:
@@ -100,7 +105,7 @@ def check_batch(mesh: Mesh | None, batch_size: int, what: str = "the batch size"
     """
     if mesh is None:
         return
-    count = mesh.devices.size
+    count = mesh.size
     if batch_size % count:
         below, above = batch_size // count * count, -(-batch_size // count) * count
         nearest = f"{below} or {above}" if below else f"{above}"

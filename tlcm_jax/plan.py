@@ -1,0 +1,88 @@
+"""Says what a recipe needs on hardware that is not here: memory, time, cost.
+
+    python -m tlcm_jax.plan --config configs/sdxl.py --topology v5e:4x4 --price 1.2
+
+The model's configs suffice, no weights are read; `pip install -e '.[plan]'` brings the TPUs'
+compiler. What was compiled is kept, so a second plan takes seconds.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe, such as configs/sdxl.py.", lock_config=False,
+    accept_new_attributes=True,
+)  # fmt: skip
+_TOPOLOGY = flags.DEFINE_string("topology", None, "What it is to run on, such as v5e:4x4.")
+_PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour; 0 says no cost.", lower_bound=0)
+_STORE = flags.DEFINE_string(
+    "store", os.path.join("~", ".cache", "tlcm_jax", "plans"), "Keeps costs; empty keeps none."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, prints the plan; what a user can cause is an error of one line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    # Nothing runs, and a TPU's compiler must not look for a TPU.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        run(_CONFIG.value.to_dict(), _TOPOLOGY.value, _PRICE.value, _STORE.value)
+    except (ValueError, OSError) as error:
+        if logging.level_debug():
+            raise
+        sys.exit(f"error: {error}")
+
+
+def run(config: dict[str, Any], topology: str, price: float = 0.0, store: str = "") -> None:
+    """Prints a recipe's plan.
+
+    Args:
+      config: the recipe as plain nested values.
+      topology: by name.
+      price: of a chip-hour.
+      store: folder of what was compiled before; empty keeps none.
+
+    Raises:
+      ValueError, FileNotFoundError: bad input; the message says what to change.
+    """
+    import jax.numpy as jnp
+
+    from tlcm_jax.config.schema import read
+    from tlcm_jax.families.load import abstract_model
+    from tlcm_jax.planning import aot, report
+    from tlcm_jax.planning.cost import Compiler
+    from tlcm_jax.planning.stage import Planner
+    from tlcm_jax.planning.topologies import read_topology
+
+    settings, where = read(config), read_topology(topology)
+    if where.device.compiled:
+        aot.devices(where.device.smallest)  # before anything slow
+    dtypes = {name: jnp.dtype(getattr(settings.model, name)) for name in ("dtype", "param_dtype")}
+    model = abstract_model(settings.model.path, remat=settings.model.remat, **dtypes)
+    compiler = Compiler(
+        device=where.device,
+        dtype=dtypes["param_dtype"],
+        store=Path(store).expanduser() if store else None,
+        progress=lambda text: print(f"compiling {text}", file=sys.stderr, flush=True),
+    )
+    planner = Planner(settings, model, where, compiler)
+    sizes = " x ".join(f"{axis} {size}" for axis, size in planner.mesh.shape.items())
+    print(f"{settings.name} on {topology}: {where.chips} chips, mesh {sizes}")
+    plans = []
+    for name in settings.stages:
+        plans.append(planner.plan(name))
+        print(report.describe_stage(plans[-1], where, settings.model.remat), flush=True)
+    print(report.describe_recipe(plans, where, price))
+    print(report.describe_basis(where))
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main)
