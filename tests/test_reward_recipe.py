@@ -1,9 +1,13 @@
-"""A recipe that follows a Python function of images, on a tiny pipeline."""
+"""A recipe that follows a Python function of images, run on a tiny pipeline."""
 
+import jax
+import numpy as np
 import pytest
 
+from tests.support.cut import cut_after
 from tests.support.tiny_world import tiny_recipe, write_tiny_world
 from tlcm_jax.config.build import load_losses
+from tlcm_jax.config.run import train
 from tlcm_jax.config.schema import read
 from tlcm_jax.families.load import abstract_model
 
@@ -50,3 +54,20 @@ def test_what_the_recipe_cannot_follow_is_said_by_name(world):
         prompt_inputs(measure="green")
     with pytest.raises(ValueError, match="stages.reward.terms.reward.scorers.redder: weight = -1"):
         prompt_inputs(weight=-1)
+
+
+@pytest.mark.slow
+def test_a_reward_without_a_gradient_rises(world, tmp_path):
+    rows = train(config(world), tmp_path, progress=False).history
+    scores = [row["reward/redder/score"] for row in rows]
+    print(np.round(scores, 3))
+    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.08
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_goes_on_bit_for_bit(world, tmp_path):
+    whole = train(config(world, 4), tmp_path / "whole", progress=False)
+    with cut_after(2):
+        train(config(world, 4), tmp_path / "cut", progress=False)
+    again = train(config(world, 4), tmp_path / "cut", progress=False)
+    jax.tree.map(np.testing.assert_array_equal, again.adapter, whole.adapter)
