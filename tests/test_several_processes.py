@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -58,8 +59,7 @@ def left(run):
     assert set(metrics["student"]) == {"2"} and set(metrics["teacher"]) == {"4", "25"}
     for name in ("samples/prompts.png", "report.html", "metrics.json"):
         (run / name).unlink()
-    for path in (run / "teacher").iterdir():
-        path.unlink()
+    shutil.rmtree(run / "images")
     return picture, found
 
 
