@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import emoji
+from configs import emoji, sdxl
 from tlcm_jax.config.build import initial_trainable, stage_spec
 from tlcm_jax.config.run import frozen_params
 from tlcm_jax.config.schema import read
@@ -15,7 +15,7 @@ from tlcm_jax.families.load import abstract_model
 from tlcm_jax.planning import report
 from tlcm_jax.planning.cost import Compiler
 from tlcm_jax.planning.flops import count
-from tlcm_jax.planning.stage import Planner
+from tlcm_jax.planning.stage import Planner, _without_files
 from tlcm_jax.planning.topologies import read_topology
 from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.training.stage import Stage
@@ -134,3 +134,9 @@ def test_words(planner):
     hours = 640 * plan.step_seconds / 3600
     said = report.describe_recipe([plan], where, 3.0)
     assert f"{2 * hours:.1f} chip-hours, {6 * hours:.2f} at 3 a chip-hour" in said
+
+
+def test_terms_that_read_files_are_left_out_and_named():
+    _, left_out = _without_files(read(sdxl.get_config("full").to_dict()))
+    assert left_out["preference"] == ["latent_lpips", "preference"]
+    assert left_out["matching"] == ["latent_lpips"]

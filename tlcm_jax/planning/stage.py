@@ -272,7 +272,11 @@ def _without_files(settings: Settings) -> tuple[Settings, dict[str, list[str]]]:
     """The recipe without the terms that read weights of their own; and these, by stage."""
     stages, left_out = {}, {}
     for name, stage in settings.stages.items():
-        files = [term for term, chosen in stage.terms.items() if hasattr(chosen, "weights")]
+        files = [
+            term
+            for term, chosen in stage.terms.items()
+            if hasattr(chosen, "weights") or hasattr(chosen, "scorers")
+        ]
         terms = {term: chosen for term, chosen in stage.terms.items() if term not in files}
         stages[name], left_out[name] = dataclasses.replace(stage, terms=terms), files
     return dataclasses.replace(settings, stages=stages), left_out
