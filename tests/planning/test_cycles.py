@@ -5,7 +5,7 @@ from tlcm_jax.planning.cycles import Kernel, read_program
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
 Q = "bf16[1,2,1024,64]{3,2,1,0}"
 CALL = (
-    f'custom_call_target="tpu_custom_call", operand_layout_constraints={{s8[1,1,1]{{2,1,0}}, {Q}}}'
+    f'custom_call_target="tpu_custom_call", operand_layout_constraints={{s8[1,4,4]{{2,1,0}}, {Q}}}'
 )
 # As XLA writes it; a kernel's attributes break over lines.
 TEXT = f"""HloModule jit_f, is_scheduled=true
@@ -58,3 +58,8 @@ def test_what_does_not_tell_its_turns_is_refused():
         read_program(TEXT.replace("constant(5)", "parameter(1)"))
     with pytest.raises(ValueError, match="no entry"):
         read_program("")
+
+
+def test_a_kernel_is_known_by_its_largest_operand():
+    one = TEXT.replace("bf16[1,2,1024,64]{3,2,1,0}", "bf16[2,1024,64]{2,1,0}")
+    assert read_program(one).kernels[0].shape == (2, 1024, 64)

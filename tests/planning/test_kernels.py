@@ -11,6 +11,8 @@ def test_splash_by_its_schedule():
     assert seconds(forward, DEVICES["v5e"]) == pytest.approx(80 * 9826 / 1.5e9, rel=0.02)
     back = Kernel(name="splash_mha_dkv", shape=forward.shape, turns=3)
     assert seconds(back, DEVICES["v5e"]) == pytest.approx(3 * 80 * 20335 / 1.5e9, rel=0.02)
+    squeezed = Kernel(name=forward.name, shape=forward.shape[1:], turns=1)
+    assert seconds(squeezed, DEVICES["v5e"]) == seconds(forward, DEVICES["v5e"])
 
 
 def test_others_have_no_model():

@@ -7,6 +7,7 @@ whoever has a model of them.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ class Kernel:
 
     Attributes:
       name: the kernel's.
-      shape: of its largest operand's first, for splash `[b, heads, n, d]`.
+      shape: of its largest operand; of splash `[(b,) heads, n, d]`.
       turns: how often it is called.
     """
 
@@ -130,7 +131,7 @@ def _kernel(line: str, turns: int) -> Kernel:
         line[line.index("operand_layout_constraints") :] if "operand_layout" in line else line
     )
     shapes = [tuple(int(n) for n in m[2].split(",") if n) for m in _SHAPE.finditer(operands)]
-    shape = next((s for s in shapes if len(s) == 4), max(shapes, key=len, default=()))
+    shape = max(shapes, key=math.prod, default=())
     return Kernel(name=name[1] if name else "kernel", shape=shape, turns=turns)
 
 

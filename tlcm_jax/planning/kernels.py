@@ -1,5 +1,7 @@
 """What calls of our own kernels cost, which the compiler's text has no estimate for."""
 
+import math
+
 from tlcm_jax.planning.cycles import Kernel
 from tlcm_jax.planning.topologies import Device
 
@@ -22,8 +24,8 @@ def seconds(kernel: Kernel, device: Device) -> float:
     if "splash" not in kernel.name:
         raise ValueError(f"no model for the time of the kernel {kernel.name!r}")
     back = "dkv" in kernel.name
-    batch, heads, length, width = kernel.shape
+    *heads, length, width = kernel.shape  # a batch of one is no axis of its own
     # Scores and values, 2 x MAC each; back, these again and the gradients of both factors of each.
-    operations = (10 if back else 4) * batch * heads * length**2 * width
+    operations = (10 if back else 4) * math.prod(heads) * length**2 * width
     part = _PART[back][length < 2048] * _UNIT / device.matrix_unit
     return kernel.turns * operations / (part * device.peak)
