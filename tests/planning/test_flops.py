@@ -5,7 +5,7 @@ import pytest
 from benchmarks.flops import unet_forward
 from tests.support.published import UNET
 from tlcm_jax.models.attention import attention
-from tlcm_jax.models.layers import Conv
+from tlcm_jax.models.layers import Conv, Dense
 from tlcm_jax.models.unet_config import UNetConfig
 from tlcm_jax.planning.flops import count
 
@@ -28,6 +28,18 @@ def test_loops():
     assert count(jax.checkpoint(lambda a: a @ a), a) == 2 * 4**3
     with pytest.raises(ValueError, match="while loop"):
         count(lambda a: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ a, a), a)
+
+
+def test_what_nobody_reads_is_not_counted():
+    x = jnp.zeros((4, 4), jnp.bfloat16)
+    layer = Dense(4, use_bias=False, dtype=jnp.bfloat16)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    def gradient(variables, x):
+        return jax.grad(lambda x: jnp.sum(layer.apply(variables, x)))(x)
+
+    # The gradient of the input alone, not that of the weights beside it.
+    assert count(gradient, variables, x) == 2 * 4**3
 
 
 def test_sdxl_at_1024_px():

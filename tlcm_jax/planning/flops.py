@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def count(function: Callable, *arguments: Any) -> int:
@@ -25,7 +26,10 @@ def count(function: Callable, *arguments: Any) -> int:
     Raises:
       ValueError: the program has a loop whose number of turns the trace does not tell.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    program = jax.make_jaxpr(function)(*arguments).jaxpr
+    # Without what nobody reads, such as gradients of weights that are not trained.
+    used, _ = dce_jaxpr(program, [True] * len(program.outvars))
+    return _count(used)
 
 
 def _count(program: Any) -> int:
