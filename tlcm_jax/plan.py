@@ -14,15 +14,22 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe, such as configs/sdxl.py.", lock_config=False,
-    accept_new_attributes=True,
-)  # fmt: skip
-_TOPOLOGY = flags.DEFINE_string("topology", None, "What it is to run on, such as v5e:4x4.")
-_PRICE = flags.DEFINE_float("price", 0.0, "Of a chip-hour; 0 says no cost.", lower_bound=0)
-_STORE = flags.DEFINE_string(
-    "store", os.path.join("~", ".cache", "tlcm_jax", "plans"), "Keeps costs; empty keeps none."
-)
+STORE = os.path.join("~", ".cache", "tlcm_jax", "plans")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags in `values`."""
+    here = {"flag_values": values}
+    config_flags.DEFINE_config_file(
+        "config", None, "The recipe, such as configs/sdxl.py.", lock_config=False,
+        accept_new_attributes=True, **here,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "topology", None, "What it is to run on, such as v5e:4x4.", required=True, **here
+    )
+    flags.DEFINE_float("price", 0.0, "Of a chip-hour; 0: no cost.", lower_bound=0, **here)
+    flags.DEFINE_string("store", STORE, "Keeps costs; empty keeps none.", **here)
+    flags.mark_flag_as_required("config", flag_values=values)
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +39,8 @@ def main(argv: list[str]) -> None:
     # Nothing runs, and a TPU's compiler must not look for a TPU.
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
-        run(_CONFIG.value.to_dict(), _TOPOLOGY.value, _PRICE.value, _STORE.value)
+        given = flags.FLAGS
+        run(given.config.to_dict(), given.topology, given.price, given.store)
     except (ValueError, OSError) as error:
         if logging.level_debug():
             raise
@@ -84,5 +92,5 @@ def run(config: dict[str, Any], topology: str, price: float = 0.0, store: str = 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
-    flags.mark_flags_as_required(["config", "topology"])
+    define_flags(flags.FLAGS)
     app.run(main)

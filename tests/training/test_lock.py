@@ -41,6 +41,15 @@ def test_a_second_run_is_kept_off_until_the_first_is_dead(tmp_path):
     assert (tmp_path / ".lock").read_text() == ""
 
 
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    with WorkdirLock(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
+    with WorkdirLock(tmp_path / "run"):
+        (tmp_path / "run" / "config.json").write_text("{}")
+    assert (tmp_path / "run" / ".lock").read_text() == ""
+
+
 def test_another_machine_s_name_is_taken_for_dead_once_it_is_silent(tmp_path, monkeypatch, caplog):
     other(tmp_path)
     with WorkdirLock(tmp_path, watch=0.05):

@@ -49,6 +49,7 @@ class WorkdirLock:
         self._handle: int | None = None
         self._count = 0
         self._lost = ""
+        self._made = False
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -59,6 +60,7 @@ class WorkdirLock:
           WorkdirInUseError: another run holds it.
           OSError: it cannot be written.
         """
+        self._made = not self._path.parent.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -85,6 +87,10 @@ class WorkdirLock:
             with contextlib.suppress(OSError):
                 if not self._lost:
                     self._path.write_text("")
+                # A run that was refused for its input leaves no folder behind.
+                if self._made and os.listdir(self._path.parent) == [self._path.name]:
+                    self._path.unlink()
+                    self._path.parent.rmdir()
             os.close(self._handle)
             self._handle = None
 
