@@ -209,8 +209,6 @@ def test_images_are_made_once_for_what_they_depend_on(pipeline, adapter, heldout
     changed["conv_out"]["bias"] = bias.at[0].add(1e-3)
     other = dataclasses.replace(pipeline, params={**pipeline.params, "unet": changed})
     assert run(teacher=other)[1] == both[1:]
-    images, new = run(resolution=48)
-    assert images.shape[1] == 48 and new == both
 
 
 def test_a_damaged_image_is_drawn_again_and_said(pipeline, heldout, tmp_path, drawn, caplog):

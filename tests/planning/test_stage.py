@@ -52,7 +52,7 @@ def test_blocks_are_the_network(planner):
     assert held == leaves_bytes(model.params["unet"])
 
 
-@pytest.mark.parametrize("name", ["segments", "endpoints"])
+@pytest.mark.parametrize("name", ["segments", pytest.param("endpoints", marks=pytest.mark.slow)])
 def test_operations_are_those_of_the_traced_programs(planner, name):
     settings, model = planner.settings, planner.model
     mesh = make_mesh({"data": -1}, jax.devices()[:2])
