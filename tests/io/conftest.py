@@ -2,11 +2,14 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from tests.support.tiny_pipeline import write_tiny_pipeline
+from tests.support.loras import RANK, TARGETS
+from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
 from tlcm_jax.families.load import load_model
+from tlcm_jax.models import lora
 
 
 @pytest.fixture
@@ -31,6 +34,13 @@ def unet():
         },
         "mid_block": {"resnets.0": {"conv_shortcut": kernel(1, 1, 4, 8)}},
     }
+
+
+@pytest.fixture
+def adapter(unet):
+    """Random factors of the layers that `TARGETS` names."""
+    shapes = jax.eval_shape(lambda key: lora.init(unet, TARGETS, RANK, key), jax.random.key(0))
+    return random_adapter(shapes, np.random.default_rng(1))
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,10 @@ def contestants(
             return model
         return model.with_params(**{model.backbone: merged(model.params[model.backbone], adapter)})
 
+    @functools.cache
+    def hash_of(path: str) -> str:
+        return weights_hash(load(path))
+
     for file in files:
         known = BASELINES[file.name]
         counts = [file.steps] if file.steps else [n for n in steps if n in known.steps]
@@ -163,7 +167,7 @@ def contestants(
                 name=file.name,
                 steps=count,
                 draw=draw,
-                weights=functools.partial(lambda path: weights_hash(load(path)), file.path),
+                weights=functools.partial(hash_of, file.path),
                 how=(file.name, known.guidance_scale),
             )
 
