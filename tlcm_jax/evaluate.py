@@ -67,6 +67,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
     flags.DEFINE_list("gamma", None, "Shares of fresh noise; the run's own, or 1.", **here)
     flags.DEFINE_list("sampler", "consistency", f"Student's: {', '.join(SAMPLERS)}.", **here)
+    flags.DEFINE_list("undistilled", "", "Steps of the teacher by the student's sampler.", **here)
     flags.DEFINE_multi_string("baseline", None, "NAME=PATH or NAME:STEPS=PATH.", **here)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
     flags.DEFINE_string("lpips", None, "Folder of LPIPS: also score the diversity.", **here)
@@ -137,6 +138,7 @@ def run(values: flags.FlagValues) -> None:
         timesteps={} if values.lora else trained_times(values.model),
         seed=values.seed,
         resolution=resolution,
+        undistilled=check_steps(values.undistilled) if values.undistilled else (),
         baselines=tuple(contestants(files, teacher or base, steps, load)),
         scorers=scorers,
         pictures=values.pictures,

@@ -19,25 +19,17 @@ import jax
 import numpy as np
 from PIL import Image
 
+from miniature.shapes import open_attributes, prompts
 from miniature.shapes import parser as judge
-from miniature.shapes import prompts
 from miniature.shapes.codec import LinearCodec
-from miniature.shapes.render import render
-from miniature.shapes.scene import RUNGS, SIDE, TEST_START, Group, Rung, Spec, draw_scene
-from miniature.shapes.splits import HELD_PAIRS
+from miniature.shapes.scene import RUNGS, SIDE, Rung, Spec
+from miniature.shapes.scorer import reals
 from tlcm_jax.diffusion.guidance import guided
 from tlcm_jax.diffusion.sampling import sample, sample_teacher
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.families.load import load_model
 
 _BATCH = 64
-_PLACES = 4  # cells along each side, of the coverage of places
-
-
-def reals(specs: Sequence[Spec], rung: Rung) -> np.ndarray:
-    """One real render of each spec, uint8."""
-    scenes = (draw_scene(spec, TEST_START + i, rung) for i, spec in enumerate(specs))
-    return np.stack([render(scene) for scene in scenes])
 
 
 def score(images: np.ndarray, specs: Sequence[Spec], rung: Rung) -> tuple[np.ndarray, np.ndarray]:
@@ -45,61 +37,6 @@ def score(images: np.ndarray, specs: Sequence[Spec], rung: Rung) -> tuple[np.nda
     found = [judge.parse(image, rung) for image in images]
     right = np.array([judge.satisfies(f, s) for f, s in zip(found, specs, strict=True)])
     return right, np.array([bool(f.malformed) for f in found])
-
-
-def open_distances(images: np.ndarray, specs: Sequence[Spec], rung: Rung) -> dict[str, float]:
-    """Total-variation distance of each open attribute, and of the places, from the prior.
-
-    Only of captions of one group of one object; the prior of a colour excludes held-out pairs.
-    """
-    seen: dict[str, dict] = {}
-    for image, spec in zip(images, specs, strict=True):
-        objects = judge.parse(image, rung).objects
-        if len(objects) != 1:
-            continue
-        thing, group = objects[0], spec.groups[0]
-        for attribute in ("size", "colour", "shape", "contrast", "fill"):
-            values = rung.values(attribute)
-            if getattr(group, attribute) or len(values) == 1:
-                continue
-            table = seen.setdefault(attribute, {"seen": np.zeros(len(values)), "prior": 0})
-            table["seen"][values.index(getattr(thing, attribute))] += 1
-            table["prior"] = table["prior"] + _prior(group, attribute, rung)
-        cell = np.clip([thing.y, thing.x], 0, SIDE - 1).astype(int) * _PLACES // SIDE
-        table = seen.setdefault("place", {"seen": np.zeros(_PLACES**2), "prior": 0})
-        table["seen"][cell[0] * _PLACES + cell[1]] += 1
-        table["prior"] = table["prior"] + _place_prior(group, rung)
-    return {
-        name: 0.5 * float(np.abs(t["seen"] / t["seen"].sum() - t["prior"] / t["prior"].sum()).sum())
-        for name, t in seen.items()
-    }
-
-
-def _prior(group: Group, attribute: str, rung: Rung) -> np.ndarray:
-    """Probability of each value of an open attribute, given what the group names."""
-    values = rung.values(attribute)
-    weights = np.ones(len(values))
-    if attribute in ("colour", "shape"):
-        other = "shape" if attribute == "colour" else "colour"
-        others = (getattr(group, other),) if getattr(group, other) else rung.values(other)
-        for i, value in enumerate(values):
-            pair = ((o, value) if attribute == "colour" else (value, o) for o in others)
-            weights[i] = sum(p not in HELD_PAIRS for p in pair)
-    return weights / weights.sum()
-
-
-def _place_prior(group: Group, rung: Rung) -> np.ndarray:
-    """Probability of each cell of places: uniform within the size's margin."""
-    from miniature.shapes.scene import DIAMETERS
-
-    total = np.zeros(_PLACES**2)
-    for size in (group.size,) if group.size else rung.sizes:
-        for diameter in np.linspace(*DIAMETERS[size], 5):
-            margin = diameter / 2 + 1
-            edges = np.clip(np.linspace(0, SIDE, _PLACES + 1), margin, SIDE - margin)
-            line = np.diff(edges) / (SIDE - 2 * margin)
-            total += np.outer(line, line).ravel()
-    return total / total.sum()
 
 
 def draw_all(draw: Callable, noise: jax.Array, conditioning, decode: Callable) -> np.ndarray:
@@ -192,10 +129,9 @@ def main() -> None:
             report(f"undistilled, {steps} steps, w {w:g}", images)
 
     if args.open:
-        opened = [Spec(groups=(Group(shape=s),)) for s in rung.shapes]
-        opened += [Spec(groups=(Group(colour=c),)) for c in rung.colours]
-        opened = (opened * (1 + args.open // len(opened)))[: args.open]
-        texts = model.encode([prompts.english(spec) for spec in opened])
+        entries = prompts.open_entries(rung, args.open)
+        opened = [prompts.spec_of(entry) for entry in entries]
+        texts = model.encode([entry["prompt"] for entry in entries])
         shape = (len(opened), *model.latent_shape())
         noise = jax.random.normal(jax.random.key(2), shape)
         for label, images in (
@@ -203,7 +139,7 @@ def main() -> None:
             ("teacher, 25 steps, w 1", draw_all(teacher(25, 1.0), noise, texts, decode)),
             (f"teacher, 25 steps, w {best:g}", draw_all(teacher(25, best), noise, texts, decode)),
         ):
-            found = open_distances(images, opened, rung)
+            found = open_attributes.distances(images, opened, rung)
             shown = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
             print(f"total variation, {label}: {shown}", flush=True)
 

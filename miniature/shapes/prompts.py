@@ -7,10 +7,11 @@ writes plain UTF-8 text, one prompt a line, always the same:
 * train.txt: captions for distillation, every wording, none of the held-out texts.
 * test.txt: 125 held-out captions for each task that the rung allows (1 000 for the whole world).
 * composition.txt: 200 captions of held-out pairs and relations, which the teacher never saw.
+* open.txt: 512 captions of a shape or a colour alone, for what is left open (`open_attributes`).
 * chinese.txt: test.txt in Chinese, line by line.
 
-Beside the last three lies a `.json` of the same length and order: prompt, task, and the spec that
-the judge checks. A text is held out by its hash, one in five.
+Beside all but the first lies a `.json` of the same length and order: prompt, task, and the spec
+that the judge checks. A text is held out by its hash, one in five.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from miniature.shapes.splits import HELD_PAIRS, HELD_RELATIONS, held_out
 
 PER_TASK = 125
 _COMPOSITIONS = 200
+_OPEN = 512
 _TRAIN = 6000
 _HELD_ONE_IN = 5
 
@@ -122,6 +124,25 @@ def composition_entries(rung: Rung, count: int = _COMPOSITIONS) -> list[dict]:
     return entries
 
 
+def open_entries(rung: Rung, count: int = _OPEN) -> list[dict]:
+    """Captions that name a shape or a colour and nothing else, each as often as the others."""
+    kinds = [Spec(groups=(Group(shape=shape),)) for shape in rung.shapes]
+    kinds += [Spec(groups=(Group(colour=colour),)) for colour in rung.colours]
+    return [
+        _entry("open", spec, english(spec, i // len(kinds) % WORDINGS))
+        for i, spec in enumerate((kinds * (1 + count // len(kinds)))[:count])
+    ]
+
+
+def prompt_sets(rung: Rung) -> dict[str, list[dict]]:
+    """The entries of each file that has a `.json` beside it, but for the Chinese."""
+    return {
+        "test": test_entries(rung),
+        "composition": composition_entries(rung),
+        "open": open_entries(rung),
+    }
+
+
 def train_texts(rung: Rung, count: int = _TRAIN) -> list[str]:
     """Distinct captions for distillation, as the training scenes have them; fewer if the rung
     does not hold as many.
@@ -148,13 +169,13 @@ def spec_of(entry: dict) -> Spec:
 
 def prompt_files(rung: Rung) -> dict[str, str]:
     """File name -> its whole text."""
-    test, composition = test_entries(rung), composition_entries(rung)
-    translated = [
-        {**entry, "prompt": chinese(spec_of(entry), i % WORDINGS)} for i, entry in enumerate(test)
+    sets = prompt_sets(rung)
+    sets["chinese"] = [
+        {**entry, "prompt": chinese(spec_of(entry), i % WORDINGS)}
+        for i, entry in enumerate(sets["test"])
     ]
     files = {"train.txt": "".join(f"{text}\n" for text in train_texts(rung))}
-    for name, entries in (
-        ("test", test), ("composition", composition), ("chinese", translated)):  # fmt: skip
+    for name, entries in sets.items():
         files[f"{name}.txt"] = "".join(f"{entry['prompt']}\n" for entry in entries)
         lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
         files[f"{name}.json"] = f"[\n{lines}\n]\n"

@@ -12,10 +12,13 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 
 from miniature.shapes.captions import parse_chinese, parse_english
-from miniature.shapes.parser import parse, satisfies
-from miniature.shapes.scene import RUNGS, SIDE, Rung, Spec
+from miniature.shapes.parser import Parse, parse, satisfies
+from miniature.shapes.prompts import prompt_sets, spec_of
+from miniature.shapes.render import render
+from miniature.shapes.scene import RUNGS, SIDE, TEST_START, Rung, Spec, draw_scene
 from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer
 
 
@@ -58,13 +61,37 @@ class ParserScorer(Scorer):
                 f"scorer miniature.shapes.scorer: images of {images.shape[1:]}; the parser reads "
                 f"those of {(SIDE, SIDE, 3)}"
             )
-        found = [parse(image, self.rung) for image in images]
+        found = [parsed(image, self.rung) for image in images]
         specs = map(spec_of_caption, prompts)
         right = [satisfies(one, spec) for one, spec in zip(found, specs, strict=True)]
         return {
             "all_checks": np.array(right, np.float32),
             "malformed": np.array([bool(one.malformed) for one in found], np.float32),
         }
+
+    def real_data_score(self, prompt_set: str, count: int) -> dict[str, float]:
+        """See `Scorer`: of one fresh render of each caption."""
+        entries = prompt_sets(self.rung).get(prompt_set, [])[:count]
+        if not entries:
+            return {}
+        images = reals([spec_of(entry) for entry in entries], self.rung)
+        return self.summarise(self.values(images, [entry["prompt"] for entry in entries], {}))
+
+
+def reals(specs: Sequence[Spec], rung: Rung) -> UInt8[np.ndarray, "n 64 64 3"]:
+    """One render of each spec, of integers that no training has."""
+    scenes = (draw_scene(spec, TEST_START + i, rung) for i, spec in enumerate(specs))
+    return np.stack([render(scene) for scene in scenes])
+
+
+def parsed(image: UInt8[np.ndarray, "64 64 3"], rung: Rung) -> Parse:
+    """What the parser finds in an image; once, for all scorers that ask of one batch."""
+    return _parsed(image.tobytes(), rung.name)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(pixels: bytes, rung: str) -> Parse:
+    return parse(np.frombuffer(pixels, np.uint8).reshape(SIDE, SIDE, 3), RUNGS[rung])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -77,12 +104,21 @@ def spec_of_caption(text: str) -> Spec:
     return (parse_english if text.isascii() else parse_chinese)(text)
 
 
+def rung_named(name: str, scorer: str) -> Rung:
+    """The rung that a scorer's path names; the first without one.
+
+    Raises:
+      ValueError: there is no such rung.
+    """
+    if (rung := name or "r1") not in RUNGS:
+        raise ValueError(f"scorer {scorer}={name}: give one of {', '.join(RUNGS)}")
+    return RUNGS[rung]
+
+
 def load(path: str = "") -> ParserScorer:
     """The parser of a rung: `miniature.shapes.scorer=r2`; without one, of the first.
 
     Raises:
       ValueError: there is no such rung.
     """
-    if (rung := path or "r1") not in RUNGS:
-        raise ValueError(f"scorer miniature.shapes.scorer={path}: give one of {', '.join(RUNGS)}")
-    return ParserScorer(RUNGS[rung])
+    return ParserScorer(rung_named(path, "miniature.shapes.scorer"))

@@ -45,6 +45,7 @@ def ended(world):
         limit=2,
         guidance_scale=3.5,
         gamma=0.0,
+        undistilled=(2,),
         pictures=1,
         name="student",
         seed=7,
@@ -71,6 +72,9 @@ def test_images_are_the_recipe_s(ended):
     prompts = (["a red cat", "an icon"], ["A cat  of ice", "an icon"])
     assert [list(one.prompts.prompts) for one in result.sets] == list(prompts)
     for one, texts in zip(result.sets, prompts, strict=True):
+        expected = generate(pipeline, texts, 2, 7, None, 1.0, options)
+        (found,) = (each for each in one.generated if each.by.name == "undistilled")
+        np.testing.assert_array_equal(found.images, expected[one.shown])
         for steps in (2, 3):
             expected = generate(pipeline, texts, steps, 7, adapter, 0.0, options, TIMES[steps])
             np.testing.assert_array_equal(one.find("student", steps).images, expected[one.shown])
@@ -104,7 +108,7 @@ def test_what_is_written_says_how_it_was_made(ended):
     assert "held-out" not in page and "each style" not in page
     assert {path.name for path in (folder / "samples").iterdir()} == {"first.png", "second.png"}
     images = list((folder / module.IMAGES).rglob("*.png"))
-    assert len(images) == 2 * (2 + 2) * 2  # prompts, student's and teacher's steps, sets
+    assert len(images) == 2 * (2 + 2 + 1) * 2  # prompts, steps of all three, sets
 
 
 def test_curves_are_of_what_was_logged_twice():

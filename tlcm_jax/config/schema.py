@@ -118,6 +118,7 @@ class EvaluationSettings:
       steps: the student's step counts.
       guidance_scale: of the undistilled teacher.
       gamma: share of fresh noise between the student's steps (`diffusion.sampler`).
+      undistilled: step counts of the teacher by the student's sampler: what was there before.
       pictures: prompts shown in the report.
       limit: prompts used of each file; 0 takes all.
     """
@@ -127,6 +128,7 @@ class EvaluationSettings:
     steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     guidance_scale: float = 8.0
     gamma: float = 1.0
+    undistilled: tuple[int, ...] = ()
     pictures: int = 12
     limit: int = 0
 

@@ -106,6 +106,23 @@ def student(
         )
 
 
+def undistilled(
+    model: LatentModel, steps: Sequence[int], weights: Callable[[], str]
+) -> Iterator[Contestant]:
+    """The teacher by the student's own sampler: what distillation has to add.
+
+    Args:
+      model: the teacher.
+      steps: the step counts, each 1 to 8.
+      weights: gives its hash.
+    """
+    for one in student(
+        model, None, steps, gammas=(1.0,), timesteps={}, sampler_names=("consistency",),
+        weights=weights,
+    ):  # fmt: skip
+        yield dataclasses.replace(one, kind="baseline", name="undistilled")
+
+
 def teacher(
     model: LatentModel, steps: Sequence[int], scales: Sequence[float], weights: Callable[[], str]
 ) -> Iterator[Contestant]:

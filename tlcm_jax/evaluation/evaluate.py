@@ -51,6 +51,7 @@ def evaluate(
     gammas: Sequence[float] = (1.0,),
     samplers: Sequence[str] = ("consistency",),
     timesteps: Mapping[int, Sequence[int]] | None = None,
+    undistilled: Sequence[int] = (),
     baselines: Sequence[Contestant] = (),
     seed: int = 0,
     resolution: int | None = None,
@@ -77,6 +78,7 @@ def evaluate(
       samplers: the student's, keys of `diffusion.samplers.SAMPLERS`.
       timesteps: the student's times by its number of steps, where they are not those of the
         authors' release.
+      undistilled: step counts of the teacher by the student's sampler, without guidance.
       baselines: others in the same evaluation.
       seed: of the noise.
       resolution: side of the images in pixels; the model's own by default.
@@ -111,6 +113,7 @@ def evaluate(
         )
         if teacher is not None:
             found += contestants.teacher(teacher, of_teacher, guidance_scales, teacher_weights)
+            found += contestants.undistilled(teacher, undistilled, teacher_weights)
         return [*found, *baselines]
 
     first = further = entered(steps, TEACHER_STEPS)

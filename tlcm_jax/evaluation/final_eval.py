@@ -31,6 +31,7 @@ class FinalEval:
       steps: the student's step counts.
       guidance_scale: of the teacher.
       gamma: share of fresh noise between the student's steps.
+      undistilled: step counts of the teacher by the student's sampler.
       pictures: prompts of each set whose images the report shows.
       name: of the student.
       seed: of the noise.
@@ -44,6 +45,7 @@ class FinalEval:
     steps: tuple[int, ...]
     guidance_scale: float
     gamma: float
+    undistilled: tuple[int, ...]
     pictures: int
     name: str
     seed: int
@@ -54,7 +56,7 @@ class FinalEval:
     @classmethod
     def load(
         cls, *, prompts: Sequence[str], scorers: Sequence[str], steps: Sequence[int], limit: int,
-        **rest: Any,
+        undistilled: Sequence[int] = (), **rest: Any,
     ) -> "FinalEval":  # fmt: skip
         """Reads and loads what a recipe's `evaluation` names, so that what is missing is found now.
 
@@ -63,6 +65,7 @@ class FinalEval:
           scorers: each as NAME or NAME=PATH.
           steps: the student's step counts.
           limit: prompts used of each file; 0 takes all.
+          undistilled: step counts of the teacher by the student's sampler.
           **rest: the other attributes, as they are.
 
         Raises:
@@ -70,10 +73,11 @@ class FinalEval:
             that a scorer cannot score.
         """
         steps = tuple(check_steps(steps))
+        undistilled = tuple(check_steps(undistilled)) if undistilled else ()
         sets = tuple(read_prompt_set(path).first(limit) for path in prompts)
         loaded = load_scorers(scorers)
         check_prompt_sets(sets, loaded)
-        return cls(prompt_sets=sets, scorers=loaded, steps=steps, **rest)
+        return cls(prompt_sets=sets, scorers=loaded, steps=steps, undistilled=undistilled, **rest)
 
 
 def final_eval(
@@ -107,6 +111,7 @@ def final_eval(
         steps=wanted.steps,
         guidance_scales=(wanted.guidance_scale,),
         gammas=(wanted.gamma,),
+        undistilled=wanted.undistilled,
         timesteps=wanted.timesteps,
         seed=wanted.seed,
         resolution=wanted.resolution,
