@@ -51,3 +51,18 @@ def test_a_name_is_one_of_a_file(name):
     """Images are written under it."""
     with pytest.raises(ValueError, match="its name must be one of a file"):
         PromptSet(name=name, prompts=("a cat",))
+
+
+def test_mjhq_s_prompts_in_the_file_s_order_with_their_category(tmp_path):
+    rows = {
+        "b2": {"category": "food", "prompt": " a  pie"},
+        "a1": {"category": "art", "prompt": "x"},
+    }
+    file = tmp_path / "meta_data.json"
+    file.write_text(json.dumps(rows))
+    found = read_prompt_set(file)
+    assert found.prompts == ("a pie", "x")
+    assert found.annotations == {"category": ["food", "art"]}
+    file.write_text(json.dumps({"b2": ["a pie"]}))
+    with pytest.raises(ValueError, match="nor MJHQ-30K's"):
+        read_prompt_set(file)

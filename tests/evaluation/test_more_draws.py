@@ -108,3 +108,13 @@ def test_diversity_is_the_mean_distance_of_the_draws(model):
     scores = found.sets[0].find("student", 2).scores
     assert scores[DIVERSITY.key] == pytest.approx(np.abs(first - second).mean(), rel=1e-3)
     assert found.measures[-1] == DIVERSITY and not result.measures
+
+
+def test_geneval2_s_images_by_prompt(model, tmp_path):
+    rows = [{"prompt": prompt, "atom_count": 2, "vqa_list": [["?", "Yes"]]} for prompt in PROMPTS]
+    folder = command(model, jsonl(tmp_path, rows), tmp_path, "geneval2")
+    paths = json.loads((folder / "images.json").read_text())
+    assert tuple(paths) == PROMPTS
+    for path, image in zip(paths.values(), drawn(model, 3), strict=True):
+        with Image.open(path) as found:
+            np.testing.assert_array_equal(np.asarray(found), image)

@@ -8,6 +8,7 @@ from typing import Any
 
 from tlcm_jax.data.prompt_files import split_column
 from tlcm_jax.data.prompts import read_prompts
+from tlcm_jax.data.tfds_sets import is_set, set_name
 from tlcm_jax.io.json_files import read_json
 
 _LARGEST = 256 * 2**20  # bytes of captions; COCO's 2017 training set has 92 MB
@@ -59,6 +60,8 @@ def read_prompt_set(path: str | os.PathLike, name: str = "") -> PromptSet:
     | file | prompts |
     |---|---|
     | COCO's captions, `.json` | each image's first caption in the file, images by their id |
+    | MJHQ-30K's `meta_data.json` | each image's, in the file's order; its category beside it |
+    | `tfds:NAME@SPLIT` | `data.tfds_sets` |
     | any other | text or a table: `data.prompt_files` |
 
     Beside a text file a JSON file of the same name may say more: a list with one object a prompt,
@@ -73,9 +76,12 @@ def read_prompt_set(path: str | os.PathLike, name: str = "") -> PromptSet:
       FileNotFoundError: there is no such file.
       ValueError: it is no prompt file, or the JSON beside it does not belong to it.
     """
+    if is_set(path):
+        return PromptSet(name=name or set_name(str(path)), prompts=tuple(read_prompts([path])))
     path, _ = split_column(given := path)
     if path.suffix == ".json":
-        return PromptSet(name=name or path.stem, prompts=_read_captions(path))
+        prompts, annotations = _read_captions(path)
+        return PromptSet(name=name or path.stem, prompts=prompts, annotations=annotations)
     prompts = tuple(read_prompts([given]))
     beside = path.with_suffix(".json")
     annotations = {}
@@ -113,18 +119,22 @@ def _read_annotations(beside: Path, path: Path, prompts: Sequence[str]) -> dict[
     return {key: [row[key] for row in rows] for key in keys}
 
 
-def _read_captions(path: Path) -> tuple[str, ...]:
-    """Of COCO's `captions_*.json`, each image's first caption, by image id."""
+def _read_captions(path: Path) -> tuple[tuple[str, ...], dict[str, list]]:
+    """Of COCO's `captions_*.json` or MJHQ-30K's `meta_data.json`: see `read_prompt_set`."""
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")
     try:
         found = read_json(path, "prompts", _LARGEST)
+        if "annotations" not in found:
+            rows = list(found.values())
+            categories = [str(row["category"]) for row in rows]
+            return tuple(" ".join(row["prompt"].split()) for row in rows), {"category": categories}
         first: dict[int, str] = {}
         for annotation in found["annotations"]:
             first.setdefault(int(annotation["image_id"]), str(annotation["caption"]))
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is not COCO's captions, a JSON object with `annotations` ({error!r}); for "
-            "prompts of your own give a text file, a .csv or a .jsonl"
+            f"{path} is not COCO's captions, a JSON object with `annotations`, nor MJHQ-30K's "
+            f"({error!r}); for prompts of your own give a text file, a .csv or a .jsonl"
         ) from None
-    return tuple(" ".join(first[image].split()) for image in sorted(first))
+    return tuple(" ".join(first[image].split()) for image in sorted(first)), {}

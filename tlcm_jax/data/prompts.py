@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from tlcm_jax.data.prompt_files import is_table, read_column, read_lines, split_column
+from tlcm_jax.data.tfds_sets import is_set, read_texts
 
 # Tokens that CLIP's position table holds, start and end included.
 TOKEN_LIMIT = 77
 
 
 def read_prompts(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Reads prompt files: `data.prompt_files` says which.
+    """Reads prompt files and sets: `data.prompt_files` and `data.tfds_sets` say which.
 
     White space around a prompt is dropped. Duplicates are kept, they are a weight.
 
@@ -38,8 +39,12 @@ def read_prompts(paths: Sequence[str | os.PathLike]) -> list[str]:
     if not paths:
         raise ValueError("no prompt file is given: name at least one")
     prompts = []
-    for path, column in map(split_column, paths):
-        prompts += read_column(path, column) if is_table(path) else read_lines(path)
+    for given in paths:
+        path, column = split_column(given)
+        if is_set(given):
+            prompts += read_texts(str(given))
+        else:
+            prompts += read_column(path, column) if is_table(path) else read_lines(path)
     return prompts
 
 

@@ -5,11 +5,12 @@ Draw k of a prompt has the noise of seed + k, so the first draw is the evaluatio
 | layout | prompts | folder | draws | for |
 |---|---|---|---|---|
 | geneval | its evaluation_metadata.jsonl | 00000/metadata.jsonl, samples/0000.png | 4 | its own |
+| geneval2 | its geneval2_data.jsonl | 00000.png, images.json: paths by prompt | 1 | its own |
 | dpg | a .jsonl with `item_id` and `prompt` | ID.png, a grid of 2 x 2 | 4 | compute_dpg_bench.py |
 | hpd | a file for each style, named so | STYLE/00000.jpg | 1 | hpsv2.evaluate |
 
-The benchmarks' own detectors and question answerers are theirs to run. GenEval 2's folder is not
-written: its form was not to be had here.
+The benchmarks' own detectors and question answerers are theirs to run. GenEval 2 takes
+`images.json` as `--image_filepath_data`.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from tlcm_jax.generation.generate import GenerationOptions
 
 DIVERSITY = Measure(key="diversity", title="diversity (LPIPS)")
 # Name -> draws of a prompt.
-LAYOUTS = {"geneval": 4, "dpg": 4, "hpd": 1}
+LAYOUTS = {"geneval": 4, "geneval2": 1, "dpg": 4, "hpd": 1}
 _JPEG_QUALITY = 95
 
 
@@ -144,10 +145,17 @@ def write_layout(
     """
     target = folder / name / by.label.replace(", ", "-").replace(" ", "-")
     seeds = range(seed, seed + LAYOUTS[name])
+    paths: dict[str, str] = {}
     for numbers, images in draws(by, prompts, seeds, options, store):
         for column, number in enumerate(numbers):
             if name == "geneval":
                 _write_geneval(target / f"{number:05d}", rows[number], images[:, column])
+            elif name == "geneval2":
+                target.mkdir(parents=True, exist_ok=True)
+                file = target / f"{number:05d}.png"
+                Image.fromarray(images[0, column]).save(file)
+                # By the text as the benchmark's file has it, white space and all.
+                paths[rows[number]["prompt"]] = str(file.resolve())
             elif name == "dpg":
                 _write_dpg(target / f"{rows[number]['item_id']}.png", images[:, column])
             else:
@@ -155,6 +163,9 @@ def write_layout(
                 style.mkdir(parents=True, exist_ok=True)
                 image = Image.fromarray(images[0, column])
                 image.save(style / f"{number:05d}.jpg", quality=_JPEG_QUALITY)
+    if paths:
+        text = json.dumps(paths, ensure_ascii=False, indent=1)
+        (target / "images.json").write_text(f"{text}\n", encoding="utf-8")
     return target
 
 

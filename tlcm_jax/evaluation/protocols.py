@@ -50,7 +50,14 @@ PROTOCOLS: Mapping[str, Protocol] = {
         count=5000,
         steps=(3,),
         scores=("clip", "image_reward", "fid"),
-        absent=("MJHQ-5K, which is another run with its prompts and images", "GenEval"),
+        absent=("MJHQ-5K (--protocol mjhq --limit 5000)", "GenEval (--layout geneval)"),
+    ),
+    "mjhq": Protocol(
+        title="MJHQ-30K (Playground v2); LogCD scores 5 000 of it and does not say which",
+        prompts="meta_data.json of playgroundai/MJHQ-30K; real images: its own",
+        count=30000,
+        steps=(3,),
+        scores=("fid", "clip", "image_reward"),
     ),
     "dmd2": Protocol(
         title="DMD2's line (COCO-2014)",

@@ -71,7 +71,9 @@ def test_dmd2_s_images_are_first_brought_to_512(tmp_path):
 
 def test_stored_statistics(tmp_path):
     write_dinov2(tmp_path / "dino")
-    with pytest.raises(FileNotFoundError, match=r"put them into .*real, or their statistics"):
+    with pytest.raises(
+        FileNotFoundError, match=r"put them into .*real, a set's name into .*real.txt, or their"
+    ):
         load_scorer("fd_dinov2", str(tmp_path / "dino"))
     stored = tmp_path / "dino" / "real.npz"
     np.savez(stored, mu=np.zeros(64), sigma=np.eye(64))
@@ -82,6 +84,23 @@ def test_stored_statistics(tmp_path):
         load_scorer("fd_dinov2", str(tmp_path / "dino"))
     np.savez(stored, mean=np.zeros(64))
     with pytest.raises(ValueError, match="holds no statistics, mu and sigma"):
+        load_scorer("fd_dinov2", str(tmp_path / "dino"))
+
+
+def test_real_images_of_a_named_set(tmp_path, monkeypatch):
+    write_dinov2(tmp_path / "dino")
+    images = _images(3)
+    monkeypatch.setattr(
+        feature_distance, "read_images", lambda name: iter(images) if name == "tfds:x@y" else None
+    )
+    (tmp_path / "dino/real.txt").write_text("tfds:x@y\n")
+    scorer = load_scorer("fd_dinov2", str(tmp_path / "dino"))
+    own = Moments.of(scorer.values(images, ["a"] * 3, {})["features"])
+    np.testing.assert_allclose(scorer.mean, own.mean, rtol=1e-6)
+    np.testing.assert_allclose(scorer.covariance, own.covariance, atol=1e-9)
+    monkeypatch.setattr(feature_distance, "read_images", lambda name: iter(images[:1]))
+    (tmp_path / "dino/real.txt").write_text("tfds:other@y")
+    with pytest.raises(FileNotFoundError, match="the real images are 1; give at least 2"):
         load_scorer("fd_dinov2", str(tmp_path / "dino"))
 
 

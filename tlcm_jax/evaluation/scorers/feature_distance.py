@@ -9,14 +9,16 @@
 | `fd_clip` | CLIP ViT-L/14, class token after its norm | 224 x 224, Pillow's bicubic |
 
 The distance is `frechet.py`'s. The real images lie in the folder of the weights: `real/`, any image
-files, or `real.npz` with `mu` and `sigma`, the form in which clean-fid and others store statistics
-(of the same features!). Statistics of `real/` are kept in `real-NAME.npz` for the next time.
+files; `real.txt`, one line that names a set, such as `tfds:coco_captions/2017@val`; or `real.npz`
+with `mu` and `sigma`, the form in which clean-fid and others store statistics (of the same
+features!). Statistics of the first two are kept in `real-NAME.npz` for the next time.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from absl import logging
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from tlcm_jax.data.tfds_sets import read_images
 from tlcm_jax.evaluation.scorers import frechet
 from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer, in_batches
 from tlcm_jax.evaluation.scorers.frechet import Moments
@@ -227,12 +230,19 @@ def _against_real(
     """
     if (stored := folder / "real.npz").is_file():
         mean, covariance = _read_statistics(stored)
-    elif (folder / "real").is_dir():
-        mean, covariance = _statistics(name, folder, params, prepare, extract)
+    elif (named := folder / "real.txt").is_file():
+        source = named.read_text(encoding="utf-8").strip()
+        images = read_images(source)
+        mean, covariance = _statistics(name, folder, source, images, params, prepare, extract)
+    elif (real := folder / "real").is_dir():
+        files = sorted(f for f in real.rglob("*") if f.suffix.lower() in _IMAGES)
+        states = [(str(f.relative_to(folder)), *_stat(f)) for f in files]
+        images = map(_read_image, files)
+        mean, covariance = _statistics(name, folder, repr(states), images, params, prepare, extract)
     else:
         raise FileNotFoundError(
-            f"score {name!r} compares with real images: put them into {folder / 'real'}, or their "
-            f"statistics (mu and sigma) into {stored}"
+            f"score {name!r} compares with real images: put them into {folder / 'real'}, a "
+            f"set's name into {named}, or their statistics (mu and sigma) into {stored}"
         )
     probe = np.zeros((1, _SIDE, _SIDE, 3), np.uint8)
     width = jax.eval_shape(extract, params, prepare(probe)).shape[1]
@@ -259,14 +269,20 @@ def _read_statistics(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _statistics(
-    name: str, folder: Path, params: Any, prepare: Callable, extract: Extract
+    name: str,
+    folder: Path,
+    source: str,
+    images: Iterator[UInt8[np.ndarray, "h w 3"]],
+    params: Any,
+    prepare: Callable,
+    extract: Extract,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the images in `real/`, computed once."""
-    files = sorted(f for f in (folder / "real").rglob("*") if f.suffix.lower() in _IMAGES)
-    if len(files) < 2:
-        raise FileNotFoundError(f"{folder / 'real'} holds {len(files)} images; give at least 2")
-    states = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    state = hashlib.sha256(repr(states).encode()).hexdigest()
+    """Mean and covariance of the real images, computed once for what `source` describes.
+
+    Raises:
+      FileNotFoundError: fewer than two images.
+    """
+    state = hashlib.sha256(source.encode()).hexdigest()
     kept = folder / f"real-{name}.npz"
     if kept.is_file():
         try:
@@ -275,18 +291,22 @@ def _statistics(
                 return found["mu"], found["sigma"]
         except ValueError as error:
             logging.warning("%s; it is made again", error)
-    logging.info("%s: features of %d real images, once", name, len(files))
-    moments = None
-    for start in range(0, len(files), _BATCH):
-        batch = [prepare(_read_image(file)[None]) for file in files[start : start + _BATCH]]
-        pixels = np.concatenate(batch)
+    logging.info("%s: features of the real images, once", name)
+    moments, count = None, 0
+    while batch := [prepare(image[None]) for image in itertools.islice(images, _BATCH)]:
         # Prepared already.
-        part = features(extract, params, lambda each: each, pixels)
+        part = features(extract, params, lambda each: each, np.concatenate(batch))
         moments = Moments.of(part) if moments is None else moments.update(part)
-    assert moments is not None
+        count += len(batch)
+    if moments is None or count < 2:
+        raise FileNotFoundError(f"{folder}: the real images are {count}; give at least 2")
     with atomic_write(kept) as unnamed, unnamed.open("wb") as file:
         np.savez(file, mu=moments.mean, sigma=moments.covariance, state=np.array(state))
     return moments.mean, moments.covariance
+
+
+def _stat(file: Path) -> tuple[int, int]:
+    return file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _read_image(file: Path) -> UInt8[np.ndarray, "h w 3"]:
