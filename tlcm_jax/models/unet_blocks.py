@@ -11,6 +11,21 @@ from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from tlcm_jax.models.transformer import Transformer2DModel
 
 
+def plus(
+    x: Float[Array, "b h w c"], features: Float[Array, "b _h _w _c"]
+) -> Float[Array, "b h w c"]:
+    """A state with a T2I-Adapter's features added.
+
+    Raises:
+      ValueError: they are of another shape: of an adapter, or a picture's size, that does not fit.
+    """
+    if features.shape != x.shape:
+        raise ValueError(
+            f"a T2I-Adapter's features do not fit this UNet: {features.shape} for {x.shape}"
+        )
+    return x + features.astype(x.dtype)
+
+
 class _Block(nn.Module):
     """What every block is made of: how to build its resnets and its attentions.
 
@@ -46,7 +61,11 @@ class _Block(nn.Module):
 
 
 class DownBlock(_Block):
-    """Resnets (and attentions), then an optional downsampler; returns every state as a skip."""
+    """Resnets (and attentions), then an optional downsampler; returns every state as a skip.
+
+    A T2I-Adapter's features are added after the last attention, or, in a block without any, at
+    its end (`unet_encoder`, equation 2).
+    """
 
     add_downsample: bool = True
 
@@ -56,16 +75,21 @@ class DownBlock(_Block):
         x: Float[Array, "b h w c"],
         time_embedding: Float[Array, "b d"],
         context: Float[Array, "b m e"],
+        adapter_features: Float[Array, "b _h _w _c"] | None = None,
     ) -> tuple[Float[Array, "b down_h down_w out"], list[Array]]:
         skips = []
         for i in range(self.layers):
             x = self.resnet(i)(x, time_embedding)
             if self.transformer is not None:
                 x = self.attention(i)(x, context)
+                if adapter_features is not None and i == self.layers - 1:
+                    x = plus(x, adapter_features)
             skips.append(x)
         if self.add_downsample:
             x = Downsample2D(self.features, dtype=self.dtype, name="downsamplers.0")(x)
             skips.append(x)
+        if adapter_features is not None and self.transformer is None:
+            x = skips[-1] = plus(x, adapter_features)
         return x, skips
 
 
