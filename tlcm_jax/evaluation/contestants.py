@@ -165,10 +165,7 @@ def image_chunks(
       options: batch size, resolution, and whether to draw a progress bar.
       store: folder where images are kept; None keeps none.
     """
-    kept = None
-    if store is not None:
-        depends_on = [by.weights(), by.how, by.steps, seed, options.resolution, prompts.prompts]
-        kept = ImageStore(store / prompts.name, by.label, depends_on)
+    kept = None if store is None else image_store(by, prompts, seed, options, store)
     count, size = len(prompts.prompts), options.batch_size * max(1, _CHUNK // options.batch_size)
     bar = tqdm(total=count, desc=by.label, unit="image", disable=not options.progress)
     options = dataclasses.replace(options, progress=False)
@@ -184,6 +181,14 @@ def image_chunks(
                     kept.write(rows, images)
             yield rows, images
             bar.update(len(rows))
+
+
+def image_store(
+    by: Contestant, prompts: PromptSet, seed: int, options: GenerationOptions, folder: Path
+) -> ImageStore:
+    """Where in a folder the images of `image_chunks` are kept."""
+    depends_on = [by.weights(), by.how, by.steps, seed, options.resolution, prompts.prompts]
+    return ImageStore(folder / prompts.name, by.label, depends_on)
 
 
 def _with_lora(model: LatentModel, lora: Mapping[str, Any] | None) -> LatentModel:

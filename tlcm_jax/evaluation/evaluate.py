@@ -21,7 +21,7 @@ from absl import logging
 from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.evaluation import contestants
-from tlcm_jax.evaluation.contestants import Contestant, image_chunks
+from tlcm_jax.evaluation.contestants import Contestant, image_chunks, image_store
 from tlcm_jax.evaluation.intervals import bootstrap_intervals
 from tlcm_jax.evaluation.results import (
     REFERENCE_STEPS,
@@ -31,6 +31,7 @@ from tlcm_jax.evaluation.results import (
     chosen,
 )
 from tlcm_jax.evaluation.scorers.base import Scorer
+from tlcm_jax.evaluation.value_store import ValueStore, fingerprint
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions
 from tlcm_jax.generation.image_store import weights_hash
@@ -84,8 +85,8 @@ def evaluate(
       resolution: side of the images in pixels; the model's own by default.
       scorers: none generates only.
       pictures: prompts of each set whose images are kept in the result; 0 keeps all.
-      store: folder where images are kept, so that the same ones are not made again; None keeps
-        none.
+      store: folder where images and what scorers made of them are kept, so that the same ones are
+        not made again; None keeps none.
       batch_size: images at a time.
       progress: draw progress bars.
 
@@ -121,6 +122,7 @@ def evaluate(
         further = entered(further_steps, TEACHER_STEPS[:1])
     check_prompt_sets(prompt_sets, scorers)
     options = GenerationOptions(resolution=resolution, batch_size=batch_size, progress=progress)
+    known_by = [fingerprint(scorer) if store is not None else "" for scorer in scorers]
     seconds: dict[str, float] = defaultdict(float)
     results = []
     for prompts in prompt_sets:
@@ -131,13 +133,21 @@ def evaluate(
             scores: dict[str, float] = {}
             intervals: dict[str, tuple[float, float]] = {}
             values: list[list[dict[str, np.ndarray]]] = [[] for _ in scorers]
+            kept: list[ValueStore | None] = [None] * len(scorers)
+            if store is not None:
+                folder = image_store(by, prompts, seed, options, store).folder
+                kept = [
+                    ValueStore(folder, scorer.name, known, prompts.annotations) if known else None
+                    for scorer, known in zip(scorers, known_by, strict=True)
+                ]
             began, scoring = time.monotonic(), seconds["scoring"]
             for rows, chunk in image_chunks(by, prompts, seed, options, store):
                 start = time.monotonic()
                 texts = [prompts.prompts[i] for i in rows]
                 notes = {k: [v[i] for i in rows] for k, v in prompts.annotations.items()}
-                for scorer, found in zip(scorers, values, strict=True):
-                    found.append(scorer.values(chunk, texts, notes))
+                for scorer, found, store_of in zip(scorers, values, kept, strict=True):
+                    compute = functools.partial(scorer.values, chunk, texts, notes)
+                    found.append(store_of.values(rows, compute) if store_of else compute())
                 images.append(chunk[np.isin(rows, shown)])
                 seconds["scoring"] += time.monotonic() - start
             seconds["generation"] += time.monotonic() - began - (seconds["scoring"] - scoring)
