@@ -129,7 +129,11 @@ def run(
             workdir,
             progress=progress,
             profile_steps=steps,
-            make_hooks=functools.partial(outputs.preview_hooks, workdir=Path(workdir)),
+            make_hooks=functools.partial(
+                outputs.preview_hooks,
+                workdir=Path(workdir),
+                scorers=wanted.scorers if wanted else (),
+            ),
             lock=lock,
             preemption=preemption,
             debug_step=debug_step,

@@ -12,8 +12,9 @@ from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
 from tlcm_jax.config import outputs
 from tlcm_jax.config.run import TrainResult
 from tlcm_jax.config.schema import read
+from tlcm_jax.evaluation.health import HEALTH_FILE, HealthLog, health
 from tlcm_jax.families.load import load_model
-from tlcm_jax.generation.generate import GenerationOptions, generate
+from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.model_card import FILES
 from tlcm_jax.models import lora
@@ -119,6 +120,17 @@ def test_a_preview_is_the_student_as_it_stands(world, recipe, run, tmp_path):
     rows = np.lib.stride_tricks.sliding_window_view(shown, large.shape)[..., 0, :, :, :]
     corner = np.all(rows[:, :, :4, :4] == large[:4, :4], axis=(2, 3, 4))
     assert any(np.array_equal(rows[y, x], large) for y, x in np.argwhere(corner))
+    # And how it stands beside the teacher, of two images of each prompt at 4 steps.
+    (row,) = HealthLog(path=tmp_path / HEALTH_FILE).rows()
+    assert (row["step"], row["stage"]) == (5, "last")
+    times = (999, 749, 499, 249)
+    drawn = [
+        generate(result.model, prompts, 4, seed, result.adapter, 0.0, options, times)
+        for seed in (11, 12)
+    ]
+    assert row["student"] == pytest.approx(health(np.stack(drawn)))
+    drawn = [generate_teacher(result.model, prompts, 25, 2.5, seed, options) for seed in (11, 12)]
+    assert row["teacher"] == pytest.approx(health(np.stack(drawn)))
 
 
 def test_what_is_left_out_is_nothing(recipe, run):

@@ -12,9 +12,10 @@ from jax.experimental import multihost_utils
 from tlcm_jax.config import describe
 from tlcm_jax.config.run import TrainResult, load_teacher
 from tlcm_jax.config.schema import Settings
-from tlcm_jax.data.prompts import read_prompts
+from tlcm_jax.data.prompt_sets import read_prompt_set
 from tlcm_jax.evaluation.final_eval import FinalEval, final_eval
-from tlcm_jax.evaluation.previews import write_preview
+from tlcm_jax.evaluation.previews import Previews
+from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import find_family
 from tlcm_jax.io.products import check_products, export_products
@@ -103,8 +104,10 @@ def write_outputs(
         )
 
 
-def preview_hooks(settings: Settings, model: LatentModel, workdir: Path) -> Sequence[Hook]:
-    """A hook that writes `samples/NUMBER.png` (`evaluation.previews`).
+def preview_hooks(
+    settings: Settings, model: LatentModel, workdir: Path, scorers: Sequence[Scorer] = ()
+) -> Sequence[Hook]:
+    """A hook that draws the previews and tells the student's health (`evaluation.previews`).
 
     The prompts are the first of the evaluation's, or of the training's where there is none.
 
@@ -112,6 +115,7 @@ def preview_hooks(settings: Settings, model: LatentModel, workdir: Path) -> Sequ
       settings: the recipe; no hook where its `sample_every` is 0.
       model: the teacher.
       workdir: the run's folder.
+      scorers: the evaluation's.
     """
     if not settings.sample_every:
         return ()
@@ -119,19 +123,21 @@ def preview_hooks(settings: Settings, model: LatentModel, workdir: Path) -> Sequ
         logging.warning("sample_every: previews are drawn by runs of one process only")
         return ()
     chosen = settings.evaluation
-    prompts = read_prompts(chosen.prompts if chosen and chosen.prompts else settings.prompts)
+    previews = Previews(
+        folder=workdir,
+        model=model,
+        prompts=read_prompt_set(((chosen.prompts if chosen else ()) or settings.prompts)[0]),
+        seed=settings.seed,
+        gamma=describe.gamma(settings),
+        timesteps=describe.sampling_times(settings),
+        resolution=settings.model.resolution or None,
+        guidance_scale=chosen.guidance_scale if chosen else None,
+        scorers=tuple(scorers),
+    )
 
     def preview(position: Position, state: TrainState) -> None:
-        write_preview(
-            workdir / SAMPLES / f"{position.total:06d}.png",
-            model,
-            lora.scaled(state.trained, settings.adapter.scale),
-            prompts,
-            seed=settings.seed,
-            gamma=describe.gamma(settings),
-            timesteps=describe.sampling_times(settings),
-            resolution=settings.model.resolution or None,
-        )
+        adapter = lora.scaled(state.trained, settings.adapter.scale)
+        previews.draw(SAMPLES, adapter, position.total, position.name)
 
     return (Hook(every=settings.sample_every, call=preview),)
 

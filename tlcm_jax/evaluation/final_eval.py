@@ -9,8 +9,10 @@ from typing import Any
 from absl import logging
 
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
+from tlcm_jax.evaluation import health
 from tlcm_jax.evaluation import report as evaluation_report
 from tlcm_jax.evaluation.evaluate import check_prompt_sets, check_steps, evaluate
+from tlcm_jax.evaluation.health import HEALTH_FILE, HealthLog
 from tlcm_jax.evaluation.reporting.contents import Curve
 from tlcm_jax.evaluation.reporting.provenance import provenance
 from tlcm_jax.evaluation.results import Evaluation
@@ -127,7 +129,7 @@ def final_eval(
         summary="The same prompts and noise by the student and by its teacher with guidance "
         f"{wanted.guidance_scale:g}. {overlap_note(wanted.prompt_sets, wanted.trained_on)}",
         pictures=wanted.pictures,
-        curves=curves(history),
+        curves=[*curves(history), *health.curves(HealthLog(path=workdir / HEALTH_FILE).rows())],
         config=config,
         provenance=provenance(time.monotonic() - started),
     )
