@@ -76,8 +76,9 @@ def get_config(variant: str = "") -> ConfigDict:
             checkpoint_every=160,
             evaluation=dict(
                 prompts=(str(prompts / "test.txt"), str(prompts / "composition.txt")),
-                scorers=("miniature.shapes.scorer",),
+                scorers=("miniature.shapes.scorer", "miniature.shapes.open_attributes"),
                 guidance_scale=guidance_scale,
+                undistilled=(2, 3, 4),
                 limit=16 if smoke else 0,
             ),
             export=("lora", "pipeline"),
