@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from tlcm_jax import paths
 
+# The latents' deviation is 0.07, and gradients of a millionth are usual: 1e-8 would swallow them.
+ADAM_EPS = 1e-13
 VARIANTS = ("", "smoke", "reward")
 
 
@@ -35,6 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
             warmup_steps=10,
             decay="cosine",
             final_fraction=0.1,
+            adam_eps=ADAM_EPS,
             settings=dict(
                 segments=count,
                 points_per_segment=16 // count,
@@ -53,6 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
             prompts_per_refill=32,
             learning_rate=1e-4,
             warmup_steps=20,
+            adam_eps=ADAM_EPS,
             settings=dict(
                 guidance_scale=guidance_scale,
                 teacher_substeps=2,

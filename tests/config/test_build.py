@@ -97,6 +97,18 @@ def rates(optimizer, count, scale=1.0):
     return found
 
 
+def test_small_gradients_move_by_the_recipe_s_adam_eps(folder, shapes, mesh):
+    small = stages(folder, learning_rate=1e-3, adam_eps=1e-13)
+    last = build(folder, shapes, mesh, small)["last"]
+    assert rates(last.optimizer, 1, 1e-9) == pytest.approx([1e-3], rel=1e-3)
+    assert all(
+        rates(aux.optimizer, 1, 1e-9) == pytest.approx(rates(aux.optimizer, 1), rel=1e-3)
+        for aux in last.aux.values()
+    )
+    default = build(folder, shapes, mesh, stages(folder, learning_rate=1e-3))["last"]
+    assert rates(default.optimizer, 1, 1e-9)[0] < 1e-4
+
+
 def test_the_recipe_s_order_is_the_stages_order(built):
     assert list(built) == ["zeroth", "last"]
 

@@ -114,6 +114,7 @@ def stage_spec(
             total_updates=settings.steps,
             final_fraction=settings.final_fraction,
             max_grad_norm=settings.max_grad_norm,
+            eps=settings.adam_eps,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -142,7 +143,12 @@ def _aux(network: AuxNetwork, settings: StageSettings) -> AuxTraining:
     """With its optimiser: the student's clip, a constant rate of its own."""
     return AuxTraining(
         init=network.init,
-        optimizer=adamw(network.learning_rate, b1=network.b1, max_grad_norm=settings.max_grad_norm),
+        optimizer=adamw(
+            network.learning_rate,
+            b1=network.b1,
+            max_grad_norm=settings.max_grad_norm,
+            eps=settings.adam_eps,
+        ),
         loss=network.loss,
         updates=network.updates,
     )

@@ -66,6 +66,8 @@ class StageSettings:
       decay: `constant`, `cosine` or `linear`, over the whole stage.
       final_fraction: what the decay leaves of the learning rate.
       max_grad_norm: of the gradient clip.
+      adam_eps: what Adam adds to the root of the second moment. Latents much below unit variance
+        make gradients that the default swallows.
       ema_decay: of an EMA of the student over the stage's updates, which then is what samples,
         scores and exports see; 0 keeps none. The next stage trains the student itself.
       settings: the objective's own settings dataclass.
@@ -84,6 +86,7 @@ class StageSettings:
     decay: str = "constant"
     final_fraction: float = 0.0
     max_grad_norm: float = 1.0
+    adam_eps: float = 1e-8
     ema_decay: float = 0.0
     settings: Any = None
     terms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -93,6 +96,8 @@ class StageSettings:
             check_at_least(name, getattr(self, name), 1)
         for name in ("prompts_per_refill", "learning_rate", "warmup_steps", "final_fraction"):
             check_at_least(name, getattr(self, name), 0)
+        if not self.adam_eps > 0:
+            raise ValueError(f"adam_eps = {self.adam_eps}: must be positive, such as 1e-8")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay = {self.ema_decay}: must lie in 0 (none) to below 1")
         if self.batch_size % self.accumulate:
