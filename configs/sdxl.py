@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 path="stable-diffusion-xl-base-1.0",
                 dtype="bfloat16",
                 param_dtype="bfloat16",
-                resolution=1024,
+                resolution="1024x1024",
                 remat="blocks",
             ),
             prompts=("prompts.txt",),

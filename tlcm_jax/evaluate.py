@@ -30,6 +30,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from tlcm_jax.config.size_flags import define_size_flags, given_size
 from tlcm_jax.config.workdir import drawn_with, is_workdir, trained_resolution, trained_times
 from tlcm_jax.data.prompt_sets import read_prompt_set
 from tlcm_jax.diffusion.samplers import SAMPLERS
@@ -70,6 +71,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("undistilled", "", "Steps of the teacher by the student's sampler.", **here)
     flags.DEFINE_multi_string("baseline", None, "NAME=PATH or NAME:STEPS=PATH.", **here)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **here)
+    define_size_flags(values, "the run's, or the model's own")
     flags.DEFINE_string("lpips", None, "Folder of LPIPS: also score the diversity.", **here)
     flags.DEFINE_integer("draws", 4, "Images of a prompt, for --lpips.", lower_bound=2, **here)
     flags.DEFINE_integer("diverse", 100, "Prompts of a set, for --lpips.", lower_bound=1, **here)
@@ -98,6 +100,7 @@ def run(values: flags.FlagValues) -> None:
     start = time.monotonic()
     preset = PROTOCOLS[values.protocol] if values.protocol else None
     # What is quickly checked, before anything is loaded.
+    size = given_size(values)
     steps = check_steps(values.steps or (preset.steps if preset else (1, 2, 3, 4, 8)))
     limit = values.limit if values.limit is not None else preset.count if preset else 0
     prompt_sets = [read_prompt_set(path).first(limit) for path in values.prompts]
@@ -122,7 +125,7 @@ def run(values: flags.FlagValues) -> None:
         teacher = load(values.teacher)
     output = Path(values.output)
     store = (Path(values.model) if is_workdir(values.model) else output) / IMAGES
-    resolution = trained_resolution(values.model)
+    resolution = size or trained_resolution(values.model)
     options = GenerationOptions(
         resolution=resolution, batch_size=values.batch_size, progress=sys.stderr.isatty()
     )
@@ -161,6 +164,7 @@ def run(values: flags.FlagValues) -> None:
                 name: values[name].value
                 for name in ("model", "lora", "prompts", "scores", "baseline")
             },
+            **({} if resolution is None else {"resolution": str(resolution)}),
             **({} if preset is None else {"protocol": dataclasses.asdict(preset)}),
         },
         provenance=provenance(time.monotonic() - start),

@@ -16,7 +16,8 @@ from absl import app, flags, logging
 
 from tlcm_jax.config.describe import student_recipe
 from tlcm_jax.config.schema import read
-from tlcm_jax.config.workdir import load_adapter
+from tlcm_jax.config.size_flags import define_size_flags, given_size
+from tlcm_jax.config.workdir import load_adapter, trained_resolution
 from tlcm_jax.families.load import find_family, load_model
 from tlcm_jax.io.files import DTYPES
 from tlcm_jax.io.products import check_products, export_products
@@ -32,6 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", None, "Folder of the products.", required=True, **where)
     flags.DEFINE_enum("dtype", "fp16", list(DTYPES), "Dtype of the weights written.", **where)
     flags.DEFINE_bool("verify", False, "Compare each product with diffusers.", **where)
+    define_size_flags(values, "with --verify: the run's, or the model's own")
     newest = "Checkpoint to export, in steps over all stages; the newest by default."
     flags.DEFINE_integer("step", None, newest, lower_bound=0, **where)
     extracted = "Rank of the LoRA extracted from a run that trained whole weights."
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Does what the flags say."""
+    size = given_size(values) or trained_resolution(values.workdir)
     config, trained = load_adapter(values.workdir, values.step)
     path, vae = config["model"]["path"], config["model"].get("vae") or None
     family, folder = find_family(path)
@@ -76,7 +79,7 @@ def run(values: flags.FlagValues) -> None:
         print(f"{target}: {path}", flush=True)
     if not values.verify:
         return
-    for target, differences in verify_products(products, model.source).items():
+    for target, differences in verify_products(products, model.source, resolution=size).items():
         shown = ", ".join(f"{steps} steps {value:.1e}" for steps, value in differences.items())
         print(f"{target} verified in {family.verified_by}; relative difference of latents: {shown}")
 

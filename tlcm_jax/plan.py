@@ -14,6 +14,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from tlcm_jax.config.size_flags import define_size_flags, given_size
+
 STORE = os.path.join("~", ".cache", "tlcm_jax", "plans")
 
 
@@ -27,6 +29,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "topology", None, "What it is to run on, such as v5e:4x4.", required=True, **here
     )
+    define_size_flags(values, "the recipe's")
     flags.DEFINE_float("price", 0.0, "Of a chip-hour; 0: no cost.", lower_bound=0, **here)
     flags.DEFINE_string("store", STORE, "Keeps costs; empty keeps none.", **here)
     flags.mark_flag_as_required("config", flag_values=values)
@@ -40,7 +43,10 @@ def main(argv: list[str]) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         given = flags.FLAGS
-        run(given.config.to_dict(), given.topology, given.price, given.store)
+        config, size = given.config.to_dict(), given_size(given)
+        if size is not None:
+            config["model"] = {**config.get("model", {}), "resolution": str(size), "buckets": {}}
+        run(config, given.topology, given.price, given.store)
     except (ValueError, OSError) as error:
         if logging.level_debug():
             raise
@@ -64,8 +70,8 @@ def run(config: dict[str, Any], topology: str, price: float = 0.0, store: str = 
     from tlcm_jax.config.schema import read
     from tlcm_jax.families.load import abstract_model
     from tlcm_jax.planning import aot, report
+    from tlcm_jax.planning.buckets import Plans
     from tlcm_jax.planning.cost import Compiler
-    from tlcm_jax.planning.stage import Planner
     from tlcm_jax.planning.topologies import read_topology
 
     settings, where = read(config), read_topology(topology)
@@ -79,8 +85,8 @@ def run(config: dict[str, Any], topology: str, price: float = 0.0, store: str = 
         store=Path(store).expanduser() if store else None,
         progress=lambda text: print(f"compiling {text}", file=sys.stderr, flush=True),
     )
-    planner = Planner(settings, model, where, compiler)
-    sizes = " x ".join(f"{axis} {size}" for axis, size in planner.mesh.shape.items())
+    planner = Plans(settings, model, where, compiler)
+    sizes = " x ".join(f"{axis} {size}" for axis, size in planner.mesh.items())
     print(f"{settings.name} on {topology}: {where.chips} chips, mesh {sizes}")
     plans = []
     for name in settings.stages:

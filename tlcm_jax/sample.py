@@ -5,6 +5,7 @@
 PATH is a diffusers pipeline folder, a single-file checkpoint, a hub id, or the workdir of a run,
 whose adapter is then used. --lora may be given again; FILE:0.8 applies a LoRA with that weight, and
 OWNER/NAME:FILE is one of the hub's. --vae PATH takes another autoencoder than the model's.
+--resolution 1216x832 draws so many pixels across and down, as --width 1216 --height 832 do.
 Each --prompt is one image; several are written as out-0.png, out-1.png, ... in their order.
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
+from tlcm_jax.config.size_flags import define_size_flags, given_size
 from tlcm_jax.config.workdir import (
     drawn_with,
     is_workdir,
@@ -53,9 +55,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "guidance_scale", None, "With --teacher, or for LCM's UNets; the run's own, or 8.", **where
     )
-    flags.DEFINE_integer(
-        "resolution", None, "Side in pixels; the run's, or the model's own.", **where
-    )
+    define_size_flags(values, "the run's, or the model's own")
     flags.DEFINE_integer("tile", 0, "Decode by tiles of so many latent pixels.", **where)
     flags.DEFINE_integer("enlarge", 1, "Write each pixel N x N times.", lower_bound=1, **where)
     flags.DEFINE_string("output", "out.png", "Image to write.", **where)
@@ -82,7 +82,7 @@ def run(values: flags.FlagValues) -> None:
     options = GenerationOptions(
         prompts_2=values.prompt_2,
         chunks=None if values.long_prompts else 1,
-        resolution=values.resolution or trained_resolution(values.model),
+        resolution=given_size(values) or trained_resolution(values.model),
         tile=values.tile,
     )
     model, adapter, _ = load_with_adapter(

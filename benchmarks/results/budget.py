@@ -58,7 +58,7 @@ def costs(settings: Settings) -> dict[str, Cost]:
     forwards.
     """
     model = _shapes(settings.model.path)
-    resolution = settings.model.resolution or None
+    resolution = settings.model.size
     networks = model_networks(model, settings.adapter, resolution, settings.trainable == "full")
     found = {}
     for name, stage in settings.stages.items():

@@ -265,7 +265,7 @@ def test_stages_draw_their_prompts_in_orders_of_their_own(folder, mesh):
     prompts = [f"a cat {i}" for i in range(64)]
     batches = PromptBatches(model, prompts, mesh, settings)
     known = model.tokenize(prompts)[0]
-    batches._encode = lambda params, ids: ids  # tokens say which prompt it is
+    batches._encode = lambda params, ids, size: ids  # tokens say which prompt it is
 
     def drawn(index):
         name = list(settings.stages)[index]
@@ -279,7 +279,7 @@ def test_stages_draw_their_prompts_in_orders_of_their_own(folder, mesh):
     assert drawn(0) == first
     other = read(tiny_recipe(folder, stages(folder), seed=1))
     batches = PromptBatches(model, prompts, mesh, other)
-    batches._encode = lambda params, ids: ids
+    batches._encode = lambda params, ids, size: ids
     assert drawn(0) not in (first, last)
 
 

@@ -237,3 +237,16 @@ def test_a_card_of_some_fresh_noise_names_tcd():
     card = model_card(describe.student_recipe(read(raw), Teacher), "pipeline")
     assert "TCDScheduler.from_config(pipe.scheduler.config)" in card and "eta=0.3," in card
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_the_card_says_the_size_and_passes_it():
+    raw = recipe("emoji")
+    card = model_card(describe.student_recipe(read(raw), Teacher), "lora")
+    assert "- Images: of the teacher's own size" in card and "height=" not in card
+    raw["model"]["resolution"] = "1216x832"
+    card = model_card(describe.student_recipe(read(raw), Teacher), "lora")
+    assert "- Images: 1216x832, width x height in pixels" in card
+    assert "manual_seed(0), height=832, width=1216,\n" in card
+    raw["model"]["buckets"] = {"1024x1024": 3.0, "1216x832": 1.0}
+    card = model_card(describe.student_recipe(read(raw), Teacher), "lora")
+    assert "of several sizes, width x height in pixels: 1024x1024 (75%), 1216x832 (25%)" in card

@@ -125,7 +125,7 @@ def test_progressive_segments_are_a_list_of_stages():
         (changed(stage_order=["first", "first"]), "must name each of stages"),
         (changed(keep_checkpoints=0), "keep_checkpoints = 0: must be at least 1"),
         (changed(seed=-1), "seed = -1: must lie in 0 to"),
-        (changed(model__resolution=-64), "model.resolution = -64: must be at least 0"),
+        (changed(model__resolution=-64), "model.resolution -64: must be at least 1"),
         (changed(adapter={"targets": []}), "adapter.targets is empty"),
         (changed(evaluation={"prompts": ["a"], "gamma": 2}), "evaluation: gamma = 2.0"),
         (

@@ -409,3 +409,5 @@ def test_a_run_s_own_resolution_is_what_is_drawn(pipeline, heldout, tmp_path):
     assert trained_resolution(tmp_path) == 64 and trained_resolution(tmp_path / "other") is None
     found = evaluate(pipeline, [heldout], steps=(1,), resolution=64)
     assert found.sets[0].generated[0].images.shape == (4, 64, 64, 3)
+    found = evaluate(pipeline, [heldout], steps=(1,), resolution="48x32", store=tmp_path / "kept")
+    assert found.sets[0].generated[0].images.shape == (4, 32, 48, 3)

@@ -80,3 +80,23 @@ def test_components_are_named_once():
         if isinstance(node, ast.Constant) and node.value == "unet"
     ]
     assert [str(path) for path in found] == ["tlcm_jax/io/ldm_names.py"]
+
+
+def test_height_and_width_are_told_apart(folder, tmp_path):
+    model = load_model(folder)
+    assert model.latent_shape("48x32") == (8, 12, 4) and model.latent_shape(48) == (12, 12, 4)
+    told = model.encode(["a cat"], "48x32").time_ids
+    np.testing.assert_array_equal(told, [[32, 48, 0, 0, 32, 48]])
+    tall = abstract_model(
+        variant(folder, tmp_path / "tall", "unet/config.json", sample_size=[12, 8])
+    )
+    assert tall.latent_shape() == (12, 8, 4) and str(tall.size) == "32x48"
+    with pytest.raises(ValueError, match="resolution 50x30 .* multiple of 4: the nearest is 52x32"):
+        model.latent_shape("50x30")
+
+
+@pytest.mark.parametrize("size", [[8], [8, 8, 8], [8, "8"], "8", [8, 10**6]])
+def test_a_sample_size_is_a_side_or_a_height_and_a_width(folder, tmp_path, size):
+    wrong = variant(folder, tmp_path / "wrong", "unet/config.json", sample_size=size)
+    with pytest.raises(ValueError, match="unet/config.json: sample_size = .*must be"):
+        abstract_model(wrong)

@@ -13,6 +13,7 @@ from tests.support.published import UNET
 from tlcm_jax.diffusion.scheduler_config import process_from_config
 from tlcm_jax.diffusion.timesteps import STUDENT_TIMESTEPS
 from tlcm_jax.families import stable_diffusion_tools as tools
+from tlcm_jax.io.image_size import ImageSize
 from tlcm_jax.io.model_card import Recipe
 
 SCHEDULER = {
@@ -22,6 +23,7 @@ SCHEDULER = {
     "beta_schedule": "scaled_linear",
 }
 V = {**SCHEDULER, "prediction_type": "v_prediction"}
+SIZE = ImageSize(height=832, width=1216)
 RECIPE = Recipe(name="x", teacher="someone/sdxl", method="TLCM", times=dict(STUDENT_TIMESTEPS))
 
 
@@ -105,7 +107,7 @@ def test_where_they_cannot_draw_as_we_do():
 @pytest.mark.parametrize("steps", [2, 4])
 def test_workflow(product, steps):
     recipe = dataclasses.replace(RECIPE, times={steps: STUDENT_TIMESTEPS[steps]})
-    nodes = json.loads(tools.workflow(recipe, product, process_from_config(V), 1024))
+    nodes = json.loads(tools.workflow(recipe, product, process_from_config(V), SIZE))
     kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
     for inputs in kinds.values():  # every link leads to a node
         for value in inputs.values():
@@ -121,12 +123,13 @@ def test_workflow(product, steps):
         assert "e" not in grid["inputs"]["sigmas"]
     assert kinds["ModelSamplingDiscrete"]["sampling"] == "v_prediction"
     assert ("LoraLoaderModelOnly" in kinds) == (product == "kohya")
-    assert kinds["EmptyLatentImage"]["width"] == 1024
+    latents = kinds["EmptyLatentImage"]
+    assert (latents["width"], latents["height"]) == (1216, 832)
 
 
 def test_no_workflow_for_what_they_cannot_draw():
     process = process_from_config(SCHEDULER)
-    assert tools.workflow(RECIPE, "lora", process, 512) is None
-    assert tools.workflow(dataclasses.replace(RECIPE, gamma=0.5), "kohya", process, 512) is None
+    assert tools.workflow(RECIPE, "lora", process, SIZE) is None
+    assert tools.workflow(dataclasses.replace(RECIPE, gamma=0.5), "kohya", process, SIZE) is None
     other = process_from_config({**SCHEDULER, "beta_end": 0.02})
-    assert tools.workflow(RECIPE, "kohya", other, 512) is None
+    assert tools.workflow(RECIPE, "kohya", other, SIZE) is None

@@ -56,7 +56,7 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (config(sample_size="64"), "sample_size = '64': must be int of at least 0"),
+        (config(sample_size="64"), "sample_size = '64': must be int . tuple"),
         (config(sample_size=10**6), "sample_size = 1000000: must be at most 16384"),
         (config(layers_per_block=2.5), "not of the type it must have"),
         (config(norm_num_groups=-8), "norm_num_groups = -8: must be int of at least 0"),

@@ -78,6 +78,15 @@ def test_products_of_sd15_draw_our_latents(tmp_path):
     assert max(results["kohya"][2], results["single-file"][2]) < 1e-4
 
 
+@pytest.mark.parametrize(("family", "size"), [("sdxl", "48x32"), ("sd", "32x64")])
+def test_images_that_are_not_square_are_drawn_alike(tmp_path, family, size):
+    """SDXL is told the size; SD 1.x sees it."""
+    model = load_model(write_tiny_pipeline(tmp_path / "tiny", family=family))
+    products = export(model, ("kohya",), tmp_path / "out", "fp32")
+    results = verify_products(products, model.source, steps=(2,), resolution=size)
+    assert max(max(differences.values()) for differences in results.values()) < 1e-4
+
+
 @pytest.mark.parametrize("target", ["lora", "kohya"])
 def test_lora_has_its_effect_in_diffusers(teacher, tmp_path, target):
     path = export(teacher, (target,), tmp_path, "fp32")[target]

@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from tlcm_jax.config.sample_scores import sample_scores
 from tlcm_jax.config.schema import Settings, StageSettings
 from tlcm_jax.distillation.networks import AuxNetwork, init_adapter, model_networks
-from tlcm_jax.distillation.objective import Pairs, repeat
+from tlcm_jax.distillation.objective import Pairs, of_shape, repeat
 from tlcm_jax.distillation.terms.base import Term
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
@@ -34,8 +34,12 @@ def load_losses(settings: Settings, model: LatentModel) -> dict[str, StageLoss]:
       ValueError: settings that do not fit the model or each other.
       FileNotFoundError: weights that there are not.
     """
-    resolution = settings.model.resolution or None
-    networks = model_networks(model, settings.adapter, resolution, settings.trainable == "full")
+    buckets = [size for size, _ in settings.model.size_buckets]
+    for size in buckets:
+        model.latent_shape(size)  # a wrong one is found here
+    networks = model_networks(
+        model, settings.adapter, settings.model.size, settings.trainable == "full"
+    )
     loaded: list[tuple[Any, Term | None]] = []
     losses = {}
     for name, stage in settings.stages.items():
@@ -59,6 +63,11 @@ def load_losses(settings: Settings, model: LatentModel) -> dict[str, StageLoss]:
                 f"stages.{name} makes its states of real latents: set `latents` to a file of "
                 "them, such as `python -m miniature.encode_latents` writes"
             )
+        if objective.needs_latents and buckets:
+            raise ValueError(
+                f"stages.{name} makes its states of real latents, which are of one size: leave "
+                "model.buckets out"
+            )
     return losses
 
 
@@ -79,7 +88,7 @@ def stage_spec(
       loss: as `load_losses` made it.
       mesh: what its steps run on.
       batches: batch r of `settings.refill` prompts: `{"conditioning": ..}`, and beside it
-        "inputs", what the terms read of the prompts, and "latents" where needed.
+        "inputs", what the terms read of the prompts, and "latents" and `LATENT_SHAPE` where needed.
       frozen: what its networks read (`distillation.networks`).
       texts: the prompts of batch r, for messages.
 
@@ -92,7 +101,7 @@ def stage_spec(
     check_batch(mesh, micro, f"{where}: pairs of a micro-batch (batch_size / accumulate)")
 
     def sample(trainable: Any, frozen: Any, batch: Mapping[str, Any], keys: PRNGKeyArray) -> Pairs:
-        pairs = objective.sample_pairs(trainable, frozen, batch, keys)
+        pairs = of_shape(objective, batch).sample_pairs(trainable, frozen, batch, keys)
         return pairs._replace(inputs=repeat(batch.get("inputs", {}), objective.pairs_per_prompt))
 
     try:

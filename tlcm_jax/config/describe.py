@@ -62,6 +62,8 @@ def student_recipe(settings: Settings, model: LatentModel) -> Recipe:
             for method, what in methods(settings).items()
         ),
         data=data(settings),
+        size=settings.model.size,
+        images=images(settings),
         trained=f"all weights of the {model.backbone}" if whole else trained + "kinds of layers",
         rank=0 if whole else adapter.rank,
         stages=stage_lines(settings),
@@ -149,6 +151,17 @@ def data(settings: Settings) -> str:
         f"Real images, as latents, and their captions in {', '.join(real)}; prompts alone in the "
         "other stages."
     )
+
+
+def images(settings: Settings) -> str:
+    """The sizes that a student was trained on, in words."""
+    if buckets := settings.model.size_buckets:
+        total = sum(weight for _, weight in buckets)
+        parts = ", ".join(f"{size} ({weight / total:.0%})" for size, weight in buckets)
+        return f"of several sizes, width x height in pixels: {parts}"
+    if (size := settings.model.size) is None:
+        return Recipe.images
+    return f"{size}, width x height in pixels"
 
 
 def training_texts(settings: Settings) -> frozenset[str]:

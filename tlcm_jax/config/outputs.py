@@ -57,7 +57,7 @@ def load_outputs(settings: Settings, workdir: Path | None = None) -> FinalEval |
         **dataclasses.asdict(chosen),
         name=settings.name,
         seed=settings.seed,
-        resolution=settings.model.resolution or None,
+        resolution=settings.model.size,
         timesteps=describe.sampling_times(settings),
         trained_on=describe.training_texts(settings),
     )
@@ -130,7 +130,7 @@ def preview_hooks(
         seed=settings.seed,
         gamma=describe.gamma(settings),
         timesteps=describe.sampling_times(settings),
-        resolution=settings.model.resolution or None,
+        resolution=settings.model.size,
         guidance_scale=chosen.guidance_scale if chosen else None,
         scorers=tuple(scorers),
     )

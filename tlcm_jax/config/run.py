@@ -16,10 +16,12 @@ from tlcm_jax.config.build import initial_trainable, load_losses, stage_spec
 from tlcm_jax.config.inputs import Inputs
 from tlcm_jax.config.schema import MAY_CHANGE, ModelSettings, Settings, read
 from tlcm_jax.config.workdir import CHECKPOINTS
+from tlcm_jax.data.buckets import Buckets
 from tlcm_jax.data.latents import LatentSet, read_latents
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
 from tlcm_jax.diffusion.timesteps import check_timesteps, student_timesteps
 from tlcm_jax.distillation.networks import BASE, DECODER, NULL, TERMS
+from tlcm_jax.distillation.objective import LATENT_SHAPE, LatentShape
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
@@ -100,7 +102,7 @@ def train(
     for steps in settings.evaluation.steps if settings.evaluation else ():
         check_timesteps(model.process, student_timesteps(steps), f"times of {steps} steps")
     losses = load_losses(settings, model)
-    resolution = settings.model.resolution or None
+    resolution = settings.model.size
     latents = None
     if settings.latents:
         latents = read_latents(settings.latents, model.latent_shape(resolution))
@@ -249,9 +251,8 @@ class PromptBatches:
             tokens = model.tokenize(latents.captions)
             self._latents = _Source(latents.captions, tokens, {"latents": latents.latents})
         self._mesh, self._settings = mesh, settings
-        resolution = settings.model.resolution or None
-        self._params = model.text_params
-        self._encode = jax.jit(lambda params, ids: model.encode_tokens(params, ids, resolution))
+        self._model, self._params = model.without_weights(), model.text_params
+        self._encode = jax.jit(self._model.encode_tokens, static_argnames="resolution")
 
     def of(self, name: str, index: int, loss: StageLoss) -> Callable[[int], PyTree[Array]]:
         """The batches of one stage, sharded over the mesh.
@@ -262,17 +263,25 @@ class PromptBatches:
           loss: its loss: whether it needs real latents, and what its terms read of the prompts.
 
         Returns:
-          `(r) -> {"conditioning", "inputs"}`, and "latents" where needed.
+          `(r) -> {"conditioning", "inputs"}`, and "latents" where needed; with buckets, in the
+          conditioning of refill r's size, and `LATENT_SHAPE`.
         """
         source = self._source(loss)
         more = {"inputs": loss.prompt_inputs(source.prompts), **source.more}
         stream = self._stream(name, index, source, jax.process_index(), jax.process_count())
+        model = self._settings.model
+        buckets = Buckets(model.size_buckets, self._seed(index)) if model.buckets else None
 
         def batch(r: int) -> PyTree[Array]:
             rows = stream.indices(r)
             here = jax.tree.map(lambda x: x[rows], (source.tokens, more))
             ids, read = shard_batch(self._mesh, here)
-            return {"conditioning": self._encode(self._params, ids), **read}
+            if buckets is None:
+                return {"conditioning": self._encode(self._params, ids, model.size), **read}
+            size = buckets.at(r)
+            shape = LatentShape(self._model.latent_shape(size))
+            conditioning = self._encode(self._params, ids, size)
+            return {"conditioning": conditioning, LATENT_SHAPE: shape, **read}
 
         return batch
 
@@ -289,11 +298,14 @@ class PromptBatches:
         return PromptStream(
             source.prompts,
             self._settings.stages[name].refill,
-            # A stage of its own order: the second does not begin where the first began.
-            seed=1000 * self._settings.seed + index,
+            seed=self._seed(index),
             process_index=process_index,
             process_count=process_count,
         )
+
+    def _seed(self, index: int) -> int:
+        # A stage of its own order: the second does not begin where the first began.
+        return 1000 * self._settings.seed + index
 
 
 def _log_sizes(

@@ -6,6 +6,7 @@ keys, missing keys and values of the wrong type, naming the dotted key.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from tlcm_jax.diffusion.sampling import check_gamma
 from tlcm_jax.distillation.checks import check_at_least
 from tlcm_jax.distillation.registry import OBJECTIVES, TERMS
+from tlcm_jax.io.image_size import ImageSize
 from tlcm_jax.models.lora import LoRAConfig
 from tlcm_jax.training.retention import Keep
 
@@ -26,7 +28,11 @@ class ModelSettings:
       path: a diffusers pipeline folder, a single-file checkpoint or a hub id.
       dtype: compute dtype of the networks.
       param_dtype: dtype that the frozen weights are kept in.
-      resolution: side of the pictures in pixels; 0 takes the model's own.
+      resolution: of the images: `WIDTHxHEIGHT` in pixels, such as `1216x832`, or the side of a
+        square; 0 takes the model's own.
+      buckets: the sizes that are trained on, as `resolution` has them, with their weights; each
+        refill's is drawn by weight (`data.buckets`). None trains on `resolution` alone, which in
+        both cases is what is generated.
       remat: the UNet's rematerialisation policy: `none`; `blocks`, the transformer blocks; `all`,
         the resnets too, for the least memory.
       vae: another autoencoder than the model's, or that of a file without one: a folder, a file or
@@ -36,7 +42,8 @@ class ModelSettings:
     path: str
     dtype: str = "float32"
     param_dtype: str = "float32"
-    resolution: int = 0
+    resolution: int | str = 0
+    buckets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     remat: str = "none"
     vae: str = ""
 
@@ -44,7 +51,34 @@ class ModelSettings:
         for name in ("dtype", "param_dtype"):
             _one_of(f"model.{name}", getattr(self, name), ("float32", "bfloat16"))
         _one_of("model.remat", self.remat, ("none", "blocks", "all"))
-        check_at_least("model.resolution", self.resolution, 0)
+        try:
+            ImageSize.read(self.resolution)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
+        try:
+            sizes = [size for size, _ in self.size_buckets]
+        except ValueError as error:
+            raise ValueError(f"model.buckets: {error}") from None
+        if len(set(sizes)) < len(sizes):
+            raise ValueError(f"model.buckets: {', '.join(self.buckets)}: a size stands there twice")
+        for name, weight in self.buckets.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"model.buckets[{name!r}] = {weight}: must be above 0")
+
+    @property
+    def size(self) -> ImageSize | None:
+        """The `resolution`; None for the model's own."""
+        return ImageSize.read(self.resolution)
+
+    @property
+    def size_buckets(self) -> tuple[tuple[ImageSize, float], ...]:
+        """The `buckets`, sizes and weights."""
+        found = []
+        for name, weight in self.buckets.items():
+            if (size := ImageSize.read(name)) is None:
+                raise ValueError(f"resolution {name}: must be at least 1")
+            found.append((size, weight))
+        return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -334,8 +368,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
+        if any(isinstance(a, type) and type(value) is a for a in arguments):
+            return value
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, where)

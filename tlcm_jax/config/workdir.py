@@ -6,6 +6,7 @@ from typing import Any
 
 from tlcm_jax.config.describe import sampling_times
 from tlcm_jax.config.schema import read
+from tlcm_jax.io.image_size import Resolution
 from tlcm_jax.io.json_files import read_object
 from tlcm_jax.models import lora
 from tlcm_jax.training.checkpoints import Checkpoints
@@ -33,8 +34,8 @@ def drawn_with(path: str | Path, setting: str, default: float, given: float | No
     return _section(path, "evaluation").get(setting, default)
 
 
-def trained_resolution(path: str | Path) -> int | None:
-    """Side in pixels of the images that a run was trained for; None for the model's own."""
+def trained_resolution(path: str | Path) -> Resolution:
+    """Of the images that a run was trained for; None for the model's own."""
     return _section(path, "model").get("resolution") or None
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 from tlcm_jax.diffusion.guidance import Denoiser, NullOf, guided
 from tlcm_jax.diffusion.process import Process
 from tlcm_jax.families.base import LatentModel
+from tlcm_jax.io.image_size import Resolution
 from tlcm_jax.models import lora
 from tlcm_jax.models.lora import LoRAConfig
 
@@ -85,7 +86,7 @@ class AuxNetwork:
 
 
 def model_networks(
-    model: LatentModel, adapter: LoRAConfig, resolution: int | None = None, full: bool = False
+    model: LatentModel, adapter: LoRAConfig, resolution: Resolution = None, full: bool = False
 ) -> Networks:
     """The networks of a stage on a model.
 

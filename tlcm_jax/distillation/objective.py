@@ -162,6 +162,27 @@ class Objective:
         return pairs
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class LatentShape:
+    """The shape of one sample's latents, in a batch under `LATENT_SHAPE`: static to `jax.jit`."""
+
+    shape: tuple[int, ...]
+
+
+# In batches of images of several sizes; others are of the networks' own.
+LATENT_SHAPE = "latent_shape"
+
+
+def of_shape(objective: Objective, batch: Mapping[str, Any]) -> Objective:
+    """The objective on networks whose latents are of a batch's shape."""
+    if LATENT_SHAPE not in batch:
+        return objective
+    shape = batch[LATENT_SHAPE].shape
+    networks = dataclasses.replace(objective.networks, latent_shape=shape)
+    return dataclasses.replace(objective, networks=networks)
+
+
 def batch_size(tree: PyTree[Array]) -> int:
     """The leading axis that the leaves of a batch share."""
     return jax.tree.leaves(tree)[0].shape[0]

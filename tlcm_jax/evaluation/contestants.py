@@ -18,6 +18,7 @@ from tlcm_jax.evaluation.reporting.contents import Kind
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions, generate_by, generate_teacher, merged
 from tlcm_jax.generation.image_store import ImageStore
+from tlcm_jax.io.image_size import ImageSize
 
 # Images in memory at a time.
 _CHUNK = 100
@@ -187,7 +188,9 @@ def image_store(
     by: Contestant, prompts: PromptSet, seed: int, options: GenerationOptions, folder: Path
 ) -> ImageStore:
     """Where in a folder the images of `image_chunks` are kept."""
-    depends_on = [by.weights(), by.how, by.steps, seed, options.resolution, prompts.prompts]
+    size = ImageSize.read(options.resolution)
+    told = size and str(size)
+    depends_on = [by.weights(), by.how, by.steps, seed, told, prompts.prompts]
     return ImageStore(folder / prompts.name, by.label, depends_on)
 
 

@@ -35,6 +35,7 @@ from tlcm_jax.evaluation.value_store import ValueStore, fingerprint
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions
 from tlcm_jax.generation.image_store import weights_hash
+from tlcm_jax.io.image_size import Resolution
 
 # The teacher as it is used; and with as few steps as the student, which distillation is for.
 TEACHER_STEPS = (REFERENCE_STEPS, 4)
@@ -55,7 +56,7 @@ def evaluate(
     undistilled: Sequence[int] = (),
     baselines: Sequence[Contestant] = (),
     seed: int = 0,
-    resolution: int | None = None,
+    resolution: Resolution = None,
     scorers: Sequence[Scorer] = (),
     pictures: int = 0,
     store: Path | None = None,
@@ -82,7 +83,7 @@ def evaluate(
       undistilled: step counts of the teacher by the student's sampler, without guidance.
       baselines: others in the same evaluation.
       seed: of the noise.
-      resolution: side of the images in pixels; the model's own by default.
+      resolution: of the images; the model's own by default.
       scorers: none generates only.
       pictures: prompts of each set whose images are kept in the result; 0 keeps all.
       store: folder where images and what scorers made of them are kept, so that the same ones are

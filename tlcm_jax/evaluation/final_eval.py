@@ -19,6 +19,7 @@ from tlcm_jax.evaluation.results import Evaluation
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.base import LatentModel
+from tlcm_jax.io.image_size import Resolution
 
 IMAGES = "images"
 
@@ -37,7 +38,7 @@ class FinalEval:
       pictures: prompts of each set whose images the report shows.
       name: of the student.
       seed: of the noise.
-      resolution: side of the images in pixels; None is the model's own.
+      resolution: of the images; None is the model's own.
       timesteps: the student's times by its number of steps.
       trained_on: all texts of the training.
     """
@@ -51,7 +52,7 @@ class FinalEval:
     pictures: int
     name: str
     seed: int
-    resolution: int | None
+    resolution: Resolution
     timesteps: Mapping[int, Sequence[int]]
     trained_on: Collection[str]
 

@@ -17,6 +17,7 @@ from tlcm_jax.evaluation.results import REFERENCE_STEPS
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
+from tlcm_jax.io.image_size import Resolution
 
 PROMPTS, STEPS = 8, (2, 4)
 
@@ -32,7 +33,7 @@ class Previews:
       seed: of the noise.
       gamma: share of fresh noise between the student's steps.
       timesteps: the student's times by its number of steps.
-      resolution: side of the images in pixels; None is the model's own.
+      resolution: of the images; None is the model's own.
       guidance_scale: of the teacher that the student is held against; None tells no health.
       scorers: of single images, told with the health.
     """
@@ -43,7 +44,7 @@ class Previews:
     seed: int
     gamma: float
     timesteps: Mapping[int, Sequence[int]]
-    resolution: int | None
+    resolution: Resolution
     guidance_scale: float | None
     scorers: tuple[Scorer, ...] = ()
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Num, PyTree
 from tlcm_jax.diffusion.guidance import Denoiser
 from tlcm_jax.diffusion.process import Process
 from tlcm_jax.families.product import Params, Product
+from tlcm_jax.io.image_size import ImageSize, Resolution
 from tlcm_jax.io.lora_names import LoraNames
 from tlcm_jax.io.sources import ComponentFiles, SingleFile, Source
 from tlcm_jax.io.tensors import Tensors
@@ -174,21 +175,22 @@ class LatentModel:
         raise NotImplementedError
 
     def encode_tokens(
-        self, params: Params, ids: Sequence[ArrayLike], resolution: int | None = None
+        self, params: Params, ids: Sequence[ArrayLike], resolution: Resolution = None
     ) -> PyTree[Array]:
         """Conditioning of tokenized prompts, leading axis n; traceable.
 
         Args:
           params: at least `text_params`.
           ids: what `tokenize` returns.
-          resolution: of the images that are to be generated.
+          resolution: of the images that are to be generated: height and width, text such as
+            `1216x832` (width first), or the side of a square; the model's own by default.
         """
         raise NotImplementedError
 
     def encode(
         self,
         prompts: Sequence[str],
-        resolution: int | None = None,
+        resolution: Resolution = None,
         *,
         prompts_2: Sequence[str] | None = None,
         chunks: int | None = 1,
@@ -198,7 +200,7 @@ class LatentModel:
         return self._jitted_encode(self.params, ids, resolution=resolution)
 
     def null_conditioning(
-        self, resolution: int | None = None, like: Sequence[Any] | None = None
+        self, resolution: Resolution = None, like: Sequence[Any] | None = None
     ) -> PyTree[Array]:
         """What `null_of` needs beside a conditioning: the encoded absence of a prompt, axis 1.
 
@@ -234,7 +236,12 @@ class LatentModel:
 
     # Latents and images.
 
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, ...]:
+    @property
+    def size(self) -> ImageSize | None:
+        """Of the images that the model was trained on; None where it does not say."""
+        return None
+
+    def latent_shape(self, resolution: Resolution = None) -> tuple[int, ...]:
         """The shape of one sample's latents; the model's own resolution by default.
 
         Raises:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tlcm_jax.io.image_size import ImageSize
+
 Params = Mapping[str, Any]
 
 
@@ -18,6 +20,7 @@ class Student:
       params: the backbone's weights with the adapter in; None for products of the adapter alone.
       dtype: of all weights that are written, one of `io.files.DTYPES`.
       metadata: text for the headers of files.
+      size: of its images; None is the model's own.
     """
 
     model: Any
@@ -25,6 +28,7 @@ class Student:
     params: Params | None
     dtype: str
     metadata: Mapping[str, str]
+    size: ImageSize | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,11 @@ from tlcm_jax.families.base import LatentModel, abstract_params
 from tlcm_jax.families.product import Params
 from tlcm_jax.families.stable_diffusion_products import LORA_NAMES, PRODUCTS, TOWERS, VAE
 from tlcm_jax.families.stable_diffusion_tools import WORKFLOW, settings_text, workflow
+from tlcm_jax.io.image_size import ImageSize, Resolution
 from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.ldm_names import UNET
 from tlcm_jax.io.model_card import Recipe, model_card
-from tlcm_jax.io.pipeline_index import read_index
+from tlcm_jax.io.pipeline_index import INDEX_FILE, read_index
 from tlcm_jax.io.schedule_marks import marks_of
 from tlcm_jax.io.single_file import LdmFile
 from tlcm_jax.io.sources import Source
@@ -80,6 +81,12 @@ class StableDiffusion(LatentModel):
         """See `LatentModel`."""
         folder = source.folder
         index = read_index(folder)
+        zeros = index.content.get("force_zeros_for_empty_prompt", True)
+        if not isinstance(zeros, bool):
+            raise ValueError(
+                f"{folder / INDEX_FILE}: force_zeros_for_empty_prompt = {zeros!r}: must be true or "
+                "false"
+            )
         towers = TOWERS[: 1 + index.kind.startswith("StableDiffusionXL")]
         files = {name: source.config_file(name) for name in (UNET, VAE, *towers)}
         files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
@@ -124,7 +131,7 @@ class StableDiffusion(LatentModel):
             process=process,
             params=params,
             configs=configs,
-            zero_null=len(towers) > 1 and index.content.get("force_zeros_for_empty_prompt", True),
+            zero_null=len(towers) > 1 and zeros,
             source=source.name,
             folder=str(folder),
         )
@@ -166,7 +173,7 @@ class StableDiffusion(LatentModel):
 
     def companions(self, recipe: Recipe, product: str) -> dict[str, str]:
         """See `LatentModel`: a workflow of ComfyUI."""
-        text = workflow(recipe, product, self.process, self.resolution)
+        text = workflow(recipe, product, self.process, recipe.size or self.size)
         return {} if text is None else {WORKFLOW: text}
 
     def check_teacher(self) -> None:
@@ -194,21 +201,22 @@ class StableDiffusion(LatentModel):
         return {name: tree for name, tree in self.params.items() if name in TOWERS}
 
     @property
-    def resolution(self) -> int:
-        """The side, in pixels, of the square images that the UNet was trained on."""
-        return self.unet.config.sample_size * self.vae.config.downsampling
+    def size(self) -> ImageSize:
+        """See `LatentModel`."""
+        latents, factor = self.unet.config.sample_size, self.vae.config.downsampling
+        height, width = (latents, latents) if isinstance(latents, int) else latents
+        return ImageSize(height=factor * height, width=factor * width)
 
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """Height, width and channels of the latents of a square image.
+    def latent_shape(self, resolution: Resolution = None) -> tuple[int, int, int]:
+        """Height, width and channels of the latents of an image.
 
         Raises:
           ValueError: the resolution is not a multiple of the autoencoder's factor.
         """
         factor = self.vae.config.downsampling
-        resolution = resolution or self.resolution
-        if resolution % factor:
-            raise ValueError(f"resolution {resolution} must be a multiple of {factor}")
-        return (resolution // factor, resolution // factor, self.vae.config.latent_channels)
+        size = ImageSize.read(resolution) or self.size
+        size.check(factor)
+        return (size.height // factor, size.width // factor, self.vae.config.latent_channels)
 
     @property
     def guidance_is_embedded(self) -> bool:
@@ -240,7 +248,7 @@ class StableDiffusion(LatentModel):
         return tokenize(self.tokenizers, prompts, prompts_2, chunks=chunks)
 
     def encode_tokens(
-        self, params: Params, ids: Sequence[ArrayLike], resolution: int | None = None
+        self, params: Params, ids: Sequence[ArrayLike], resolution: Resolution = None
     ) -> Conditioning:
         """Conditioning of tokenized prompts; traceable.
 
@@ -251,7 +259,7 @@ class StableDiffusion(LatentModel):
         Args:
           params: as `self.params` (an argument, so that jitted callers can shard it).
           ids: what `tokenize` returns.
-          resolution: side of the images in pixels; the model's own by default.
+          resolution: of the images; the model's own by default.
         """
         outputs: list[Any] = [
             tower.apply({"params": params[name]}, jnp.asarray(tokens))
@@ -262,8 +270,9 @@ class StableDiffusion(LatentModel):
             scale = jnp.full(batch, self.embedded_guidance, jnp.float32)
         if len(outputs) == 1:
             return Conditioning(prompt_embeds=outputs[0][1], guidance_scale=scale)
-        side = resolution or self.resolution
-        time_ids = jnp.array([[side, side, 0, 0, side, side]], jnp.float32)
+        size = ImageSize.read(resolution) or self.size
+        sides = (size.height, size.width)
+        time_ids = jnp.array([[*sides, 0, 0, *sides]], jnp.float32)
         return Conditioning(
             prompt_embeds=jnp.concatenate([states[-2] for states, _, _ in outputs], axis=-1),
             pooled=outputs[1][2],
@@ -272,7 +281,7 @@ class StableDiffusion(LatentModel):
         )
 
     def null_conditioning(
-        self, resolution: int | None = None, like: Sequence[Any] | None = None
+        self, resolution: Resolution = None, like: Sequence[Any] | None = None
     ) -> Conditioning:
         """See `LatentModel`: zeros (SDXL) or the empty prompt."""
         chunks = 1 if like is None or like[0].ndim == 2 else like[0].shape[1]

@@ -50,7 +50,7 @@ def _header(student: Student, rank: int = 0) -> dict[str, str]:
         layout = "sd2"
     return modelspec(
         student.metadata, layout, rank=rank,
-        prediction_type=model.process.prediction_type, resolution=model.resolution,
+        prediction_type=model.process.prediction_type, size=student.size or model.size,
     )  # fmt: skip
 
 

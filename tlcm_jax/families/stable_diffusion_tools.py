@@ -20,6 +20,7 @@ import numpy as np
 
 from tlcm_jax.diffusion.process import DiscreteVP, Process
 from tlcm_jax.diffusion.scheduler_config import process_from_config
+from tlcm_jax.io.image_size import ImageSize
 from tlcm_jax.io.model_card import FILES, Recipe, headline
 
 WORKFLOW = "comfyui_workflow.json"
@@ -168,14 +169,14 @@ def _join(times: Sequence[int]) -> str:
     return ", ".join(map(str, times))
 
 
-def workflow(recipe: Recipe, product: str, process: Process, resolution: int) -> str | None:
+def workflow(recipe: Recipe, product: str, process: Process, size: ImageSize) -> str | None:
     """A workflow of ComfyUI (its API form, which the editor opens too), JSON; None without one.
 
     Args:
       recipe: how the student was made.
       product: its form.
       process: the model's.
-      resolution: side of the images in pixels.
+      size: of the images in pixels.
     """
     taken = product in ("kohya", "single-file") and recipe.gamma in _SAMPLERS
     if not taken or not _has_their_schedule(process):
@@ -206,7 +207,7 @@ def workflow(recipe: Recipe, product: str, process: Process, resolution: int) ->
         [add("CLIPTextEncode", clip=[loader, 1], text=text), 0]
         for text in ("a photo of a red fox in the snow", "")
     ]
-    latents = add("EmptyLatentImage", width=resolution, height=resolution, batch_size=1)
+    latents = add("EmptyLatentImage", width=size.width, height=size.height, batch_size=1)
     sampler = add("KSamplerSelect", sampler_name=_SAMPLERS[recipe.gamma][0])
     if comfyui_times(steps) == times:
         grid = add("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)

@@ -26,6 +26,7 @@ from tlcm_jax.diffusion.samplers import Sampler
 from tlcm_jax.diffusion.trajectories import teacher_path
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.product import Params
+from tlcm_jax.io.image_size import Resolution
 from tlcm_jax.models import lora as adapters
 from tlcm_jax.training.mesh import known_mesh, shard_batch
 
@@ -37,7 +38,8 @@ class GenerationOptions:
     Attributes:
       prompts_2: the second text encoder's texts, where they differ (SDXL).
       chunks: of 75 tokens that a prompt may have before it is cut; None for as many as it needs.
-      resolution: side of the images in pixels; the model's own by default.
+      resolution: of the images: an `ImageSize`, text such as `1216x832` (width first), or the
+        side of a square; the model's own by default.
       tile: side of the tiles, in latent pixels, that images too large to be decoded at once are
         decoded by; 0 decodes at once.
       batch_size: images at a time; of the last batch's places some may stay unused.
@@ -48,7 +50,7 @@ class GenerationOptions:
 
     prompts_2: Sequence[str] | None = None
     chunks: int | None = 1
-    resolution: int | None = None
+    resolution: Resolution = None
     tile: int = 0
     batch_size: int = 64
     first: int = 0
@@ -194,7 +196,7 @@ class _Static:
     """
 
     key: Hashable
-    resolution: int | None
+    resolution: Resolution
     tile: int
     model: LatentModel = dataclasses.field(compare=False, repr=False)
 

@@ -225,6 +225,9 @@ def _is_of(value: Any, wanted: Any) -> bool:
         return any(_is_of(value, one) for one in arguments)
     if typing.get_origin(wanted) is tuple and len(arguments) == 2 and arguments[1] is ...:
         return isinstance(value, tuple) and all(_is_of(one, arguments[0]) for one in value)
+    if typing.get_origin(wanted) is tuple:
+        whole = isinstance(value, tuple) and len(value) == len(arguments)
+        return whole and all(map(_is_of, value, arguments))
     return True  # of another kind: whoever made it has checked it
 
 

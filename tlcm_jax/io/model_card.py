@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tlcm_jax.io.hub import HubId
+from tlcm_jax.io.image_size import ImageSize
 from tlcm_jax.io.ldm_names import UNET
 
 PROJECT = "tlcm_jax"
@@ -39,6 +40,8 @@ class Recipe:
       guidance_scales: of the teacher.
       ingredients: what was taken from which method, a line each.
       data: what the distillation has read, a sentence.
+      size: of the images, in pixels; None is the teacher's own.
+      images: the sizes that were trained on, in words.
       trained: what was trained, in words.
       rank: of the adapter; 0 if not known.
       missed: of a LoRA extracted from full weights, the part of their change that it misses; 0
@@ -56,6 +59,8 @@ class Recipe:
     guidance_scales: tuple[float, ...] = ()
     ingredients: tuple[str, ...] = ()
     data: str = "not known."
+    size: ImageSize | None = None
+    images: str = "of the teacher's own size"
     trained: str = "not known"
     rank: int = 0
     missed: float = 0.0
@@ -165,6 +170,7 @@ tags: [{", ".join(["text-to-image", "distillation", *tags])}]
 - Teacher: {_code(recipe.teacher)}, frozen
 - Trained: {plain_text(recipe.trained)}
 - Data: {recipe.data}
+- Images: {recipe.images}
 - Method: {recipe.method}
 
 {ingredients}
@@ -208,9 +214,12 @@ def _sampler(recipe: Recipe) -> _Sampler:
 def _snippet(recipe: Recipe, product: str) -> str:
     kind, sampler = _PIPELINE[recipe.sdxl], _sampler(recipe)
     times = recipe.times[headline(recipe)]
+    size = ""
+    if recipe.size is not None:
+        size = f" height={recipe.size.height}, width={recipe.size.width},"
     draw = f"""image = pipe(
     "a prompt", timesteps=[{_join(times)}], guidance_scale=0,{sampler.call}
-    generator=torch.Generator().manual_seed(0),
+    generator=torch.Generator().manual_seed(0),{size}
 ).images[0]"""
     here, base = "path/to/this/folder", _loading(recipe.teacher)
     names = f"{sampler.scheduler}, {kind}"

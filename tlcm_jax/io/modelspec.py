@@ -7,6 +7,8 @@ but not these, they take for one of SD 1.x and hide beside an SDXL model).
 
 from collections.abc import Mapping
 
+from tlcm_jax.io.image_size import ImageSize
+
 _ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd": "stable-diffusion-v1",
@@ -21,7 +23,7 @@ def modelspec(
     layout: str,
     *,
     prediction_type: str,
-    resolution: int,
+    size: ImageSize,
     rank: int = 0,
 ) -> dict[str, str]:
     """A header's text.
@@ -30,7 +32,7 @@ def modelspec(
       metadata: the card in short (`model_card.Recipe.metadata`); kept as it is.
       layout: `sdxl`, `sd` or `sd2`, as single files are told apart.
       prediction_type: as diffusers' schedulers call it.
-      resolution: side of the images in pixels.
+      size: of the images in pixels.
       rank: of the LoRA that the file is; 0 for a whole checkpoint.
     """
     architecture = _ARCHITECTURES[layout]
@@ -40,7 +42,7 @@ def modelspec(
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture + ("/lora" if rank else ""),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.resolution": str(size),
     }
     if prediction_type in _PREDICTS:  # there is no word for others
         spec["modelspec.prediction_type"] = _PREDICTS[prediction_type]

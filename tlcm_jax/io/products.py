@@ -103,8 +103,9 @@ def export_products(
         if params is None:
             params = lora.merge(model.params[model.backbone], trained)
     student = Student(
-        model=model, adapter=adapter, params=params, dtype=dtype, metadata=recipe.metadata()
-    )
+        model=model, adapter=adapter, params=params, dtype=dtype, metadata=recipe.metadata(),
+        size=recipe.size,
+    )  # fmt: skip
     written = {}
     for name, product in wanted.items():
         folder = Path(output) / name

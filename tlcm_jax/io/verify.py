@@ -26,6 +26,7 @@ from tlcm_jax.diffusion.timesteps import student_timesteps
 from tlcm_jax.families.load import load_model
 from tlcm_jax.io import consumer, names
 from tlcm_jax.io.consumer import product_kind
+from tlcm_jax.io.image_size import ImageSize, Resolution
 from tlcm_jax.io.lora_files import read_lora
 from tlcm_jax.io.placement import to_devices
 from tlcm_jax.io.products import product_folder
@@ -66,6 +67,7 @@ def verify_products(
     steps: Sequence[int] = STEPS,
     seed: int = 0,
     tolerance: float = TOLERANCE,
+    resolution: Resolution = None,
 ) -> dict[str, dict[int, float]]:
     """Verifies every product, and deletes those that fail.
 
@@ -76,16 +78,18 @@ def verify_products(
       steps: numbers of steps.
       seed: of the noise.
       tolerance: largest relative difference of latents, |ours - theirs| / |theirs|.
+      resolution: of the images; the teacher's own by default.
 
     Returns:
       For each product and step count, the relative difference.
 
     Raises:
+      ValueError: a resolution that the teacher cannot have; nothing is deleted.
       VerificationError: products that failed, with the reason; they are deleted.
       ModuleNotFoundError: the consumer is not installed; nothing is deleted.
     """
     require_consumer()
-    ours = _Ours(teacher)
+    ours = _Ours(teacher, resolution)
     results: dict[str, dict[int, float]] = {}
     failures = []
     for target, path in products.items():
@@ -110,8 +114,10 @@ def verify_products(
 class _Ours:
     """Our side: one compiled function a step count, for every product's weights."""
 
-    def __init__(self, teacher: str | Path):
+    def __init__(self, teacher: str | Path, resolution: Resolution = None):
         self.teacher = load_model(teacher)
+        self.resolution = resolution
+        self.shape = self.teacher.latent_shape(resolution)
         self._draw: dict[int, Callable] = {}
 
     def weights(self, path: Path) -> tuple[dict[str, Any], set[str]]:
@@ -139,7 +145,7 @@ class _Ours:
         model, steps = self.teacher, len(fresh) + 1
 
         def latents(params: Any, ids: Any, noise: jax.Array, fresh: jax.Array) -> jax.Array:
-            text = model.encode_tokens(params, ids)
+            text = model.encode_tokens(params, ids, self.resolution)
             denoiser = model.denoiser(params[model.backbone])
             times = student_timesteps(steps)
             return sample(denoiser, model.process, noise, text, times, noises=fresh)
@@ -162,18 +168,24 @@ def _compare(
         raise VerificationError(
             f"diffusers adapted {len(loaded & layers)} of its {len(layers)} layers; not {wrong}"
         )
-    shape = (len(prompts), *ours.teacher.latent_shape())
+    shape = (len(prompts), *ours.shape)
+    size = ImageSize.read(ours.resolution) or ours.teacher.size
     noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
     differences = {}
     for count in steps:
-        expected, fresh = draw_consumer(theirs, prompts, count, noise, seed + count)
+        expected, fresh = draw_consumer(theirs, prompts, count, noise, seed + count, size)
         drawn = ours.draw(params, prompts, noise, fresh)
         differences[count] = float(np.linalg.norm(drawn - expected) / np.linalg.norm(expected))
     return differences
 
 
 def draw_consumer(
-    pipe: Any, prompts: Sequence[str], steps: int, noise: np.ndarray, seed: int
+    pipe: Any,
+    prompts: Sequence[str],
+    steps: int,
+    noise: np.ndarray,
+    seed: int,
+    size: ImageSize | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws latents as a user of diffusers does.
 
@@ -183,6 +195,7 @@ def draw_consumer(
       steps: 1 to 8.
       noise: `[b, h, w, c]`, the first latents.
       seed: of the generator.
+      size: of the images, that the noise is for; the pipeline's own by default.
 
     Returns:
       Latents `[b, h, w, c]`, and the fresh noise `[steps - 1, b, h, w, c]` that went into them.
@@ -198,6 +211,7 @@ def draw_consumer(
         latents=first,
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
+        **({} if size is None else {"height": size.height, "width": size.width}),
     ).images
     again = torch.Generator().manual_seed(seed)
     fresh = [

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from tlcm_jax.models.config_values import switch
+
 # Fields whose only supported value is the one given: what they switch on is not implemented.
 _ONLY = {
     "act_fn": "silu",
@@ -48,6 +50,7 @@ class UNetConfig:
     Attributes:
       mid_block_type: `UNetMidBlock2DCrossAttn`, `UNetMidBlock2D` (one resnet and no attention:
         SSD-1B, Segmind-Vega) or None.
+      sample_size: side of the latents it was trained on, or height and width.
       num_attention_heads: heads of each level (the files call it `attention_head_dim`).
       transformer_layers: for each level, the depth after each resnet of the down block.
       up_transformer_layers: the same for each up block, in the order they run.
@@ -58,7 +61,7 @@ class UNetConfig:
 
     in_channels: int
     out_channels: int
-    sample_size: int
+    sample_size: int | tuple[int, int]
     block_out_channels: tuple[int, ...]
     down_block_types: tuple[str, ...]
     up_block_types: tuple[str, ...]
@@ -137,10 +140,8 @@ class UNetConfig:
             raise ValueError(f"unet config: cross_attention_dim={list(cross)} differs by level")
         # What diffusers' pipelines take where the config is silent.
         size = raw.get("sample_size") or (128 if addition == "text_time" else 64)
-        if isinstance(size, list | tuple):
-            if len(set(size)) != 1:
-                raise ValueError(f"unet config: sample_size={list(size)} is not square")
-            size = size[0]
+        if isinstance(size, list):
+            size = tuple(size)
         return cls(
             in_channels=raw.get("in_channels", 4),
             out_channels=raw.get("out_channels", 4),
@@ -155,10 +156,10 @@ class UNetConfig:
             up_transformer_layers=up_depths,
             mid_transformer_layers=depths[-1][0],
             cross_attention_dim=cross[0],
-            use_linear_projection=bool(raw.get("use_linear_projection", False)),
+            use_linear_projection=switch(raw, "use_linear_projection", False),
             norm_num_groups=groups,
             norm_eps=raw.get("norm_eps", 1e-5),
-            flip_sin_to_cos=bool(raw.get("flip_sin_to_cos", True)),
+            flip_sin_to_cos=switch(raw, "flip_sin_to_cos", True),
             freq_shift=raw.get("freq_shift", 0),
             text_time=addition == "text_time",
             addition_time_embed_dim=raw.get("addition_time_embed_dim") or 256,

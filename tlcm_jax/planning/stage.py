@@ -95,7 +95,7 @@ class Planner:
         self._costs: dict[tuple[int, bool], Cost] = {}
         sizes = mesh_sizes(settings.mesh, topology.devices)
         self.mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-        resolution = settings.model.resolution or None
+        resolution = settings.model.size
         ids = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _one_token(model))
         self.conditioning = jax.eval_shape(
             lambda params, ids: model.encode_tokens(params, ids, resolution),
