@@ -84,6 +84,9 @@ def process_from_config(config: Mapping[str, Any]) -> Process:
       ValueError: the config asks for something that equations (1) and (2) do not cover. The
         message names key and value and says what is supported.
     """
+    for key in (*_REFUSED_IF_TRUE, "clip_sample", "rescale_betas_zero_snr"):
+        if not isinstance(config.get(key), bool | None):
+            raise ValueError(_unsupported(key, config[key], "true or false"))
     for key, reason in _REFUSED_IF_TRUE.items():
         if config.get(key):
             raise ValueError(_unsupported(key, config[key], f"false ({reason})"))
@@ -159,7 +162,7 @@ def _noise(config: Mapping[str, Any]) -> _Noise:
         beta_schedule=given.get("beta_schedule", curve),
         trained_betas=given.get("trained_betas"),
         prediction_type=given.get("prediction_type", "epsilon"),
-        rescale_betas_zero_snr=bool(given.get("rescale_betas_zero_snr", False)),
+        rescale_betas_zero_snr=given.get("rescale_betas_zero_snr", False),
     )
 
 

@@ -99,7 +99,10 @@ class CLIPConfig:
                 "open_clip config: only plain ViT towers are known here"
                 + (f", and this one sets {', '.join(strange)}" if strange else "")
             )
-        activation = "quick_gelu" if raw.get("quick_gelu") else "gelu"
+        quick = raw.get("quick_gelu", False)
+        if not isinstance(quick, bool | None):
+            raise ValueError(f"open_clip config: quick_gelu = {quick!r}: must be true or false")
+        activation = "quick_gelu" if quick else "gelu"
         width = vision["width"]
         return cls(
             vision=CLIPVisionConfig(

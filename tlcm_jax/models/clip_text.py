@@ -38,7 +38,8 @@ class CLIPTextConfig:
         Keys that are absent or null take transformers' defaults.
 
         Raises:
-          ValueError: the activation is not one this port implements.
+          ValueError: the activation is not one this port implements, or a token that marks the
+            begin, the end or padding lies outside the vocabulary.
         """
         if "text_config" in raw and "hidden_size" not in raw:
             raw = {**(raw["text_config"] or {}), "architectures": raw.get("architectures")}
@@ -49,9 +50,18 @@ class CLIPTextConfig:
                 f"text encoder config: hidden_act={activation!r} is not one of "
                 f"{sorted(ACTIVATIONS)}"
             )
+        vocabulary = raw.get("vocab_size", 49408)
+        marks = {"eos_token_id": 49407, "bos_token_id": 0, "pad_token_id": 0}
+        for name, default in marks.items():
+            mark = raw.get(name, default)
+            if isinstance(mark, bool) or not isinstance(mark, int) or not 0 <= mark < vocabulary:
+                raise ValueError(
+                    f"text encoder config: {name} = {str(mark)[:40]}: must be a token of its "
+                    f"vocabulary of {vocabulary}"
+                )
         projected = "CLIPTextModelWithProjection" in raw.get("architectures", ())
         return cls(
-            vocab_size=raw.get("vocab_size", 49408),
+            vocab_size=vocabulary,
             hidden_size=raw.get("hidden_size", 512),
             intermediate_size=raw.get("intermediate_size", 2048),
             num_hidden_layers=raw.get("num_hidden_layers", 12),

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tlcm_jax.models.config_values import switch
 from tlcm_jax.models.layers import Conv, Dtype, group_norm
 from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from tlcm_jax.models.transformer import Attention
@@ -67,11 +68,11 @@ class VAEConfig:
             block_out_channels=tuple(raw["block_out_channels"]),
             layers_per_block=raw.get("layers_per_block", 1),
             norm_num_groups=raw.get("norm_num_groups", 32),
-            # A null is false to diffusers; a null factor would be an error there.
+            # A null would be an error in diffusers.
             scaling_factor=0.18215 if raw.get("scaling_factor") is None else raw["scaling_factor"],
-            mid_block_add_attention=bool(raw.get("mid_block_add_attention", True)),
-            use_quant_conv=bool(raw.get("use_quant_conv", True)),
-            use_post_quant_conv=bool(raw.get("use_post_quant_conv", True)),
+            mid_block_add_attention=switch(raw, "mid_block_add_attention", True),
+            use_quant_conv=switch(raw, "use_quant_conv", True),
+            use_post_quant_conv=switch(raw, "use_post_quant_conv", True),
         )
 
     @property
