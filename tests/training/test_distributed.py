@@ -1,6 +1,7 @@
 """Several processes: when they are joined, and that together they compute the same."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -173,7 +174,36 @@ def test_two_processes_train_as_one(tmp_path):
         for environment in environments(2, "--xla_force_host_platform_device_count=2")
     ]
     all_end_well(processes)
+    assert_trained_as_one(shared, tmp_path)
 
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI 4 (openmpi-bin)")
+def test_two_processes_that_mpirun_starts_train_as_one(tmp_path):
+    shared = tmp_path / "two"
+    shared.mkdir()
+    # By the loopback, whatever networks there are; Open MPI's own variables say the rest.
+    loopback = [
+        word for kind in ("btl", "oob") for word in ("--mca", f"{kind}_tcp_if_include", "lo")
+    ]
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", *loopback, "-n", "2"]
+    script = Path(__file__).with_name("two_processes.py")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COORD")}
+    process = subprocess.Popen(
+        [*command, sys.executable, str(script), str(shared)],
+        env={
+            **ours, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    all_end_well([process])
+    assert_trained_as_one(shared, tmp_path)
+
+
+def assert_trained_as_one(shared, tmp_path):
     alone = toy.run(tmp_path / "one", [toy.spec(steps=3)])
     # What two processes saved, one restores: the run is finished, so no batch is drawn.
     together = toy.run(shared, [toy.spec(steps=3, batches=toy.die_at(0))])
