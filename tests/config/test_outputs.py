@@ -95,7 +95,7 @@ def test_a_run_s_exports_and_report_are_its_recipe_s(world, recipe, run, tmp_pat
     assert "small: distilled, in 3 steps" in page
     assert "Used in training, too: 1 of the 2 prompts of test." in page
     # The times of the student, not the release's table.
-    assert wanted.timesteps[3] == (999, 749, 499) and wanted.resolution == 48
+    assert wanted.timesteps[3] == (999, 749, 499) and str(wanted.resolution) == "48x48"
 
 
 def test_a_preview_is_the_student_as_it_stands(world, recipe, run, tmp_path):
