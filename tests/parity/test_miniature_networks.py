@@ -1,4 +1,4 @@
-"""The embedded teacher, component by component, against diffusers and transformers (fp32)."""
+"""The embedded teachers, component by component, against diffusers and transformers (fp32)."""
 
 import jax
 import numpy as np
@@ -9,20 +9,25 @@ diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs d
 
 from tlcm_jax.data.tokens import tokenize  # noqa: E402
 from tlcm_jax.families.load import load_model  # noqa: E402
-from tlcm_jax.paths import EMOJI_XL  # noqa: E402
+from tlcm_jax.paths import MINIATURE  # noqa: E402
 
 PROMPTS = ["a 3D render of a red apple", "", "a flat icon of a fire engine, " * 20]
 
 
-@pytest.fixture(scope="module")
-def ours():
-    return load_model(EMOJI_XL)
+@pytest.fixture(scope="module", params=["emoji-xl", "shapes-xl"])
+def folder(request):
+    return MINIATURE / request.param
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def ours(folder):
+    return load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
-        EMOJI_XL, torch_dtype=torch.float32, local_files_only=True
+        folder, torch_dtype=torch.float32, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -47,7 +52,8 @@ def test_conditioning(ours, theirs):
     conditioning = ours.encode(PROMPTS)
     assert relative(conditioning.prompt_embeds, embeds) < 1e-5
     assert relative(conditioning.pooled, pooled) < 1e-5
-    np.testing.assert_array_equal(conditioning.time_ids[0], [32, 32, 0, 0, 32, 32])
+    side = theirs.default_sample_size * theirs.vae_scale_factor
+    np.testing.assert_array_equal(conditioning.time_ids[0], [side, side, 0, 0, side, side])
 
 
 def test_prompt_2(ours, theirs):
@@ -94,7 +100,7 @@ def test_null_conditioning(ours, theirs):
 
 
 def test_unet(ours, theirs):
-    z = jax.random.normal(jax.random.key(0), (3, 8, 8, 4))
+    z = jax.random.normal(jax.random.key(0), (3, *ours.latent_shape()))
     t = np.array([999, 500, 3])
     conditioning = ours.encode(PROMPTS)
     output = jax.jit(ours.predict)(ours.params["unet"], z, t, conditioning)
