@@ -7,6 +7,10 @@ whose adapter is then used. --lora may be given again; FILE:0.8 applies a LoRA w
 OWNER/NAME:FILE is one of the hub's. --vae PATH takes another autoencoder than the model's.
 --resolution 1216x832 draws so many pixels across and down, as --width 1216 --height 832 do.
 Each --prompt is one image; several are written as out-0.png, out-1.png, ... in their order.
+
+    ... --image photo.png --strength 0.5                     draws on a picture
+    ... --image photo.png --mask mask.png                    anew where the mask is white
+    ... --upscale 2                                          small first, then at twice the size
 """
 
 import sys
@@ -27,9 +31,12 @@ from tlcm_jax.config.workdir import (
     trained_times,
 )
 from tlcm_jax.data.prompts import warn_truncated
-from tlcm_jax.diffusion.timesteps import student_timesteps
+from tlcm_jax.diffusion.editing import describe_edit, edit_timesteps
+from tlcm_jax.diffusion.timesteps import STUDENT_TIMESTEPS, student_timesteps
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
+from tlcm_jax.generation.canvas import fit_canvas, read_pictures
+from tlcm_jax.generation.editing import edit, larger, upscale
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.io.lora_stack import apply_loras
 from tlcm_jax.training import compilation
@@ -56,6 +63,14 @@ def define_flags(values: flags.FlagValues) -> None:
         "guidance_scale", None, "With --teacher, or for LCM's UNets; the run's own, or 8.", **where
     )
     define_size_flags(values, "the run's, or the model's own")
+    flags.DEFINE_string("image", None, "Picture to draw on.", **where)
+    flags.DEFINE_string("mask", None, "White where --image is drawn anew; of its size.", **where)
+    flags.DEFINE_float(
+        "strength", None,
+        "How far --image or --upscale goes back towards noise, above 0 to 1; snapped to the "
+        "student's times. By default 0.5, with --mask 1, with --upscale 0.375.", **where,
+    )  # fmt: skip
+    flags.DEFINE_float("upscale", None, "Draw again, so many times as large.", **where)
     flags.DEFINE_integer("tile", 0, "Decode by tiles of so many latent pixels.", **where)
     flags.DEFINE_integer("enlarge", 1, "Write each pixel N x N times.", lower_bound=1, **where)
     flags.DEFINE_string("output", "out.png", "Image to write.", **where)
@@ -78,6 +93,11 @@ def run(values: flags.FlagValues) -> None:
         raise ValueError("--teacher generates with the undistilled model; leave out --lora")
     if not values.teacher:
         student_timesteps(steps)  # before anything is loaded
+    strength = _strength(values)
+    tables = STUDENT_TIMESTEPS if values.lora else trained_times(values.model) or STUDENT_TIMESTEPS
+    if strength is not None:
+        said = describe_edit(edit_timesteps(steps, strength, tables), strength)
+    pictures = read_pictures(values.image, values.mask) if values.image else None
     targets = _targets(Path(values.output), len(values.prompt))
     options = GenerationOptions(
         prompts_2=values.prompt_2,
@@ -98,12 +118,49 @@ def run(values: flags.FlagValues) -> None:
         if values.guidance_scale is not None:
             model = model.with_embedded_guidance(values.guidance_scale)
         gamma = drawn_with(values.model, "gamma", 1.0, given=values.gamma)
-        times = None if values.lora else trained_times(values.model).get(steps)
-        images = generate(model, values.prompt, steps, values.seed, adapter, gamma, options, times)
+        drawn = model, values.prompt
+        how = values.seed, adapter, gamma, options
+        if pictures is not None:
+            canvas, fitted = fit_canvas(*pictures, model.image_size(options.resolution))
+            print(f"{values.image}: {fitted}" if fitted else values.image)
+            print(said)
+            images = edit(*drawn, canvas, steps, strength, *how, tables)
+        else:
+            images = generate(*drawn, steps, *how, tables.get(steps))
+        if values.upscale is not None:
+            size = larger(model, options.resolution, values.upscale)
+            print(f"at {size} pixels: {said}")
+            images = upscale(model, images, values.prompt, size, steps, strength, *how, tables)
     for target, image in zip(targets, images, strict=True):
         enlarged = image.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
         Image.fromarray(np.ascontiguousarray(enlarged)).save(target)
         print(target)
+
+
+def _strength(values: flags.FlagValues) -> float | None:
+    """The strength that holds; None where nothing is drawn on.
+
+    Raises:
+      ValueError: flags that do not go together.
+    """
+    if values.mask and not values.image:
+        raise ValueError("--mask goes with --image FILE, the picture that it opens")
+    if values.image is None and values.upscale is None:
+        if values.strength is not None:
+            raise ValueError("--strength goes with --image FILE or --upscale 2")
+        return None
+    if values.teacher:
+        raise ValueError("--image, --mask and --upscale are for students; leave out --teacher")
+    if values.image and values.upscale is not None:
+        raise ValueError(
+            "--upscale enlarges what is drawn from the prompt; to enlarge a picture give --image "
+            "and a larger --resolution"
+        )
+    if values.upscale is not None and not 1 < values.upscale <= 8:
+        raise ValueError(f"--upscale {values.upscale:g}: must lie above 1, at most 8")
+    if values.strength is not None:
+        return values.strength
+    return 1.0 if values.mask else 0.5 if values.image else 0.375
 
 
 class AdaptedModel(NamedTuple):

@@ -1,7 +1,8 @@
 """A random pipeline folder with SDXL's architecture, small enough to build in every test session.
 
     folder = write_tiny_pipeline(tmp_path / "tiny")     # six megabytes; family="sd" for SD 1.5's,
-                                                        # "sdxl-lcm" for one with LCM's UNet
+                                                        # "sdxl-lcm" for one with LCM's UNet,
+                                                        # "sdxl-inpaint" for nine channels
     pipeline = load_model(folder)                    # ours
     StableDiffusionXLPipeline.from_pretrained(folder)   # theirs
 
@@ -142,6 +143,9 @@ def write_tiny_pipeline(
         towers = {"text_encoder": {**towers["text_encoder"], "hidden_size": 32}}
     if family == "sdxl-lcm":
         unet = {**UNET, "time_cond_proj_dim": 12}
+    if family == "sdxl-inpaint":
+        unet = {**UNET, "in_channels": 9}
+        index = {**MODEL_INDEX, "_class_name": "StableDiffusionXLInpaintPipeline"}
     networks = {
         "unet": (unet, UNet2DConditionModel(UNetConfig.from_dict(unet))),
         "vae": (VAE, AutoencoderKL(VAEConfig.from_dict(VAE))),

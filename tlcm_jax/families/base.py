@@ -307,9 +307,44 @@ class LatentModel:
     def _jitted_decode(self) -> Callable:
         return jax.jit(self.decode_latents, static_argnames="tile")
 
-    def encode_images(self, images: Float[Array, " b *image"]) -> Float[Array, " b *latent"]:
-        """Scaled latents of images in 0 .. 1, for training on data; not every family has them."""
+    def encode_images(
+        self, images: Float[Array, " b *image"], params: Params | None = None
+    ) -> Float[Array, " b *latent"]:
+        """Scaled latents of images in 0 .. 1; traceable. Not every family has them.
+
+        Args:
+          images: of a size that `image_size` gives for some resolution.
+          params: holds at least the decoder's component; the model's own by default.
+        """
         raise ValueError(f"{self.source}: this model has no encoder of images")
+
+    def image_size(self, resolution: int | None = None) -> tuple[int, int]:
+        """Height and width in pixels of its images; not every family's are pictures.
+
+        Raises:
+          ValueError: a resolution that the model cannot have, or no pictures.
+        """
+        raise ValueError(f"{self.source}: this model does not draw on pictures")
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the backbone is told a mask and what it leaves of a picture (inpainting)."""
+        return False
+
+    def with_mask(
+        self,
+        conditioning: PyTree[Array],
+        mask: Float[Array, "b h w 1"],
+        left: Float[Array, "b h w c"],
+    ) -> PyTree[Array]:
+        """A conditioning with what a model that `needs_mask` is told beside the text; traceable.
+
+        Args:
+          conditioning: of the texts, leading axis b.
+          mask: 1 where something new is drawn.
+          left: latents of what the mask leaves.
+        """
+        raise ValueError(f"{self.source}: this model takes no mask")
 
     def denoiser(self, params: Params | None = None, lora: Params | None = None) -> Denoiser:
         """The backbone as `(z, t, conditioning) -> x0`, float32.

@@ -184,6 +184,12 @@ class StableDiffusion(LatentModel):
                 "(time_cond_proj_dim): it is a distilled model already; take the model that it "
                 "was distilled from as teacher"
             )
+        if self.needs_mask:
+            raise ValueError(
+                f"{self.source}: this UNet is an inpainting model's, and states of it need "
+                "pictures and masks: distil its text-to-image model, and put the student's LoRA "
+                "onto this one (sample --lora)"
+            )
 
     @property
     def dtype(self) -> Any:
@@ -217,6 +223,26 @@ class StableDiffusion(LatentModel):
         size = ImageSize.read(resolution) or self.size
         size.check(factor)
         return (size.height // factor, size.width // factor, self.vae.config.latent_channels)
+
+    def image_size(self, resolution: int | None = None) -> tuple[int, int]:
+        """See `LatentModel`."""
+        height, width, _ = self.latent_shape(resolution)
+        return height * self.vae.config.downsampling, width * self.vae.config.downsampling
+
+    @property
+    def needs_mask(self) -> bool:
+        """See `LatentModel`: a UNet for inpainting has channels for both."""
+        channels = self.vae.config.latent_channels
+        return self.unet.config.in_channels == 2 * channels + 1
+
+    def with_mask(
+        self,
+        conditioning: Conditioning,
+        mask: Float[Array, "b h w 1"],
+        left: Float[Array, "b h w c"],
+    ) -> Conditioning:
+        """See `LatentModel`."""
+        return dataclasses.replace(conditioning, masked=jnp.concatenate([mask, left], axis=-1))
 
     @property
     def guidance_is_embedded(self) -> bool:
@@ -311,6 +337,8 @@ class StableDiffusion(LatentModel):
     ) -> Any:
         """See `LatentModel`."""
         variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+        if conditioning.masked is not None:
+            z = jnp.concatenate([z, conditioning.masked], axis=-1)
         width, condition = self.unet.config.time_cond_proj_dim, None
         if width is not None and conditioning.guidance_scale is not None:
             condition = guidance_embedding(conditioning.guidance_scale, width)
@@ -343,8 +371,10 @@ class StableDiffusion(LatentModel):
             images = self.vae.apply(variables, unscaled, method=self.vae.decode)
         return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
-    def encode_images(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
-        """Scaled latents (the posterior's mean) of images in 0 .. 1."""
-        variables = {"params": self.params[VAE]}
+    def encode_images(
+        self, images: Float[Array, "b H W 3"], params: Params | None = None
+    ) -> Float[Array, "b h w c"]:
+        """See `LatentModel`: scaled latents, the posterior's mean."""
+        variables = {"params": (self.params if params is None else params)[VAE]}
         moments: Any = self.vae.apply(variables, 2 * images - 1, method=self.vae.encode)
         return moments[0] * self.vae.config.scaling_factor

@@ -8,6 +8,7 @@ on how the prompts are cut into batches or over devices.
 import dataclasses
 import functools
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -20,12 +21,13 @@ from jaxtyping import Array, Float, Key, Num, PyTree, UInt8
 from tqdm import tqdm
 
 from tlcm_jax.data.batches import whole_batches
-from tlcm_jax.diffusion import samplers, sampling
+from tlcm_jax.diffusion import editing, samplers, sampling
 from tlcm_jax.diffusion.guidance import guided
 from tlcm_jax.diffusion.samplers import Sampler
 from tlcm_jax.diffusion.trajectories import teacher_path
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.product import Params
+from tlcm_jax.generation.canvas import Canvas, check_canvas, to_latents
 from tlcm_jax.io.image_size import Resolution
 from tlcm_jax.models import lora as adapters
 from tlcm_jax.training.mesh import known_mesh, shard_batch
@@ -104,6 +106,7 @@ def generate_by(
     lora: Mapping[str, Any] | None = None,
     guidance_scale: float = 1.0,
     options: GenerationOptions = GenerationOptions(),
+    canvas: Canvas | None = None,
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """As `generate`, by any few-step sampler, and with guidance if it is asked for.
 
@@ -115,9 +118,11 @@ def generate_by(
       lora: see `generate`.
       guidance_scale: w of classifier-free guidance; 1 calls the model as it is.
       options: resolution, batches, long prompts.
+      canvas: pictures to draw on, from the sampler's first time (`diffusion.editing`). Where a
+        mask is drawn over from the noisiest time on, noise alone is begun from, as in diffusers.
 
     Raises:
-      ValueError: no prompts, or a resolution out of range.
+      ValueError: no prompts, a resolution out of range, or a canvas that does not fit.
     """
     process, scale = model.process, float(guidance_scale)
     levels = sampler.levels.astype(np.float32)
@@ -128,15 +133,30 @@ def generate_by(
     if lora is not None:
         backbone = merged(backbone, lora)
     static, first = _Static.of(model, options), np.float32(sampler.first)
+    check_canvas(model, canvas, len(prompts), options.resolution)
+    more = {} if canvas is None else canvas.rows(len(prompts))
+    autoencoder = {model.decoder: model.params[model.decoder]}
+    anew = canvas is not None and canvas.masks is not None and times[0] == process.start
 
-    def latents(conditioning: PyTree[Array], keys: Key[Array, " b"]) -> Float[Array, " b *latent"]:
-        z = first * _noise(static, keys, np.uint32(0))
+    def latents(
+        conditioning: PyTree[Array], keys: Key[Array, " b"], more: dict[str, Array]
+    ) -> Float[Array, " b *latent"]:
+        noise, mask = _noise(static, keys, np.uint32(0)), None
+        z = first * noise
+        if more:
+            picture, mask, left = to_latents(static, autoencoder, more)
+            z = z if anew else _begin(static, picture, noise, times[0])
+            if left is not None:
+                conditioning, mask = model.with_mask(conditioning, mask, left), None
         for step, (t, level) in enumerate(zip(times, levels, strict=True), 1):
             at = t, level, keys, np.uint32(step)
             z = _student_step(static, backbone, z, *at, conditioning, null, scale)
+            if mask is not None:
+                z = _keep(z, mask, picture, noise, level)
         return z
 
-    return _generate(model, static, tokens, seed, options, latents, f"{sampler.steps} steps")
+    label = f"{sampler.steps} steps"
+    return _generate(model, static, tokens, seed, options, latents, label, more)
 
 
 def generate_teacher(
@@ -166,13 +186,16 @@ def generate_teacher(
     """
     process, scale = model.process, float(guidance_scale)
     stops = np.asarray((*process.grid(steps), process.end), process.time_dtype)
+    check_canvas(model, None, len(prompts), options.resolution)
     tokens = _tokens(model, prompts, options)
     if model.guidance_is_embedded:
         model, scale = model.with_embedded_guidance(scale), 1.0
     static, backbone = _Static.of(model, options), model.params[model.backbone]
     null = model.null_conditioning(options.resolution, like=tokens)
 
-    def latents(conditioning: PyTree[Array], keys: Key[Array, " b"]) -> Float[Array, " b *latent"]:
+    def latents(
+        conditioning: PyTree[Array], keys: Key[Array, " b"], more: dict[str, Array]
+    ) -> Float[Array, " b *latent"]:
         z = _noise(static, keys, np.uint32(0))
         for pair in itertools.pairwise(stops):
             z = _teacher_step(static, backbone, z, np.asarray(pair), conditioning, null, scale)
@@ -233,6 +256,19 @@ def _student_step(
     return sampling.student_step(denoiser, model.process, z, t, level, fresh, conditioning)
 
 
+@functools.partial(jax.jit, static_argnames="static")
+def _begin(
+    static: _Static,
+    picture: Float[Array, " b *latent"],
+    noise: Float[Array, " b *latent"],
+    t: Num[Array, ""],
+) -> Float[Array, " b *latent"]:
+    return editing.begin(static.model.process, picture, noise, t)
+
+
+_keep = jax.jit(editing.keep)
+
+
 @functools.partial(jax.jit, static_argnames=("static", "scale"))
 def _teacher_step(
     static: _Static,
@@ -287,10 +323,15 @@ def _generate(
     tokens: tuple[np.ndarray, ...],
     seed: int,
     options: GenerationOptions,
-    latents: Callable[[PyTree[Array], Key[Array, " b"]], Float[Array, " b *latent"]],
+    latents: Callable[..., Float[Array, " b *latent"]],
     label: str,
+    more: dict[str, np.ndarray] | None = None,
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """Encodes, samples by `latents(conditioning, keys)` and decodes, batch by batch."""
+    """Encodes, samples and decodes, batch by batch.
+
+    Samples by `latents(conditioning, keys, more)`, the last a batch's rows of the arrays in `more`,
+    which have a row for each prompt.
+    """
     count, mesh = len(tokens[0]), _mesh_of(model)
     devices = 1 if mesh is None else mesh.devices.size
     size = -(-min(options.batch_size, count) // devices) * devices
@@ -307,9 +348,10 @@ def _generate(
         mininterval=0.1 if sys.stderr.isatty() else 300.0,
         maxinterval=300.0,
     ):
-        ids, noise_keys = shard_batch(mesh, (tuple(t[rows] for t in tokens), keys[rows]))
+        here = jax.tree.map(operator.itemgetter(rows), (tokens, keys, more or {}))
+        ids, noise_keys, beside = shard_batch(mesh, here)
         with known_mesh(mesh):
-            found = latents(_encode(static, model.text_params, ids), noise_keys)
+            found = latents(_encode(static, model.text_params, ids), noise_keys, beside)
             images.append(np.asarray(_decode(static, decoder, found)))
     return np.concatenate(images)[:count]
 

@@ -18,6 +18,8 @@ class Conditioning:
       guidance_scale: `[b]` the scale that a network with guidance embedding (LCM's
         `time_cond_proj_dim`) is to draw as if guided by; None where the model has none.
       controls: what steers each control network, in their order; none without any.
+      masked: `[b, h, w, 1 + c]` what a network for inpainting sees beside the noisy latents: a
+        mask, 1 where something new is drawn, and latents of what it leaves; else None.
     """
 
     # Of any type: JAX rebuilds pytrees with shapes and shardings in the place of arrays.
@@ -26,6 +28,7 @@ class Conditioning:
     time_ids: Any = None
     guidance_scale: Any = None
     controls: tuple["ControlMap", ...] = ()
+    masked: Any = None
 
 
 @flax.struct.dataclass
