@@ -9,6 +9,9 @@ in 4 steps: 29 %), Frechet distance 71 and 89 (77; 133).
     --config configs/emoji.py:smoke        a few steps of each stage, to see that all is in place
     --config configs/emoji.py:paper        the paper's two stages
     --config configs/emoji.py:regression   then the ends of whole teacher paths, as one more stage
+    --config configs/emoji.py:guided       without guidance, and a tenth of the pairs without their
+                                           prompts: for --guidance_scale and --negative_prompt.
+                                           Run for a few steps so far; no figures
 """
 
 from typing import Any
@@ -17,7 +20,7 @@ from ml_collections import ConfigDict
 
 from tlcm_jax import paths
 
-VARIANTS = ("", "smoke", "paper", "regression")
+VARIANTS = ("", "smoke", "paper", "regression", "guided")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -25,9 +28,11 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in VARIANTS:
         known = ", ".join(f"':{name}'" for name in VARIANTS if name)
         raise ValueError(f"configs/emoji.py has no variant {variant!r}; use {known}")
-    smoke = variant == "smoke"
+    smoke, guided = variant == "smoke", variant == "guided"
     prompts = paths.MINIATURE / "prompts"
-    guidance_scale = 5.0
+    # The teacher's own, and what is distilled in.
+    teacher_scale = 5.0
+    guidance_scale = 1.0 if guided else teacher_scale
     segments = dict(
         objective="mlcd",
         steps=640,
@@ -40,6 +45,8 @@ def get_config(variant: str = "") -> ConfigDict:
         final_fraction=0.1,
         settings=dict(guidance_scale=guidance_scale, points_per_segment=2),
     )
+    if guided:
+        segments["unconditional"] = 0.1
     if variant == "paper":
         endpoints = dict(
             objective="lcd",
@@ -97,7 +104,8 @@ def get_config(variant: str = "") -> ConfigDict:
             evaluation=dict(
                 prompts=(str(prompts / "heldout.txt"), str(prompts / "composition.txt")),
                 scorers=("miniature.judge",),
-                guidance_scale=guidance_scale,
+                guidance_scale=teacher_scale,
+                student_guidance_scales=(3.0, 1.0, 2.0, 5.0) if guided else (1.0,),
                 limit=16 if smoke else 0,
             ),
             export=("lora", "pipeline"),

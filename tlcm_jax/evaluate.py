@@ -31,7 +31,13 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from tlcm_jax.config.size_flags import define_size_flags, given_size
-from tlcm_jax.config.workdir import drawn_with, is_workdir, trained_resolution, trained_times
+from tlcm_jax.config.workdir import (
+    drawn_with,
+    is_workdir,
+    student_scales,
+    trained_resolution,
+    trained_times,
+)
 from tlcm_jax.data.prompt_sets import read_prompt_set
 from tlcm_jax.diffusion.samplers import SAMPLERS
 from tlcm_jax.evaluation import report as evaluation_report
@@ -66,6 +72,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("scorers", None, "With --protocol: folders by score.", **here)
     flags.DEFINE_list("scores", "", "Scorers, as NAME or NAME=PATH; commas between.", **here)
     flags.DEFINE_list("guidance_scale", None, "The teacher's; the run's own, or 8.", **here)
+    flags.DEFINE_list(
+        "student_guidance_scale", None,
+        "A student's that was distilled without guidance; the run's own, or 1, none.", **here,
+    )  # fmt: skip
     flags.DEFINE_list("gamma", None, "Shares of fresh noise; the run's own, or 1.", **here)
     flags.DEFINE_list("sampler", "consistency", f"Student's: {', '.join(SAMPLERS)}.", **here)
     flags.DEFINE_list("undistilled", "", "Steps of the teacher by the student's sampler.", **here)
@@ -137,6 +147,8 @@ def run(values: flags.FlagValues) -> None:
         steps=steps,
         guidance_scales=scales or [drawn_with(values.model, "guidance_scale", 8.0)],
         gammas=gammas or [drawn_with(values.model, "gamma", 1.0)],
+        student_guidance_scales=_numbers(values, "student_guidance_scale")
+        or student_scales(values.model, bool(values.lora)),
         samplers=values.sampler,
         timesteps={} if values.lora else trained_times(values.model),
         seed=values.seed,

@@ -20,6 +20,7 @@ from tlcm_jax.config.size_flags import define_size_flags, given_size
 from tlcm_jax.config.workdir import load_adapter, trained_resolution
 from tlcm_jax.families.load import find_family, load_model
 from tlcm_jax.io.files import DTYPES
+from tlcm_jax.io.lora_stack import merge_loras
 from tlcm_jax.io.products import check_products, export_products
 from tlcm_jax.io.verify import require_consumer, verify_products
 from tlcm_jax.models.adapters import is_adapter, svd_extract
@@ -63,8 +64,9 @@ def run(values: flags.FlagValues) -> None:
         if vae is not None:
             raise ValueError("--verify: diffusers takes no teacher with another autoencoder")
         require_consumer()
-    model = load_model(path, on_device=False, vae=vae)
-    recipe = student_recipe(read(config), model)
+    settings = read(config)
+    model = merge_loras(load_model(path, on_device=False, vae=vae), settings.model.loras)
+    recipe = student_recipe(settings, model)
     backbone = None
     if not is_adapter(trained) and any(not model.products[name].has_weights for name in values.to):
         backbone = trained

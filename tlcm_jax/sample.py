@@ -4,7 +4,8 @@
 
 PATH is a diffusers pipeline folder, a single-file checkpoint, a hub id, or the workdir of a run,
 whose adapter is then used. --lora may be given again; FILE:0.8 applies a LoRA with that weight, and
-OWNER/NAME:FILE is one of the hub's. --vae PATH takes another autoencoder than the model's.
+OWNER/NAME:FILE is one of the hub's. --style, of the same form, goes on top of a run's adapter,
+whose own weight is --student_weight. --vae PATH takes another autoencoder than the model's.
 --resolution 1216x832 draws so many pixels across and down, as --width 1216 --height 832 do.
 Each --prompt is one image; several are written as out-0.png, out-1.png, ... in their order.
 
@@ -24,9 +25,11 @@ from PIL import Image
 
 from tlcm_jax.config.size_flags import define_size_flags, given_size
 from tlcm_jax.config.workdir import (
+    check_guidance,
     drawn_with,
     is_workdir,
     load_adapter,
+    student_scales,
     trained_resolution,
     trained_times,
 )
@@ -38,7 +41,8 @@ from tlcm_jax.families.load import load_model
 from tlcm_jax.generation.canvas import fit_canvas, read_pictures
 from tlcm_jax.generation.editing import edit, larger, upscale
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
-from tlcm_jax.io.lora_stack import apply_loras
+from tlcm_jax.io.lora_stack import apply_loras, merge_loras
+from tlcm_jax.models.adapters import concat_loras, is_adapter
 from tlcm_jax.training import compilation
 
 
@@ -49,6 +53,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "lora", None, "LoRA to put onto the model: PATH or hub id, [:WEIGHT].", **where
     )
+    flags.DEFINE_multi_string(
+        "style",
+        None,
+        "LoRA on top of the student, of a run's too: PATH or hub id, [:WEIGHT].",
+        **where,
+    )
+    flags.DEFINE_float("student_weight", 1.0, "Of a run's adapter, such as 0.8.", **where)
     flags.DEFINE_string("vae", None, "Another autoencoder: folder, file or hub id.", **where)
     flags.DEFINE_multi_string("prompt", None, "What to show.", required=True, **where)
     flags.DEFINE_multi_string(
@@ -60,8 +71,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float("gamma", None, "Share of fresh noise; the run's own, or 1.", **where)
     flags.DEFINE_bool("teacher", False, "Generate with the teacher, with guidance.", **where)
     flags.DEFINE_float(
-        "guidance_scale", None, "With --teacher, or for LCM's UNets; the run's own, or 8.", **where
-    )
+        "guidance_scale", None,
+        "With --teacher (the run's own, or 8), for LCM's UNets, and for students that were "
+        "distilled without guidance.", **where,
+    )  # fmt: skip
+    flags.DEFINE_string("negative_prompt", None, "What guidance moves away from.", **where)
     define_size_flags(values, "the run's, or the model's own")
     flags.DEFINE_string("image", None, "Picture to draw on.", **where)
     flags.DEFINE_string("mask", None, "White where --image is drawn anew; of its size.", **where)
@@ -91,6 +105,10 @@ def run(values: flags.FlagValues) -> None:
     steps = values.steps if values.steps is not None else 25 if values.teacher else 4
     if values.teacher and values.lora:
         raise ValueError("--teacher generates with the undistilled model; leave out --lora")
+    if values.student_weight != 1 and (values.lora or not is_workdir(values.model)):
+        raise ValueError(
+            "--student_weight is of a run's adapter; of a LoRA write --lora FILE:WEIGHT"
+        )
     if not values.teacher:
         student_timesteps(steps)  # before anything is loaded
     strength = _strength(values)
@@ -102,11 +120,17 @@ def run(values: flags.FlagValues) -> None:
     options = GenerationOptions(
         prompts_2=values.prompt_2,
         chunks=None if values.long_prompts else 1,
+        negative_prompt=values.negative_prompt,
         resolution=given_size(values) or trained_resolution(values.model),
         tile=values.tile,
     )
     model, adapter, _ = load_with_adapter(
-        values.model, values.lora, adapted=not values.teacher, vae=values.vae
+        values.model,
+        values.lora,
+        styles=values.style or (),
+        weight=values.student_weight,
+        adapted=not values.teacher,
+        vae=values.vae,
     )
     if not values.long_prompts:
         for tokenizer in model.tokenizers[:1]:
@@ -115,8 +139,7 @@ def run(values: flags.FlagValues) -> None:
         scale = drawn_with(values.model, "guidance_scale", 8.0, given=values.guidance_scale)
         images = generate_teacher(model, values.prompt, steps, scale, values.seed, options)
     else:
-        if values.guidance_scale is not None:
-            model = model.with_embedded_guidance(values.guidance_scale)
+        model, guidance = _guided(model, values)
         gamma = drawn_with(values.model, "gamma", 1.0, given=values.gamma)
         drawn = model, values.prompt
         how = values.seed, adapter, gamma, options
@@ -124,17 +147,36 @@ def run(values: flags.FlagValues) -> None:
             canvas, fitted = fit_canvas(*pictures, model.image_size(options.resolution))
             print(f"{values.image}: {fitted}" if fitted else values.image)
             print(said)
-            images = edit(*drawn, canvas, steps, strength, *how, tables)
+            images = edit(*drawn, canvas, steps, strength, *how, tables, guidance)
         else:
-            images = generate(*drawn, steps, *how, tables.get(steps))
+            images = generate(*drawn, steps, *how, tables.get(steps), guidance)
         if values.upscale is not None:
             size = larger(model, options.resolution, values.upscale)
             print(f"at {size} pixels: {said}")
-            images = upscale(model, images, values.prompt, size, steps, strength, *how, tables)
+            how = (*how, tables, guidance)
+            images = upscale(model, images, values.prompt, size, steps, strength, *how)
     for target, image in zip(targets, images, strict=True):
         enlarged = image.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
         Image.fromarray(np.ascontiguousarray(enlarged)).save(target)
         print(target)
+
+
+def _guided(model: LatentModel, values: flags.FlagValues) -> tuple[LatentModel, float]:
+    """The student to draw with, and its guidance scale, 1 for none.
+
+    Raises:
+      ValueError: guidance for a student that has it distilled in.
+    """
+    given = values.guidance_scale
+    if model.guidance_is_embedded:
+        if values.negative_prompt is not None:
+            raise ValueError("--negative_prompt: this model takes the scale as an input alone")
+        return model if given is None else model.with_embedded_guidance(given), 1.0
+    if not values.lora and (given is not None or values.negative_prompt is not None):
+        check_guidance(values.model)
+    if given is not None and given < 0:
+        raise ValueError(f"--guidance_scale {given:g}: must be at least 0; 1 is none")
+    return model, student_scales(values.model, bool(values.lora))[0] if given is None else given
 
 
 def _strength(values: flags.FlagValues) -> float | None:
@@ -181,6 +223,8 @@ def load_with_adapter(
     path: str,
     loras: Sequence[str] | None = None,
     *,
+    styles: Sequence[str] = (),
+    weight: float = 1.0,
     adapted: bool = True,
     vae: str | None = None,
     load: Callable[..., LatentModel] = load_model,
@@ -191,19 +235,31 @@ def load_with_adapter(
       path: what `load_model` reads, or a workdir: its teacher, and its newest adapter.
       loras: LoRAs of any dialect, `PATH` or `PATH:WEIGHT`, added up. With a workdir they stand in
         the trained adapter's place.
+      styles: LoRAs that are applied beside a workdir's adapter, or beside `loras`.
+      weight: of a workdir's adapter.
       adapted: False leaves a workdir's adapter out.
       vae: as of `load_model`; by default a workdir's own.
       load: reads the model.
     """
-    adapter = None
+    adapter, own = None, ()
     if is_workdir(path):
         config, trained = load_adapter(path)
         path = config["model"]["path"]
         vae = vae or config["model"].get("vae") or None
-        adapter = trained if adapted else None
-    base = model = load(path, vae=vae)
-    if loras:
-        model, adapter = apply_loras(base, loras)
+        own = config["model"].get("loras") or ()
+        adapter = trained if adapted and not loras else None
+    base = model = merge_loras(load(path, vae=vae), own)
+    specs = [*(loras or ()), *styles]
+    if adapter is not None and not is_adapter(adapter):
+        if weight != 1:
+            raise ValueError("--student_weight: this run trained whole weights, not an adapter")
+        if specs:
+            model, adapter = model.with_params(**{model.backbone: adapter}), None
+    if specs:
+        model, more = apply_loras(model, specs)
+        adapter = more if adapter is None else concat_loras([adapter, more or {}], [weight, 1.0])
+    elif adapter is not None and weight != 1:
+        adapter = concat_loras([adapter], [weight])
     return AdaptedModel(model, adapter, base)
 
 

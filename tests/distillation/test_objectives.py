@@ -14,7 +14,7 @@ from tlcm_jax.diffusion.process import bcast_right
 from tlcm_jax.distillation.lcd import LCDSettings
 from tlcm_jax.distillation.mlcd import MLCDSettings
 from tlcm_jax.distillation.networks import Networks
-from tlcm_jax.distillation.objective import NFE
+from tlcm_jax.distillation.objective import NFE, drop_prompts
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.distillation.trajectory_kd import TrajectoryKDSettings
 
@@ -295,3 +295,16 @@ def test_all_is_finite_up_to_pure_noise(case, kind):
     pairs = found[0]
     if case in ("node_reuse", "finer", "trajectory"):
         assert np.any(np.asarray(pairs.t_m) == process.start)
+
+
+def test_a_share_of_the_prompts_is_left_out():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    given = {"text": jnp.ones((4000, 2, 3)), "pooled": jnp.ones((4000, 5))}
+    null = {"text": jnp.zeros((1, 2, 3)), "pooled": jnp.zeros((1, 5))}
+    shown = drop_prompts(given, null, keys, 0.1)
+    dropped = np.asarray(shown["pooled"][:, 0]) == 0
+    assert abs(dropped.mean() - 0.1) < 0.02
+    np.testing.assert_array_equal(shown["text"], np.where(dropped, 0.0, 1.0)[:, None, None])
+    # Each by its own key, whatever lies beside it.
+    part = drop_prompts(jax.tree.map(lambda x: x[5:50], given), null, keys[5:50], 0.1)
+    np.testing.assert_array_equal(np.asarray(part["pooled"][:, 0]) == 0, dropped[5:50])

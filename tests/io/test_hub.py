@@ -228,7 +228,7 @@ def test_loras_by_hub_id(tiny_hub, monkeypatch, tmp_path):
     file, config = find_lora("someone/tiny")
     assert file.read_bytes() == b"style.safetensors" and config is None
     assert find_lora("someone/tiny@main:sub/other.safetensors")[0].name == "other.safetensors"
-    assert lora_stack._split_weight("someone/tiny:sub/other.safetensors:0.5") == (
+    assert lora_stack.split_weight("someone/tiny:sub/other.safetensors:0.5") == (
         "someone/tiny:sub/other.safetensors", 0.5,
     )  # fmt: skip
     assert len(tiny_hub.fetched) == 2

@@ -15,7 +15,7 @@ from tlcm_jax.models import lora
 
 
 def read_loras(specs, networks):
-    read = [(path, weight) for path, weight in map(lora_stack._split_weight, specs)]
+    read = [(path, weight) for path, weight in map(lora_stack.split_weight, specs)]
     return lora_stack.combine(
         [(lora_files.read_networks(path, networks, LORA_NAMES), weight) for path, weight in read]
     )

@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from tlcm_jax.config.sample_scores import sample_scores
 from tlcm_jax.config.schema import Settings, StageSettings
 from tlcm_jax.distillation.networks import AuxNetwork, init_adapter, model_networks
-from tlcm_jax.distillation.objective import Pairs, of_shape, repeat
+from tlcm_jax.distillation.objective import Pairs, drop_prompts, of_shape, repeat
 from tlcm_jax.distillation.terms.base import Term
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
@@ -101,6 +101,11 @@ def stage_spec(
     check_batch(mesh, micro, f"{where}: pairs of a micro-batch (batch_size / accumulate)")
 
     def sample(trainable: Any, frozen: Any, batch: Mapping[str, Any], keys: PRNGKeyArray) -> Pairs:
+        if settings.unconditional:
+            given = batch["conditioning"]
+            null = objective.networks.null_of(frozen)(given)
+            shown = drop_prompts(given, null, keys, settings.unconditional)
+            batch = {**batch, "conditioning": shown}
         pairs = of_shape(objective, batch).sample_pairs(trainable, frozen, batch, keys)
         return pairs._replace(inputs=repeat(batch.get("inputs", {}), objective.pairs_per_prompt))
 

@@ -24,6 +24,7 @@ from tlcm_jax.config.schema import Settings, StageSettings
 from tlcm_jax.data.prompts import read_prompts
 from tlcm_jax.diffusion.timesteps import milestone_indices, student_timesteps
 from tlcm_jax.families.base import LatentModel
+from tlcm_jax.io.lora_stack import split_weight
 from tlcm_jax.io.model_card import Recipe, teacher_licence, teacher_name
 from tlcm_jax.io.npz_files import read_npz
 
@@ -53,10 +54,12 @@ def student_recipe(settings: Settings, model: LatentModel) -> Recipe:
     return Recipe(
         name=settings.name,
         teacher=teacher_name(model.source),
+        loras=lora_names(settings),
         method=method_name(settings),
         times=sampling_times(settings),
         gamma=gamma(settings),
         guidance_scales=guidance_scales(settings),
+        guidance_scale=student_guidance_scale(settings) if keeps_guidance(settings) else 0.0,
         ingredients=tuple(
             f"{method} (arXiv {PAPERS[method]}): {', '.join(what)}"
             for method, what in methods(settings).items()
@@ -69,6 +72,12 @@ def student_recipe(settings: Settings, model: LatentModel) -> Recipe:
         stages=stage_lines(settings),
         licence=teacher_licence(Path(model.folder)),
     )
+
+
+def lora_names(settings: Settings) -> tuple[str, ...]:
+    """The LoRAs that were merged into the teacher, by name and weight; no path of a machine."""
+    split = map(split_weight, settings.model.loras)
+    return tuple(f"{teacher_name(path)}, weight {weight:g}" for path, weight in split)
 
 
 def methods(settings: Settings) -> dict[str, list[str]]:
@@ -214,6 +223,17 @@ def guidance_scales(settings: Settings) -> tuple[float, ...]:
         if getattr(chosen, "weight", 1) > 0 and hasattr(chosen, "guidance_scale")
     }
     return tuple(sorted(found))
+
+
+def keeps_guidance(settings: Settings) -> bool:
+    """Whether no guidance was distilled in, so that the student takes it as its teacher does."""
+    return guidance_scales(settings) == (1.0,)
+
+
+def student_guidance_scale(settings: Settings) -> float:
+    """The scale that a student is sampled with: its evaluation's first, or 1."""
+    chosen = settings.evaluation
+    return 1.0 if chosen is None else chosen.student_guidance_scales[0]
 
 
 def stage_lines(settings: Settings) -> tuple[str, ...]:

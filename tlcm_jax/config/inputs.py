@@ -15,11 +15,15 @@ from absl import logging
 from tlcm_jax.config.schema import Settings
 from tlcm_jax.families.load import find_family
 from tlcm_jax.io.json_files import read_object
+from tlcm_jax.io.lora_sources import find_lora
+from tlcm_jax.io.lora_stack import split_weight
 from tlcm_jax.training.workdir import write_atomically
 
 INPUTS_FILE = "inputs.json"
 # The keys of a recipe that name what is remembered here.
-KEYS = {"prompts": "prompts", "latents": "latents", "teacher": "model.path"}
+KEYS = {
+    "prompts": "prompts", "latents": "latents", "teacher": "model.path", "loras": "model.loras",
+}  # fmt: skip
 _KINDS = frozenset({".safetensors", ".json", ".txt", ".model"})
 
 
@@ -40,6 +44,7 @@ class Inputs:
             "prompts": _hash_texts(prompts),
             "latents": _hash_file(Path(settings.latents)) if settings.latents else "",
             "teacher": _teacher(settings.model.path, self._before.get("teacher")),
+            "loras": [_hash_lora(spec) for spec in settings.model.loras],
         }
 
     @property
@@ -106,6 +111,11 @@ def _content(value: Any) -> Any:
         return value
     # Of a teacher: the files by their content, whatever their names' folder and dates.
     return sorted(str(file.get("sha256")) for file in value.values() if isinstance(file, Mapping))
+
+
+def _hash_lora(spec: str) -> str:
+    path, weight = split_weight(spec)
+    return f"{_hash_file(find_lora(path)[0])} {weight:g}"
 
 
 def _hash_texts(texts: Sequence[str]) -> str:

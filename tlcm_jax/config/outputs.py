@@ -132,6 +132,7 @@ def preview_hooks(
         timesteps=describe.sampling_times(settings),
         resolution=settings.model.size,
         guidance_scale=chosen.guidance_scale if chosen else None,
+        student_guidance_scale=describe.student_guidance_scale(settings),
         scorers=tuple(scorers),
     )
 

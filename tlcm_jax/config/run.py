@@ -25,6 +25,7 @@ from tlcm_jax.distillation.objective import LATENT_SHAPE, LatentShape
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
+from tlcm_jax.io.lora_stack import merge_loras
 from tlcm_jax.models import lora
 from tlcm_jax.training import distributed, loop
 from tlcm_jax.training.checkpoints import Checkpoints
@@ -190,8 +191,8 @@ def _repeat(
 
 
 def load_teacher(model: ModelSettings, mesh: Mesh) -> LatentModel:
-    """The model that a recipe names, its weights on a mesh."""
-    return load_model(
+    """The model that a recipe names, its LoRAs merged in, its weights on a mesh."""
+    found = load_model(
         model.path,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
@@ -199,6 +200,7 @@ def load_teacher(model: ModelSettings, mesh: Mesh) -> LatentModel:
         vae=model.vae or None,
         shardings=lambda params: tree_shardings(params, mesh),
     )
+    return merge_loras(found, model.loras)
 
 
 def frozen_params(model: LatentModel, null: PyTree[Array]) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class ModelSettings:
         the resnets too, for the least memory.
       vae: another autoencoder than the model's, or that of a file without one: a folder, a file or
         a hub id.
+      loras: your own, merged into the teacher before it is distilled: each a file, a folder or a
+        hub id, `PATH` or `PATH:WEIGHT`.
     """
 
     path: str
@@ -46,6 +48,7 @@ class ModelSettings:
     buckets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     remat: str = "none"
     vae: str = ""
+    loras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -95,6 +98,8 @@ class StageSettings:
       accumulate: micro-batches an update.
       epochs: how often the pairs of a refill are gone through: the teacher's work is done once,
         whatever the number.
+      unconditional: share of the prompts that pairs are made without, for a student that is to be
+        guided as its teacher is (with `guidance_scale` 1 in `settings`).
       learning_rate: peak.
       warmup_steps: updates of linear warm-up.
       decay: `constant`, `cosine` or `linear`, over the whole stage.
@@ -115,6 +120,7 @@ class StageSettings:
     prompts_per_refill: int = 0
     accumulate: int = 1
     epochs: int = 1
+    unconditional: float = 0.0
     learning_rate: float
     warmup_steps: int = 0
     decay: str = "constant"
@@ -134,6 +140,13 @@ class StageSettings:
             raise ValueError(f"adam_eps = {self.adam_eps}: must be positive, such as 1e-8")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay = {self.ema_decay}: must lie in 0 (none) to below 1")
+        if not 0 <= self.unconditional < 1:
+            raise ValueError(f"unconditional = {self.unconditional}: must lie in 0 to below 1")
+        if self.unconditional and (readers := {"preference", "reward"} & set(self.terms)):
+            raise ValueError(
+                f"unconditional = {self.unconditional}: {' and '.join(sorted(readers))} would "
+                "score pairs by prompts that they were made without"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate = {self.accumulate}: must divide batch_size = {self.batch_size}"
@@ -157,6 +170,8 @@ class EvaluationSettings:
       steps: the student's step counts.
       guidance_scale: of the undistilled teacher.
       gamma: share of fresh noise between the student's steps (`diffusion.sampler`).
+      student_guidance_scales: of a student that was distilled without guidance, the recommended
+        one first; each is a row. 1 draws without.
       undistilled: step counts of the teacher by the student's sampler: what was there before.
       pictures: prompts shown in the report.
       limit: prompts used of each file; 0 takes all.
@@ -167,12 +182,18 @@ class EvaluationSettings:
     steps: tuple[int, ...] = (1, 2, 3, 4, 8)
     guidance_scale: float = 8.0
     gamma: float = 1.0
+    student_guidance_scales: tuple[float, ...] = (1.0,)
     undistilled: tuple[int, ...] = ()
     pictures: int = 12
     limit: int = 0
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
+        if not self.student_guidance_scales or min(self.student_guidance_scales) < 0:
+            raise ValueError(
+                f"student_guidance_scales = {self.student_guidance_scales}: give at least one, "
+                "none below 0"
+            )
         for name in ("guidance_scale", "pictures", "limit"):
             check_at_least(name, getattr(self, name), 0)
 

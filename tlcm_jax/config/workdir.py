@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlcm_jax.config.describe import sampling_times
+from tlcm_jax.config.describe import keeps_guidance, sampling_times
 from tlcm_jax.config.schema import read
 from tlcm_jax.io.image_size import Resolution
 from tlcm_jax.io.json_files import read_object
@@ -32,6 +32,28 @@ def drawn_with(path: str | Path, setting: str, default: float, given: float | No
     if given is not None:
         return given
     return _section(path, "evaluation").get(setting, default)
+
+
+def student_scales(path: str | Path, replaced: bool = False) -> tuple[float, ...]:
+    """The guidance scales that a run's student is drawn with, the recommended one first.
+
+    Args:
+      path: a workdir, or anything else, which has 1 alone: none.
+      replaced: other LoRAs stand in the run's own adapter's place.
+    """
+    if replaced or not is_workdir(path):
+        return (1.0,)
+    chosen = read(_config(path)).evaluation
+    return (1.0,) if chosen is None else chosen.student_guidance_scales
+
+
+def check_guidance(path: str | Path) -> None:
+    """Raises a ValueError if guidance was distilled into a run's student already."""
+    if is_workdir(path) and not keeps_guidance(read(_config(path))):
+        raise ValueError(
+            "the teacher's guidance is distilled into this student, which draws without: leave "
+            "out --guidance_scale and --negative_prompt, or distil with a recipe's variant :guided"
+        )
 
 
 def trained_resolution(path: str | Path) -> Resolution:

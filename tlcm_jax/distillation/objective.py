@@ -14,7 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser
+from tlcm_jax.diffusion.process import bcast_right
 from tlcm_jax.distillation.networks import Frozen, Networks, Params
+
+# Folded into a key for what is drawn beside the objective's own; far from what `split` counts.
+_DROPPED = 0x6E756C6C
 
 
 class Pairs(NamedTuple):
@@ -191,6 +195,26 @@ def batch_size(tree: PyTree[Array]) -> int:
 def repeat(tree: PyTree[Array], times: int) -> PyTree[Array]:
     """Repeats each sample in place, `[b, ...]` to `[b * times, ...]`."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), tree)
+
+
+def drop_prompts(
+    conditioning: PyTree[Array], null: PyTree[Array], keys: Key[Array, " b"], share: float
+) -> PyTree[Array]:
+    """A share of a batch without its prompts, so that the student keeps an unconditional answer.
+
+    Args:
+      conditioning: `[b, ...]`.
+      null: that of no prompt, leading axis b or 1.
+      keys: of the batch; what else is drawn with them does not depend on the share.
+      share: 0 .. 1.
+    """
+    own = jax.vmap(lambda key: jax.random.fold_in(key, _DROPPED))(keys)
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, share))(own)
+    return jax.tree.map(
+        lambda without, given: jnp.where(bcast_right(dropped, given), without, given),
+        null,
+        conditioning,
+    )
 
 
 def split(keys: Key[Array, " b"], parts: int) -> tuple[Key[Array, " b"], ...]:

@@ -61,6 +61,7 @@ def student(
     steps: Sequence[int],
     *,
     gammas: Sequence[float],
+    scales: Sequence[float] = (1.0,),
     timesteps: Mapping[int, Sequence[int]],
     sampler_names: Sequence[str],
     weights: Callable[[], str],
@@ -72,6 +73,7 @@ def student(
       lora: its adapter, scaled.
       steps: the step counts.
       gammas: shares of fresh noise, of the sampler "consistency".
+      scales: of guidance, 1 for none.
       timesteps: its times by number of steps, where they are not the release's.
       sampler_names: keys of `SAMPLERS`.
       weights: gives a hash of both.
@@ -86,16 +88,19 @@ def student(
     for name in sampler_names:
         ways += [(name, gamma) for gamma in (gammas if name == "consistency" else (None,))]
     adapted = functools.cache(lambda: _with_lora(model, lora))  # once for all step counts
-    for (name, gamma), count in itertools.product(ways, steps):
+    for (name, gamma), scale, count in itertools.product(ways, scales, steps):
         parts = [name] * (len(sampler_names) > 1)
         if gamma is None:
             sampler = SAMPLERS[name](model.process, count)
         else:
             sampler = samplers.consistency(model.process, count, gamma, timesteps.get(count))
             parts += [f"gamma {gamma:g}"] * (len(gammas) > 1)
+        parts += [f"guidance {scale:g}"] * (len(scales) > 1 or scale != 1)
 
-        def draw(prompts, seed, options, sampler=sampler):
-            return generate_by(sampler, adapted(), prompts, seed, options=options)
+        def draw(prompts, seed, options, sampler=sampler, scale=scale):
+            return generate_by(
+                sampler, adapted(), prompts, seed, guidance_scale=scale, options=options
+            )
 
         yield Contestant(
             kind="student",
@@ -103,7 +108,7 @@ def student(
             variant=", ".join(parts),
             draw=draw,
             weights=weights,
-            how=(name, gamma, list(sampler.timesteps)),
+            how=(name, gamma, list(sampler.timesteps), *([scale] if scale != 1 else [])),
         )
 
 

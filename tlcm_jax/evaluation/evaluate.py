@@ -51,6 +51,7 @@ def evaluate(
     further_steps: Sequence[int] | None = None,
     guidance_scales: Sequence[float] = (8.0,),
     gammas: Sequence[float] = (1.0,),
+    student_guidance_scales: Sequence[float] = (1.0,),
     samplers: Sequence[str] = ("consistency",),
     timesteps: Mapping[int, Sequence[int]] | None = None,
     undistilled: Sequence[int] = (),
@@ -77,6 +78,7 @@ def evaluate(
         a shorter evaluation. As on the first by default.
       guidance_scales: the teacher's; the first is the one that the student imitates.
       gammas: shares of fresh noise between the student's steps, 0 to 1.
+      student_guidance_scales: the student's, where it was distilled without guidance; 1 is none.
       samplers: the student's, keys of `diffusion.samplers.SAMPLERS`.
       timesteps: the student's times by its number of steps, where they are not those of the
         authors' release.
@@ -108,6 +110,7 @@ def evaluate(
                 lora,
                 check_steps(own),
                 gammas=gammas,
+                scales=student_guidance_scales,
                 timesteps=timesteps or {},
                 sampler_names=samplers,
                 weights=functools.cache(student_weights),

@@ -34,6 +34,7 @@ class FinalEval:
       steps: the student's step counts.
       guidance_scale: of the teacher.
       gamma: share of fresh noise between the student's steps.
+      student_guidance_scales: of the student, 1 for none.
       undistilled: step counts of the teacher by the student's sampler.
       pictures: prompts of each set whose images the report shows.
       name: of the student.
@@ -48,6 +49,7 @@ class FinalEval:
     steps: tuple[int, ...]
     guidance_scale: float
     gamma: float
+    student_guidance_scales: tuple[float, ...]
     undistilled: tuple[int, ...]
     pictures: int
     name: str
@@ -114,6 +116,7 @@ def final_eval(
         steps=wanted.steps,
         guidance_scales=(wanted.guidance_scale,),
         gammas=(wanted.gamma,),
+        student_guidance_scales=wanted.student_guidance_scales,
         undistilled=wanted.undistilled,
         timesteps=wanted.timesteps,
         seed=wanted.seed,

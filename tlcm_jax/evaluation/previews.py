@@ -35,6 +35,7 @@ class Previews:
       timesteps: the student's times by its number of steps.
       resolution: of the images; None is the model's own.
       guidance_scale: of the teacher that the student is held against; None tells no health.
+      student_guidance_scale: of the student, 1 for none.
       scorers: of single images, told with the health.
     """
 
@@ -46,6 +47,7 @@ class Previews:
     timesteps: Mapping[int, Sequence[int]]
     resolution: Resolution
     guidance_scale: float | None
+    student_guidance_scale: float = 1.0
     scorers: tuple[Scorer, ...] = ()
 
     def draw(self, samples: str, adapter: Mapping[str, Any], step: int, stage: str) -> None:
@@ -83,8 +85,8 @@ class Previews:
     def _student(
         self, adapter: Mapping[str, Any], steps: int, seed: int
     ) -> UInt8[np.ndarray, "n h w 3"]:
-        prompts, times = self._few.prompts, self.timesteps.get(steps)
-        return generate(self.model, prompts, steps, seed, adapter, self.gamma, self._options, times)
+        how = self.gamma, self._options, self.timesteps.get(steps), self.student_guidance_scale
+        return generate(self.model, self._few.prompts, steps, seed, adapter, *how)
 
     @functools.cached_property
     def _teacher(self) -> health.Values:

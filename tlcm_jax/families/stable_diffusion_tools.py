@@ -131,9 +131,10 @@ def _comfyui(recipe: Recipe, product: str, process: DiscreteVP) -> str:
             " (the file says so itself, too)." if recipe.sdxl and product == "single-file" else "."
         )
     return (
-        f"## ComfyUI\nSampler `{sampler}`, CFG 1{strength}; the scheduler by the number of steps, "
-        f"or `SamplerCustom` with the sigmas typed in.{marked} `{WORKFLOW}` beside this file draws "
-        f"in {headline(recipe)} steps: open it in ComfyUI and choose your checkpoint.\n\n"
+        f"## ComfyUI\nSampler `{sampler}`, CFG {recipe.cfg:g}{strength}; the scheduler by the "
+        f"number of steps, or `SamplerCustom` with the sigmas typed in.{marked} `{WORKFLOW}` "
+        f"beside this file draws in {headline(recipe)} steps: open it in ComfyUI and choose your "
+        "checkpoint.\n\n"
         "| steps | scheduler |\n|---|---|\n" + "\n".join(rows) + "\n"
     )
 
@@ -155,8 +156,8 @@ def _a1111(recipe: Recipe, product: str, prediction_type: str) -> str:
         theirs, ours = a1111_times(example, recipe.gamma), recipe.times[example]
         told += f"{rest} (at {example}: {_join(theirs)} instead of {_join(ours)}).\n"
     return (
-        f"## A1111 and Forge\nSampling method `{sampler}`, schedule type `Simple`, CFG scale 1"
-        f"{prompt if product == 'kohya' else ''}. {told.strip()}\n"
+        f"## A1111 and Forge\nSampling method `{sampler}`, schedule type `Simple`, "
+        f"CFG scale {recipe.cfg:g}{prompt if product == 'kohya' else ''}. {told.strip()}\n"
     )
 
 
@@ -215,8 +216,9 @@ def workflow(recipe: Recipe, product: str, process: Process, size: ImageSize) ->
         typed = ", ".join(_decimal(value) for value in sigmas(process, times))
         grid = add("ManualSigmas", sigmas=typed)
     drawn = add(
-        "SamplerCustom", model=model, add_noise=True, noise_seed=0, cfg=1.0, positive=texts[0],
-        negative=texts[1], sampler=[sampler, 0], sigmas=[grid, 0], latent_image=[latents, 0],
+        "SamplerCustom", model=model, add_noise=True, noise_seed=0, cfg=float(recipe.cfg),
+        positive=texts[0], negative=texts[1], sampler=[sampler, 0], sigmas=[grid, 0],
+        latent_image=[latents, 0],
     )  # fmt: skip
     image = add("VAEDecode", samples=[drawn, 0], vae=[loader, 2])
     add("SaveImage", images=[image, 0], filename_prefix="tlcm")

@@ -68,7 +68,7 @@ def upscale(
     options: GenerationOptions = _OPTIONS,
     tables: Mapping[int, Sequence[int]] = STUDENT_TIMESTEPS,
     guidance_scale: float = 1.0,
-) -> UInt8[np.ndarray, "n h w 3"]:
+) -> UInt8[np.ndarray, "n H W 3"]:
     """The second of two stages: images enlarged, and drawn on at the larger size.
 
     Args:

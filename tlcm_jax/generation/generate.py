@@ -40,6 +40,7 @@ class GenerationOptions:
     Attributes:
       prompts_2: the second text encoder's texts, where they differ (SDXL).
       chunks: of 75 tokens that a prompt may have before it is cut; None for as many as it needs.
+      negative_prompt: what guidance moves away from, in the place of no text; with guidance only.
       resolution: of the images: an `ImageSize`, text such as `1216x832` (width first), or the
         side of a square; the model's own by default.
       tile: side of the tiles, in latent pixels, that images too large to be decoded at once are
@@ -52,6 +53,7 @@ class GenerationOptions:
 
     prompts_2: Sequence[str] | None = None
     chunks: int | None = 1
+    negative_prompt: str | None = None
     resolution: Resolution = None
     tile: int = 0
     batch_size: int = 64
@@ -74,8 +76,9 @@ def generate(
     gamma: float = 1.0,
     options: GenerationOptions = GenerationOptions(),
     timesteps: Sequence[int] | None = None,
+    guidance_scale: float = 1.0,
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """Generates with a distilled model, without guidance.
+    """Generates with a distilled model.
 
     Args:
       model: the student. If its weights lie on a mesh, batches are cut over the mesh. A backbone
@@ -87,6 +90,7 @@ def generate(
       gamma: share of fresh noise between steps, 1 all of it, 0 none (`diffusion.sampling`).
       options: resolution, batches, long prompts.
       timesteps: the training steps of the sampler's; the table of the authors' release by default.
+      guidance_scale: w, for a student that was distilled without guidance; 1 is without.
 
     Returns:
       Images, in the order of the prompts.
@@ -95,7 +99,7 @@ def generate(
       ValueError: no prompts, or steps, gamma or resolution out of range.
     """
     sampler = samplers.consistency(model.process, steps, gamma, timesteps)
-    return generate_by(sampler, model, prompts, seed, lora, options=options)
+    return generate_by(sampler, model, prompts, seed, lora, guidance_scale, options)
 
 
 def generate_by(
@@ -127,12 +131,11 @@ def generate_by(
     process, scale = model.process, float(guidance_scale)
     levels = sampler.levels.astype(np.float32)
     times = np.asarray([process.time(t) for t in sampler.timesteps], process.time_dtype)
-    tokens = _tokens(model, prompts, options)
-    null = None if scale == 1 else model.null_conditioning(options.resolution, like=tokens)
+    static, first = _Static.of(model, options), np.float32(sampler.first)
+    tokens, null = _texts(model, static, prompts, options, scale)
     backbone = model.params[model.backbone]
     if lora is not None:
         backbone = merged(backbone, lora)
-    static, first = _Static.of(model, options), np.float32(sampler.first)
     check_canvas(model, canvas, len(prompts), options.resolution)
     more = {} if canvas is None else canvas.rows(len(prompts))
     autoencoder = {model.decoder: model.params[model.decoder]}
@@ -187,11 +190,10 @@ def generate_teacher(
     process, scale = model.process, float(guidance_scale)
     stops = np.asarray((*process.grid(steps), process.end), process.time_dtype)
     check_canvas(model, None, len(prompts), options.resolution)
-    tokens = _tokens(model, prompts, options)
     if model.guidance_is_embedded:
         model, scale = model.with_embedded_guidance(scale), 1.0
     static, backbone = _Static.of(model, options), model.params[model.backbone]
-    null = model.null_conditioning(options.resolution, like=tokens)
+    tokens, null = _texts(model, static, prompts, options, scale)
 
     def latents(
         conditioning: PyTree[Array], keys: Key[Array, " b"], more: dict[str, Array]
@@ -308,13 +310,29 @@ def _noise(
     return sampling.normal(keys, static.model.latent_shape(static.resolution))
 
 
-def _tokens(
-    model: LatentModel, prompts: Sequence[str], options: GenerationOptions
-) -> tuple[np.ndarray, ...]:
-    """Token ids for each text encoder, `[n, ...]`."""
+def _texts(
+    model: LatentModel,
+    static: _Static,
+    prompts: Sequence[str],
+    options: GenerationOptions,
+    scale: float,
+) -> tuple[tuple[np.ndarray, ...], PyTree[Array]]:
+    """Token ids for each text encoder, `[n, ...]`, and what guidance moves away from, axis 1."""
     if not prompts:
         raise ValueError("there is nothing to generate: give at least one prompt")
-    return model.tokenize(prompts, options.prompts_2, options.chunks)
+    negative, prompts_2 = options.negative_prompt, options.prompts_2
+    if negative is None:
+        tokens = model.tokenize(prompts, prompts_2, options.chunks)
+        null = None if scale == 1 else model.null_conditioning(options.resolution, like=tokens)
+        return tokens, null
+    if scale == 1:
+        raise ValueError("a negative prompt has no effect without guidance: set guidance_scale")
+    if prompts_2 is not None:
+        prompts_2 = [*prompts_2, negative]
+    # Together, so that both have as many chunks.
+    ids = model.tokenize([*prompts, negative], prompts_2, options.chunks)
+    null = _encode(static, model.text_params, tuple(jnp.asarray(part[-1:]) for part in ids))
+    return tuple(part[:-1] for part in ids), null
 
 
 def _generate(

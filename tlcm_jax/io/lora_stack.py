@@ -36,7 +36,7 @@ def apply_loras(
     """
     networks = {name: tree for name, tree in model.params.items() if name != model.decoder}
     found = []
-    for path, weight in map(_split_weight, specs):
+    for path, weight in map(split_weight, specs):
         found.append((read_networks(path, networks, model.lora_names), weight))
     adapters = combine(found)
     backbone = adapters.pop(model.backbone, None)
@@ -44,6 +44,17 @@ def apply_loras(
     for name, adapter in adapters.items():
         changed[name] = lora.merge(changed.get(name, networks[name]), adapter)
     return model.with_params(**changed), backbone
+
+
+def merge_loras(model: LatentModel, specs: Sequence[str]) -> LatentModel:
+    """A model with LoRAs in its weights, as if it had been trained so; arguments as above."""
+    if not specs:
+        return model
+    model, adapter = apply_loras(model, specs)
+    if adapter is None:
+        return model
+    backbone = lora.merge(model.params[model.backbone], adapter)
+    return model.with_params(**{model.backbone: backbone})
 
 
 def combine(files: Sequence[tuple[LoraFile, float]]) -> dict[str, Mapping[str, Any]]:
@@ -70,7 +81,7 @@ def _with_dense(
     return {network: flax.traverse_util.unflatten_dict(leaves) for network, leaves in flat.items()}
 
 
-def _split_weight(spec: str) -> tuple[str, float]:
+def split_weight(spec: str) -> tuple[str, float]:
     """`PATH` and its weight; a path that exists as it stands has weight 1."""
     path, colon, weight = spec.rpartition(":")
     if not colon or Path(spec).exists():
@@ -80,5 +91,5 @@ def _split_weight(spec: str) -> tuple[str, float]:
     except ValueError:
         return spec, 1.0
     if not abs(factor) < 1e6:
-        raise ValueError(f"--lora {spec}: its weight must be a number of some reasonable size")
+        raise ValueError(f"LoRA {spec}: its weight must be a number of some reasonable size")
     return path, factor

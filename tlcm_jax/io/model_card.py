@@ -34,10 +34,13 @@ class Recipe:
     Attributes:
       name: of the student.
       teacher: folder or hub id it was distilled from.
+      loras: merged into the teacher before, each with its weight, in words.
       method: of the distillation, by name.
       times: at which the student is called, by the number of steps.
       gamma: share of fresh noise between the student's steps.
       guidance_scales: of the teacher.
+      guidance_scale: that examples of the student draw with, if it was distilled without guidance;
+        0 where the teacher's is distilled in.
       ingredients: what was taken from which method, a line each.
       data: what the distillation has read, a sentence.
       size: of the images, in pixels; None is the teacher's own.
@@ -55,8 +58,10 @@ class Recipe:
     teacher: str
     method: str
     times: Mapping[int, tuple[int, ...]]
+    loras: tuple[str, ...] = ()
     gamma: float = 1.0
     guidance_scales: tuple[float, ...] = ()
+    guidance_scale: float = 0.0
     ingredients: tuple[str, ...] = ()
     data: str = "not known."
     size: ImageSize | None = None
@@ -77,9 +82,14 @@ class Recipe:
             "recipe": "; ".join(self.stages),
             "timesteps": "; ".join(f"{n}: {_join(times, ' ')}" for n, times in self.times.items()),
             "gamma": f"{self.gamma:g}",
-            "guidance_scale": "0",
+            "guidance_scale": f"{self.guidance_scale:g}",
             "made_with": PROJECT,
         }
+
+    @property
+    def cfg(self) -> float:
+        """The scale as tools count it, in which 1 is none."""
+        return self.guidance_scale or 1.0
 
 
 def teacher_name(source: str) -> str:
@@ -133,6 +143,13 @@ def model_card(recipe: Recipe, product: str, tools: str = "") -> str:
     tags = [name.strip().lower().replace(" ", "-") for name in recipe.method.split("+")]
     scales = " and ".join(f"{scale:g}" for scale in recipe.guidance_scales)
     guidance = f"the teacher's, scale {scales}, is" if scales else "the teacher's is"
+    guided = f"**Guidance is off** (`guidance_scale=0`): {guidance} distilled in."
+    if recipe.guidance_scale:
+        guided = (
+            "**Guidance is yours** (`guidance_scale`, 1 for none, and `negative_prompt`): the "
+            "teacher was called without it, and the student takes it as the teacher does. A guided "
+            "step is two calls."
+        )
     rank = f" of rank {recipe.rank}" if recipe.rank else ""
     form = {
         "lora": f"a LoRA{rank} in diffusers' names, for diffusers alone",
@@ -158,7 +175,7 @@ tags: [{", ".join(["text-to-image", "distillation", *tags])}]
 {_snippet(recipe, product)}
 ```
 
-**Guidance is off** (`guidance_scale=0`): {guidance} distilled in.
+{guided}
 **Pass the timesteps**: they are this student's, and a scheduler's own grid is another.
 {_sampler(recipe).remark}
 
@@ -167,7 +184,7 @@ tags: [{", ".join(["text-to-image", "distillation", *tags])}]
 {table}
 {tools}{_advice(recipe, product)}
 ## Recipe
-- Teacher: {_code(recipe.teacher)}, frozen
+- Teacher: {_code(recipe.teacher)}{_merged(recipe)}, frozen
 - Trained: {plain_text(recipe.trained)}
 - Data: {recipe.data}
 - Images: {recipe.images}
@@ -218,7 +235,7 @@ def _snippet(recipe: Recipe, product: str) -> str:
     if recipe.size is not None:
         size = f" height={recipe.size.height}, width={recipe.size.width},"
     draw = f"""image = pipe(
-    "a prompt", timesteps=[{_join(times)}], guidance_scale=0,{sampler.call}
+    "a prompt", timesteps=[{_join(times)}], guidance_scale={recipe.guidance_scale:g},{sampler.call}
     generator=torch.Generator().manual_seed(0),{size}
 ).images[0]"""
     here, base = "path/to/this/folder", _loading(recipe.teacher)
@@ -263,6 +280,17 @@ def _loading(teacher: str) -> str:
 def _advice(recipe: Recipe, product: str) -> str:
     if product not in ("lora", "kohya"):
         return ""
+    beside = (
+        f"""
+## Beside it
+The teacher had other LoRAs merged into it, and this file holds what was learnt on top of them
+alone: load them too, with these weights, or take the product `pipeline` or `single-file`, which
+hold both.
+{chr(10).join(f"- {_code(line)}" for line in recipe.loras)}
+"""
+        if recipe.loras
+        else ""
+    )
     extracted = (
         f"""
 The student was trained without a LoRA. This one is the nearest of its rank to what was learnt, and
@@ -271,12 +299,17 @@ misses {recipe.missed:.1%} of it: the other products are the student itself.
         if recipe.missed
         else ""
     )
-    return f"""{extracted}
+    return f"""{beside}{extracted}
 ## Scale
 Alpha equals the rank, so the scale is 1, which is what was trained. On other fine-tunes of the
 teacher begin with 1, and lower it (`pipe.set_adapters`, or the strength in your tool) where images
 look over-sharp or over-saturated.
 """
+
+
+def _merged(recipe: Recipe) -> str:
+    named = "; ".join(map(_code, recipe.loras))
+    return f" with these LoRAs merged in: {named}" if recipe.loras else ""
 
 
 def _join(times: Sequence[int], separator: str = ", ") -> str:
