@@ -8,7 +8,10 @@ setup(
     description="Few-step distillation of latent diffusion models on TPUs, from prompts alone",
     license="Apache-2.0",
     packages=find_packages(include=["tlcm_jax", "tlcm_jax.*"]),
-    package_data={"tlcm_jax.evaluation.reporting": ["templates/*.html"]},
+    package_data={
+        "tlcm_jax.evaluation.reporting": ["templates/*.html"],
+        "tlcm_jax.serving": ["templates/*.html"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -63,7 +63,7 @@ def test_a_mask_keeps_what_is_black(model, files):
 def test_two_stages_draw_small_and_then_large(model, files, capsys):
     drawn = run(model, files, "--upscale=1.5", "--steps=1", "--seed=7")
     assert drawn.shape == (48, 48, 3)
-    assert "at 48 pixels: strength 0.375 is 1 step, at 374" in capsys.readouterr().out
+    assert "at 48x48 pixels: strength 0.375 is 1 step, at 374" in capsys.readouterr().out
     small = generate(load_model(model), ["a cat"], 1, seed=7)[0]
     larger = np.asarray(Image.fromarray(small).resize((48, 48), Image.Resampling.LANCZOS))
     assert np.mean(drawn != larger) > 0.5

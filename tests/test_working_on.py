@@ -1,6 +1,7 @@
 """Working on with a distilled model: a user's LoRA before it, style after it, guidance kept."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -110,7 +111,7 @@ def test_a_negative_prompt_stands_in_the_place_of_none(teacher):
     """Equation (1) of diffusion.guidance, by hand."""
     noise = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), 0)
     z = jax.random.normal(noise, (1, 8, 8, 4))
-    t = np.full(1, 999)
+    t = jnp.full(1, 999)
     given, away = (
         teacher.denoiser()(z, t, teacher.encode([text])) for text in ("a cat", "an icon")
     )

@@ -65,6 +65,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "prompt_2", None, "The second text encoder's, one for each --prompt.", **where
     )
+    flags.DEFINE_string(
+        "adapter", None, "Folder of another language's text encoder and its adapter.", **where
+    )
     flags.DEFINE_bool("long_prompts", False, "Read prompts beyond their 77th token.", **where)
     flags.DEFINE_integer("steps", None, "1 to 8 (default 4); with --teacher any (25).", **where)
     flags.DEFINE_integer("seed", 0, "Of the noise.", **where)
@@ -111,7 +114,7 @@ def run(values: flags.FlagValues) -> None:
         )
     if not values.teacher:
         student_timesteps(steps)  # before anything is loaded
-    strength = _strength(values)
+    strength, said = _strength(values), ""
     tables = STUDENT_TIMESTEPS if values.lora else trained_times(values.model) or STUDENT_TIMESTEPS
     if strength is not None:
         said = describe_edit(edit_timesteps(steps, strength, tables), strength)
@@ -132,7 +135,9 @@ def run(values: flags.FlagValues) -> None:
         adapted=not values.teacher,
         vae=values.vae,
     )
-    if not values.long_prompts:
+    if values.adapter is not None:
+        model = model.with_text_adapter(values.adapter)
+    elif not values.long_prompts:
         for tokenizer in model.tokenizers[:1]:
             warn_truncated([*values.prompt, *(values.prompt_2 or ())], tokenizer)
     if values.teacher:
@@ -141,20 +146,26 @@ def run(values: flags.FlagValues) -> None:
     else:
         model, guidance = _guided(model, values)
         gamma = drawn_with(values.model, "gamma", 1.0, given=values.gamma)
-        drawn = model, values.prompt
-        how = values.seed, adapter, gamma, options
-        if pictures is not None:
+        prompts, seed = values.prompt, values.seed
+        if pictures is not None and strength is not None:
             canvas, fitted = fit_canvas(*pictures, model.image_size(options.resolution))
             print(f"{values.image}: {fitted}" if fitted else values.image)
             print(said)
-            images = edit(*drawn, canvas, steps, strength, *how, tables, guidance)
+            images = edit(
+                model, prompts, canvas, steps, strength, seed, adapter, gamma, options, tables,
+                guidance,
+            )  # fmt: skip
         else:
-            images = generate(*drawn, steps, *how, tables.get(steps), guidance)
-        if values.upscale is not None:
+            images = generate(
+                model, prompts, steps, seed, adapter, gamma, options, tables.get(steps), guidance
+            )
+        if values.upscale is not None and strength is not None:
             size = larger(model, options.resolution, values.upscale)
             print(f"at {size} pixels: {said}")
-            how = (*how, tables, guidance)
-            images = upscale(model, images, values.prompt, size, steps, strength, *how)
+            images = upscale(
+                model, images, prompts, size, steps, strength, seed, adapter, gamma, options,
+                tables, guidance,
+            )  # fmt: skip
     for target, image in zip(targets, images, strict=True):
         enlarged = image.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
         Image.fromarray(np.ascontiguousarray(enlarged)).save(target)

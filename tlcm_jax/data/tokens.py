@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ftfy
 import numpy as np
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import BertTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
 from tlcm_jax.io.json_files import read_object
 
@@ -111,6 +111,25 @@ def read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
         )
     tokenizer.model_max_length = min(length, 77)  # transformers' "unknown" is a huge number
     return tokenizer
+
+
+def read_bert_tokenizer(file: Path, vocabulary: int) -> BertTokenizer:
+    """BERT's tokenizer, without case, of at most so many words; its file is read as data.
+
+    Raises:
+      ValueError: it cannot be read, or is another text encoder's.
+    """
+    try:
+        found = BertTokenizer(str(file), do_lower_case=True)
+        largest = max(found.get_vocab().values())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of whatever kind: the library trusts its files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file} is no vocabulary of BERT's ({reason})") from None
+    if largest >= vocabulary:
+        raise ValueError(f"{file} has ids up to {largest}, and the network {vocabulary} words")
+    return found
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:

@@ -234,6 +234,14 @@ class LatentModel:
             "this one does not take the scale as an input either"
         )
 
+    def with_text_adapter(self, path: str | Path) -> "LatentModel":
+        """The model with an adapter of another text encoder in its own encoders' place.
+
+        Raises:
+          FileNotFoundError, ValueError: there is none at `path`, or none that fits the model.
+        """
+        raise ValueError(f"{self.source}: this model takes no text adapter")
+
     # Latents and images.
 
     @property
@@ -318,7 +326,7 @@ class LatentModel:
         """
         raise ValueError(f"{self.source}: this model has no encoder of images")
 
-    def image_size(self, resolution: int | None = None) -> tuple[int, int]:
+    def image_size(self, resolution: Resolution = None) -> tuple[int, int]:
         """Height and width in pixels of its images; not every family's are pictures.
 
         Raises:

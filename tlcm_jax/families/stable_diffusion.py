@@ -11,12 +11,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 from transformers import CLIPTokenizer
 
-from tlcm_jax.data.tokens import read_tokenizer, tokenize
+from tlcm_jax.data.tokens import clip_ids, read_tokenizer, tokenize
 from tlcm_jax.diffusion.scheduler_config import process_from_config
 from tlcm_jax.families.base import LatentModel, abstract_params
 from tlcm_jax.families.product import Params
 from tlcm_jax.families.stable_diffusion_products import LORA_NAMES, PRODUCTS, TOWERS, VAE
 from tlcm_jax.families.stable_diffusion_tools import WORKFLOW, settings_text, workflow
+from tlcm_jax.families.text_adapter import ADAPTER, TOWER, AdaptedTexts, read_text_adapter
 from tlcm_jax.io.image_size import ImageSize, Resolution
 from tlcm_jax.io.json_files import parse, read_object
 from tlcm_jax.io.ldm_names import UNET
@@ -53,6 +54,7 @@ class StableDiffusion(LatentModel):
       vae: the decoder, and encoder.
       text_encoders: one tower, or SDXL's two.
       zero_null: the null conditioning is zeros (SDXL) rather than the encoded empty prompt.
+      text_adapter: another text encoder and its adapter, in the place of SDXL's own.
       embedded_guidance: the scale that a UNet with guidance embedding is given; others ignore it.
     """
 
@@ -60,6 +62,7 @@ class StableDiffusion(LatentModel):
     vae: AutoencoderKL
     text_encoders: tuple[CLIPTextModel, ...]
     zero_null: bool
+    text_adapter: AdaptedTexts | None = None
     embedded_guidance: float = 8.0
 
     backbone = UNET
@@ -153,7 +156,7 @@ class StableDiffusion(LatentModel):
         """See `LatentModel`."""
         return (
             self.unet, self.vae, self.text_encoders, self.process, self.zero_null,
-            self.embedded_guidance,
+            self.embedded_guidance, self.text_adapter,
         )  # fmt: skip
 
     def card(self, recipe: Recipe, product: str) -> str:
@@ -204,7 +207,30 @@ class StableDiffusion(LatentModel):
     @property
     def text_params(self) -> dict[str, Any]:
         """See `LatentModel`."""
-        return {name: tree for name, tree in self.params.items() if name in TOWERS}
+        names = TOWERS if self.text_adapter is None else (TOWER, ADAPTER)
+        return {name: tree for name, tree in self.params.items() if name in names}
+
+    def with_text_adapter(self, path: str | Path) -> "StableDiffusion":
+        """See `LatentModel`; the folder is `families.text_adapter`'s."""
+        config = self.unet.config
+        if len(self.text_encoders) < 2 or not config.text_time:
+            raise ValueError(
+                f"{self.source} is not SDXL, whose pooled and sequence states a text adapter gives"
+            )
+        ids = 6 * config.addition_time_embed_dim
+        texts, params, tokenizer = read_text_adapter(
+            path,
+            dtype=self.dtype,
+            pooled_width=config.projection_class_embeddings_input_dim - ids,
+            sequence_width=config.cross_attention_dim,
+        )
+        return dataclasses.replace(
+            self,
+            text_adapter=texts,
+            params={**self.params, **params},
+            tokenizers=(tokenizer,),
+            zero_null=False,
+        )
 
     @property
     def size(self) -> ImageSize:
@@ -224,7 +250,7 @@ class StableDiffusion(LatentModel):
         size.check(factor)
         return (size.height // factor, size.width // factor, self.vae.config.latent_channels)
 
-    def image_size(self, resolution: int | None = None) -> tuple[int, int]:
+    def image_size(self, resolution: Resolution = None) -> tuple[int, int]:
         """See `LatentModel`."""
         height, width, _ = self.latent_shape(resolution)
         return height * self.vae.config.downsampling, width * self.vae.config.downsampling
@@ -271,6 +297,10 @@ class StableDiffusion(LatentModel):
         Raises:
           ValueError: `prompts_2` that do not fit the model or the prompts.
         """
+        if self.text_adapter is not None:
+            if prompts_2 is not None or chunks != 1:
+                raise ValueError("a text adapter has one encoder, which reads one chunk of a text")
+            return (clip_ids(self.tokenizers[0], prompts, self.text_adapter.length),)
         return tokenize(self.tokenizers, prompts, prompts_2, chunks=chunks)
 
     def encode_tokens(
@@ -287,10 +317,14 @@ class StableDiffusion(LatentModel):
           ids: what `tokenize` returns.
           resolution: of the images; the model's own by default.
         """
-        outputs: list[Any] = [
-            tower.apply({"params": params[name]}, jnp.asarray(tokens))
-            for tower, name, tokens in zip(self.text_encoders, TOWERS, ids, strict=False)
-        ]
+        outputs: list[Any] = (
+            []
+            if self.text_adapter
+            else [
+                tower.apply({"params": params[name]}, jnp.asarray(tokens))
+                for tower, name, tokens in zip(self.text_encoders, TOWERS, ids, strict=False)
+            ]
+        )
         batch, scale = jnp.shape(ids[0])[0], None
         if self.guidance_is_embedded:
             scale = jnp.full(batch, self.embedded_guidance, jnp.float32)
@@ -299,9 +333,14 @@ class StableDiffusion(LatentModel):
         size = ImageSize.read(resolution) or self.size
         sides = (size.height, size.width)
         time_ids = jnp.array([[*sides, 0, 0, *sides]], jnp.float32)
+        if self.text_adapter is not None:
+            sequence, pooled = self.text_adapter.encode(params, ids[0])
+        else:
+            sequence = jnp.concatenate([states[-2] for states, _, _ in outputs], axis=-1)
+            pooled = outputs[1][2]
         return Conditioning(
-            prompt_embeds=jnp.concatenate([states[-2] for states, _, _ in outputs], axis=-1),
-            pooled=outputs[1][2],
+            prompt_embeds=sequence,
+            pooled=pooled,
             time_ids=jnp.broadcast_to(time_ids, (batch, 6)),
             guidance_scale=scale,
         )

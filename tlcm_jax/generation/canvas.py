@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.product import Params
+from tlcm_jax.io.image_size import Resolution
 
 # A value from here on is white: diffusers' threshold of one half.
 _WHITE = 128
@@ -55,7 +57,9 @@ class Canvas:
         return found
 
 
-def check_canvas(model: LatentModel, canvas: Canvas | None, count: int, resolution: Any) -> None:
+def check_canvas(
+    model: LatentModel, canvas: Canvas | None, count: int, resolution: Resolution
+) -> None:
     """Raises a ValueError where a model cannot draw on a canvas, or not without one."""
     if canvas is not None:
         canvas.check(model, count, model.image_size(resolution))
@@ -97,8 +101,8 @@ def to_latents(
     return latents, mask[:, ::factor, ::factor], left
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """A picture file as RGB, upright, on white where it is transparent.
+def read_picture(path: str | Path | io.BytesIO) -> Image.Image:
+    """A picture file, or its content, as RGB, upright, on white where it is transparent.
 
     Raises:
       FileNotFoundError, ValueError: there is none, or it cannot be read.
@@ -139,7 +143,7 @@ def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, str]:
 
 
 def read_pictures(
-    picture: str | Path, mask: str | Path | None
+    picture: str | Path | io.BytesIO, mask: str | Path | io.BytesIO | None
 ) -> tuple[Image.Image, Image.Image | None]:
     """A picture file, and a mask that is white where something new is to be drawn.
 

@@ -13,6 +13,7 @@ from tlcm_jax.diffusion.timesteps import STUDENT_TIMESTEPS
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.canvas import Canvas, enlarge
 from tlcm_jax.generation.generate import GenerationOptions, generate_by
+from tlcm_jax.io.image_size import ImageSize, Resolution
 
 _OPTIONS = GenerationOptions()
 
@@ -59,7 +60,7 @@ def upscale(
     model: LatentModel,
     images: UInt8[np.ndarray, "n h w 3"],
     prompts: Sequence[str],
-    resolution: Any,
+    resolution: Resolution,
     steps: int,
     strength: float,
     seed: int,
@@ -93,8 +94,9 @@ def upscale(
     )  # fmt: skip
 
 
-def larger(model: LatentModel, resolution: int | None, factor: float) -> int:
-    """A resolution times a factor, rounded to what the model can have."""
-    side, _ = model.image_size(resolution)
-    unit = side // model.latent_shape(resolution)[0]
-    return unit * round(side * factor / unit)
+def larger(model: LatentModel, resolution: Resolution, factor: float) -> ImageSize:
+    """A size times a factor, rounded to what the model can have."""
+    size = model.image_size(resolution)
+    unit = size[0] // model.latent_shape(resolution)[0]
+    height, width = (unit * round(side * factor / unit) for side in size)
+    return ImageSize(height=height, width=width)

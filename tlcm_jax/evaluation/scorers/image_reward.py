@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from transformers import BertTokenizer
 
+from tlcm_jax.data.tokens import read_bert_tokenizer
 from tlcm_jax.evaluation.scorers.base import Annotations, Scorer, image_scores
 from tlcm_jax.evaluation.scorers.preprocess import Preprocess
 from tlcm_jax.io.json_files import naming
@@ -106,17 +107,7 @@ def _tokenizer(folder: Path, words: int) -> BertTokenizer:
     """BERT's tokenizer, of at most so many words."""
     for place in (folder, folder / "tokenizer"):
         if (file := place / "vocab.txt").is_file():
-            try:
-                found = BertTokenizer(str(file), do_lower_case=True)
-                largest = max(found.get_vocab().values())
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # of whatever kind: the library trusts its files
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"{file} is no vocabulary of BERT's ({reason})") from None
-            if largest >= words:
-                raise ValueError(f"{file} has ids up to {largest}, and the network {words} words")
-            return found
+            return read_bert_tokenizer(file, words)
     raise FileNotFoundError(
         "the tokenizer of score 'image_reward' is missing: put vocab.txt of bert-base-uncased "
         f"into {folder / 'tokenizer'}"

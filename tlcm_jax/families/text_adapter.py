@@ -1,0 +1,135 @@
+"""Another language for SDXL: Chinese-CLIP's text tower and an adapter in its encoders' place.
+
+A folder holds Chinese-CLIP as its hub has it (`config.json`, `model.safetensors`, of which the text
+tower is read, and `vocab.txt`), and beside it `text_adapter.safetensors`: PEA-Diffusion's
+`layernorm`, `projector` and `fc`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+from transformers import BertTokenizer
+
+from tlcm_jax.data.tokens import read_bert_tokenizer
+from tlcm_jax.families.base import abstract_params
+from tlcm_jax.families.product import Params
+from tlcm_jax.io import names
+from tlcm_jax.io.json_files import parse, read_object
+from tlcm_jax.io.placement import to_devices
+from tlcm_jax.io.places import Place, PlacedTensors
+from tlcm_jax.io.tensors import TensorFile, Tensors, refuse_pickle
+from tlcm_jax.models.chinese_clip import ChineseCLIPTextConfig, ChineseCLIPTextModel
+from tlcm_jax.models.text_adapter import TextAdapter, TextAdapterConfig
+
+TOWER, ADAPTER = "adapter_text_encoder", "text_adapter"
+ADAPTER_FILE = "text_adapter.safetensors"
+# What Chinese-CLIP reads of a text, begin and end included.
+LENGTH = 52
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptedTexts:
+    """The two networks, without weights.
+
+    Attributes:
+      tower: text to states.
+      adapter: states to SDXL's conditioning.
+      length: of a text, in tokens.
+    """
+
+    tower: ChineseCLIPTextModel
+    adapter: TextAdapter
+    length: int = LENGTH
+
+    def encode(
+        self, params: Params, ids: ArrayLike
+    ) -> tuple[Float[Array, "b n s"], Float[Array, "b p"]]:
+        """The sequence and the pooled output of token ids `[b, n]`; traceable."""
+        states: Any = self.tower.apply({"params": params[TOWER]}, jnp.asarray(ids))
+        return self.adapter.apply({"params": params[ADAPTER]}, states)
+
+
+def read_text_adapter(
+    path: str | Path, *, dtype: Any, pooled_width: int, sequence_width: int
+) -> tuple[AdaptedTexts, dict[str, Any], BertTokenizer]:
+    """Reads a folder.
+
+    Args:
+      path: of the form above.
+      dtype: of weights and computations.
+      pooled_width: what the UNet takes.
+      sequence_width: what the UNet takes.
+
+    Returns:
+      The networks, their weights by `TOWER` and `ADAPTER`, and the tokenizer.
+
+    Raises:
+      FileNotFoundError: a part of it is missing, which is named.
+      ValueError: the parts do not fit each other or the UNet.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"--adapter {path}: there is no such folder; give one with Chinese-CLIP's config.json, "
+            f"model.safetensors and vocab.txt, and {ADAPTER_FILE}"
+        )
+    for name in ("config.json", "model.safetensors", "vocab.txt", ADAPTER_FILE):
+        if not (folder / name).is_file():
+            for other in folder.glob("*"):
+                refuse_pickle(other)
+            raise FileNotFoundError(f"--adapter {path} holds no {name}")
+    file = folder / "config.json"
+    config = parse(file, read_object(file), ChineseCLIPTextConfig.from_dict)
+    tower = ChineseCLIPTextModel(config, dtype)
+    weights = TensorFile([folder / ADAPTER_FILE])
+    adapter = TextAdapter(_adapter_config(folder / ADAPTER_FILE, weights), dtype)
+    found = adapter.config
+    for what, needed, given in (
+        ("reads states", config.hidden_size, found.in_width),
+        ("gives a pooled output", pooled_width, found.pooled_width),
+        ("gives a sequence", sequence_width, found.sequence_width),
+    ):
+        if needed != given:
+            whose = "its text encoder" if what == "reads states" else "the model"
+            raise ValueError(
+                f"--adapter {path}: {ADAPTER_FILE} {what} {given} wide, but {whose} has {needed}: "
+                "it was trained for another"
+            )
+    prefix = "text_model."
+    file = folder / "model.safetensors"
+    whole = TensorFile([file])
+    shapes = abstract_params(tower, dtype)
+    places = {name: Place(prefix + name) for name in names.to_torch_names(shapes)}
+    params = {
+        TOWER: _load(PlacedTensors(whole, places), shapes, file),
+        ADAPTER: _load(weights, abstract_params(adapter, dtype), folder / ADAPTER_FILE),
+    }
+    tokenizer = read_bert_tokenizer(folder / "vocab.txt", config.vocab_size)
+    length = min(LENGTH, config.max_position_embeddings)
+    return AdaptedTexts(tower=tower, adapter=adapter, length=length), params, tokenizer
+
+
+def _load(tensors: Tensors, shapes: Any, file: Path) -> Any:
+    views = names.match_tensors(tensors, shapes, str(file))
+    try:
+        return to_devices(views, shapes, tensors.release, None)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _adapter_config(file: Path, weights: TensorFile) -> TextAdapterConfig:
+    try:
+        (hidden, width), (pooled, _), (sequence, _) = (
+            weights[f"{name}.weight"].shape for name in ("projector.0", "projector.4", "fc")
+        )
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"{file} is no text adapter: it has no projector.0, projector.4 and fc"
+        ) from None
+    return TextAdapterConfig(
+        in_width=width, hidden_width=hidden, pooled_width=pooled, sequence_width=sequence
+    )

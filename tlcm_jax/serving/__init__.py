@@ -1,0 +1,1 @@
+"""A local page to draw on: what `python -m tlcm_jax.serve` runs."""
