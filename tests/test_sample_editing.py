@@ -51,6 +51,13 @@ def test_a_picture_is_fitted_and_changed_and_it_is_said(model, files, capsys):
     assert np.mean(whole != square) > 0.5
 
 
+def test_images_need_not_be_square(model, files, capsys):
+    image = ("--image", f"{files}/square.png", "--resolution=48x32", "--steps=1")
+    assert run(model, files, *image).shape == (32, 48, 3)
+    fitted = "32x32 pixels scaled to 48x48, of which the middle 48x32 are taken"
+    assert fitted in capsys.readouterr().out
+
+
 def test_a_mask_keeps_what_is_black(model, files):
     """The decoder sees beyond its latent, so what is kept is compared far from the mask."""
     image = ("--image", f"{files}/square.png", "--steps=1")

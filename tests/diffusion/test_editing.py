@@ -1,10 +1,13 @@
 """Where an edit begins and what it keeps: closed forms."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tlcm_jax import paths
 from tlcm_jax.diffusion import editing
 from tlcm_jax.diffusion.editing import describe_edit, edit_timesteps
 from tlcm_jax.diffusion.process import RectifiedFlow
@@ -62,3 +65,13 @@ def test_what_is_kept_lies_on_one_straight_path():
             np.testing.assert_array_equal(kept[:, :2], z[:, :2])
             mixed = (1 - sigma) * picture + sigma * noise
             np.testing.assert_allclose(kept[:, 2:], mixed[:, 2:], atol=1e-6)
+
+
+def test_the_document_s_table_is_the_rule_s():
+    text = (paths.ROOT / "docs" / "applications.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (0\.\d+) \| (\d+) \| ([\d ]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for strength, start, times in rows:
+        expected = tuple(map(int, times.split()))
+        assert edit_timesteps(len(expected), float(strength)) == expected
+        assert int(start) == expected[0]
