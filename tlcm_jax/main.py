@@ -184,9 +184,22 @@ def parse_flags(argv: list[str]) -> list[str]:
         )
 
 
+def quiet_libraries() -> None:
+    """Leaves out what libraries print for their authors; an error still ends the command."""
+    # Orbax logs each of its options, and a failed save with its trace, through the same logger.
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    told = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        # TensorStore's writes that outlive a save that failed, each with a trace from its thread.
+        if str(ignored.exc_value) != "Event loop is closed":
+            told(ignored)
+
+    sys.unraisablehook = hook
+
+
 if __name__ == "__main__":
     logging.set_verbosity(logging.INFO)
-    # Orbax logs each of its options, through the same logger.
-    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    quiet_libraries()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main, flags_parser=parse_flags)

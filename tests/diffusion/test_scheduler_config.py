@@ -92,6 +92,8 @@ def test_a_flow_has_its_shift():
     [
         ({"beta_schedule": "squaredcos_cap_v2"}, "'squaredcos_cap_v2'.*linear or scaled_linear"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True.*eps prediction"),
+        ({"rescale_betas_zero_snr": "false"}, "rescale_betas_zero_snr = 'false'.*true or false"),
+        ({"clip_sample": 1}, "clip_sample = 1 .*true or false"),
         ({"thresholding": True}, "thresholding = True.*false"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas = True.*false"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting = True.*false"),

@@ -97,6 +97,7 @@ def test_classes_are_those_of_the_index(whole, folder, architectures):
         ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is of class AutoencoderTiny"),
         ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is of class T5"),
         ({"_class_name": None}, "pipeline class 'None' is not one of"),
+        ({"force_zeros_for_empty_prompt": "no"}, "= 'no': must be true or false"),
     ],
 )
 def test_other_classes_are_refused_by_name(folder, entry, message):

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from tests.support.tiny_pipeline import TOWER, UNET
+from tests.support.tiny_pipeline import TOWER, UNET, VAE
 from tlcm_jax.io.json_files import parse, read_json, read_object
 from tlcm_jax.models.clip_text import CLIPTextConfig
 from tlcm_jax.models.unet_config import UNetConfig
+from tlcm_jax.models.vae import VAEConfig
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,9 @@ def config(**changes):
         (config(layers_per_block=150, transformer_layers_per_block=100), "over the 400 that are"),
         (config(block_out_channels=[32] * 17), "block_out_channels holds 17 values, over 16"),
         (config(cross_attention_dim=10**30), "must be at most 1000000"),
+        (config(flip_sin_to_cos="no"), "flip_sin_to_cos = 'no': must be bool"),
+        (config(flip_sin_to_cos=1), "flip_sin_to_cos = 1: must be bool"),
+        (config(use_linear_projection=[]), r"use_linear_projection = \[\]: must be bool"),
         (config(norm_eps="small"), "norm_eps = 'small': must be float"),
         (config(norm_eps=None), "norm_eps = None: must be float"),
         (config(block_out_channels=None), "not of the type it must have"),
@@ -87,6 +91,33 @@ def test_whole_numbers_pass_for_floats_and_truth_values_for_no_number(tmp_path):
     assert parse(tmp_path, tower, CLIPTextConfig.from_dict).layer_norm_eps == 1
     with pytest.raises(ValueError, match="num_hidden_layers = True: must be int"):
         parse(tmp_path, {**tower, "num_hidden_layers": True}, CLIPTextConfig.from_dict)
+
+
+@pytest.mark.parametrize(
+    ("marks", "said"),
+    [
+        (dict(eos_token_id=1000), "eos_token_id = 1000: must be a token of its vocabulary of 1000"),
+        (dict(bos_token_id=-1), "bos_token_id = -1: must be a token"),
+        (dict(pad_token_id="0"), "pad_token_id = 0: must be a token"),
+        (dict(eos_token_id=True), "eos_token_id = True: must be a token"),
+        ({}, "eos_token_id = 49407: must be a token"),  # the class's default
+    ],
+)
+def test_marks_of_a_text_lie_in_the_vocabulary(tmp_path, marks, said):
+    whole = {**TOWER, "hidden_size": 8, "vocab_size": 1000, "eos_token_id": 999}
+    tower = {key: value for key, value in whole.items() if marks or key != "eos_token_id"}
+    assert parse(tmp_path, whole, CLIPTextConfig.from_dict)
+    with pytest.raises(ValueError, match=said):
+        parse(tmp_path, tower | marks, CLIPTextConfig.from_dict)
+
+
+@pytest.mark.parametrize(
+    "name", ["use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"]
+)
+def test_switches_of_an_autoencoder_are_truth_values(tmp_path, name):
+    assert parse(tmp_path, VAE | {name: False}, VAEConfig.from_dict)
+    with pytest.raises(ValueError, match=f"{name} = 'false': must be bool|not of the type it must"):
+        parse(tmp_path, VAE | {name: "false"}, VAEConfig.from_dict)
 
 
 def test_fields_of_fields_are_checked(tmp_path):

@@ -1,5 +1,6 @@
 """A whole training run: from a recipe and a workdir to a trained student."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -166,9 +167,13 @@ def train(
             profiler=Profiler(profile_steps, Path(workdir) / PROFILE),
             preemption=preemption,
         )
-    finally:
-        writer.close()
-        checkpoints.close()
+    except BaseException:
+        with contextlib.suppress(Exception):  # what went wrong first is what is said
+            writer.close()
+            checkpoints.close()
+        raise
+    writer.close()
+    checkpoints.close()
     return TrainResult(
         model=model,
         adapter=lora.scaled(result.state.trained, settings.adapter.scale),

@@ -23,8 +23,8 @@ from jaxtyping import Float, UInt8
 
 from tlcm_jax.evaluation.reporting.contents import Curve
 from tlcm_jax.evaluation.scorers.base import Scorer
+from tlcm_jax.io.files import atomic_write
 from tlcm_jax.io.json_files import as_object, parse_json
-from tlcm_jax.training.workdir import write_atomically
 
 HEALTH_FILE = "health.jsonl"
 # Shares of the teacher's value outside of which a warning is given: what it looks like.
@@ -97,7 +97,8 @@ class HealthLog:
         """Appends a row in the place of those from this step on, and tells it in one line."""
         kept = [row for row in self.rows() if row["step"] < step]
         kept.append({"step": step, "stage": stage, "student": student, "teacher": teacher})
-        write_atomically(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
+        with atomic_write(self.path) as part:
+            part.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
         logging.info("health at step %d: %s", step, told(student, teacher))
         for warning in warnings(student, teacher):
             logging.warning("health at step %d: %s", step, warning)

@@ -17,6 +17,7 @@ from tlcm_jax.evaluation.results import REFERENCE_STEPS
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
+from tlcm_jax.io.files import atomic_write
 from tlcm_jax.io.image_size import Resolution
 
 PROMPTS, STEPS = 8, (2, 4)
@@ -64,7 +65,8 @@ class Previews:
         path = self.folder / samples / f"{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [ImageRow(f"{steps} steps", drawn) for steps, drawn in images.items()]
-        contact_sheet(path, ImageGrid(title=path.stem, prompts=prompts, rows=rows))
+        with atomic_write(path) as part:
+            contact_sheet(part, ImageGrid(title=path.stem, prompts=prompts, rows=rows))
         if self.guidance_scale is not None:
             again = self._student(adapter, STEPS[-1], self.seed + 1)
             student = self._values(np.stack([images[STEPS[-1]], again]))

@@ -311,10 +311,17 @@ class Checkpoints:
         return total
 
     def close(self) -> None:
-        """Waits for what is being saved, and releases the folder."""
-        self._manager.close()
-        if self._saving and jax.process_index() == 0:
-            integrity.add_late_sums(self._path(self._saving))
+        """Waits for what is being saved, and releases the folder.
+
+        Raises:
+          OSError: no space was left for it.
+        """
+        try:
+            self._manager.close()
+            if self._saving and jax.process_index() == 0:
+                integrity.add_late_sums(self._path(self._saving))
+        except Exception as error:
+            raise self._not_saved(error) from error
 
     def _unreadable(self, total: int, error: Exception) -> RuntimeError:
         path = self.directory / str(total)
