@@ -5,9 +5,10 @@
 A process that has imported everything and touched no device starts each attempt by a fork; the
 attempt is killed (SIGKILL) at a moment drawn from those below, and the next one resumes its
 workdir. An attempt that comes to its end is compared with the undisturbed run: every leaf of the
-last state, every row but its times, every tensor exported. Two subjects: `engine`, the stages,
-checkpoints and rows of the library on a linear regression, seconds a kill; and `main`, the whole
-command on a tiny random SDXL, to its report and exports. Say the same command again to go on.
+last state, every row but its times, every tensor exported. Subjects: `engine`, the stages,
+checkpoints and rows of the library on a linear regression, seconds a kill; `main`, the whole
+command on a tiny random SDXL, to its report and exports; and `toy`, the same on the tests' toy
+family, whose networks compile in seconds. Say the same command again to go on.
 """
 
 import argparse
@@ -31,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.support import toy_family
+
 TIMES = ("pairs_per_second", "nfe_per_second", "first_step_seconds")
 STEPS = 20  # of each of two stages
 FEATURES = 64
@@ -39,6 +42,7 @@ EVENTS = {
     "engine": {"save": 8, "named": 4, "stage": 4, "drop": 2, "row": 1, "any": 3},
     "main": {"save": 3, "named": 1, "stage": 2, "export": 4, "report": 4, "any": 2},
 }
+EVENTS["toy"] = EVENTS["main"]
 LATER = 0.05
 
 
@@ -107,10 +111,15 @@ def engine(
 
 
 def whole(workdir: Path) -> None:
-    """The main command on a tiny random SDXL beside the workdir."""
+    """The main command on the teacher beside the workdir."""
     from tlcm_jax.main import run
 
-    world = workdir.parent
+    run(whole_recipe(workdir.parent), workdir, progress=False)
+
+
+def whole_recipe(world: Path) -> dict:
+    """The recipe of `whole`, of the teacher and prompts in a folder."""
+    toy = (world / "teacher" / "toy.json").exists()
     stage = dict(
         objective="mlcd",
         steps=STEPS,
@@ -118,25 +127,34 @@ def whole(workdir: Path) -> None:
         learning_rate=1e-3,
         settings=dict(segments=2, points_per_segment=1, guidance_scale=2.0),
     )
-    run(
-        dict(
-            name="soak",
-            model=dict(path=str(world / "teacher")),
-            prompts=[str(world / "prompts.txt")],
-            adapter=dict(rank=2, alpha=0.25),
-            stages=dict(first=stage, second=stage),
-            stage_order=["first", "second"],
-            log_every=1,
-            checkpoint_every=4,
-            evaluation=dict(prompts=[str(world / "prompts.txt")], steps=[2], guidance_scale=2.0),
-            export=["lora", "pipeline"],
-        ),
-        workdir,
-        progress=False,
+    return dict(
+        name="soak",
+        model=dict(path=str(world / "teacher")),
+        prompts=[str(world / "prompts.txt")],
+        adapter=dict(rank=2, alpha=0.25, **(dict(targets=["fc1", "fc2"]) if toy else {})),
+        stages=dict(first=stage, second=stage),
+        stage_order=["first", "second"],
+        log_every=1,
+        checkpoint_every=4,
+        evaluation=dict(prompts=[str(world / "prompts.txt")], steps=[2], guidance_scale=2.0),
+        export=["lora", "pipeline"],
     )
 
 
-SUBJECTS = {"engine": engine, "main": whole}
+def write_world(subject: str, folder: Path) -> None:
+    """The teacher and prompts of `whole`; in a process of its own, since it touches a device."""
+    child = os.fork()
+    if not child:
+        from tests.support.tiny_pipeline import write_tiny_pipeline
+        from tests.support.toy_family import write_toy
+
+        (write_toy if subject == "toy" else write_tiny_pipeline)(folder / "teacher")
+        (folder / "prompts.txt").write_text("a red cat\na cat icon\nan icon of a cat\n")
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+SUBJECTS = {"engine": engine, "main": whole, "toy": whole}
 
 
 def start(subject: str, workdir: Path) -> int:
@@ -228,11 +246,10 @@ def result(workdir: Path) -> dict:
 
 def prepare(subject: str, folder: Path) -> None:
     """The world of a subject, and its undisturbed run."""
-    if subject == "main" and not (folder / "teacher").is_dir():
-        from tests.support.tiny_pipeline import write_tiny_pipeline
-
-        write_tiny_pipeline(folder / "teacher")
-        (folder / "prompts.txt").write_text("a red cat\na cat icon\nan icon of a cat\n")
+    if subject == "toy":
+        toy_family.register()
+    if subject != "engine" and not (folder / "prompts.txt").exists():
+        write_world(subject, folder)
     if not (folder / "whole.json").exists():
         shutil.rmtree(folder / "whole", ignore_errors=True)
         (folder / "whole").mkdir()
