@@ -51,6 +51,8 @@ setup(
             "scipy",  # components and blurs of the shapes world's parser
             "tensorflow-datasets>=4.9.10",
         ],
+        # Edges of pictures for ControlNets: `sample --control_image canny:FILE`.
+        "control": ["opencv-python-headless"],
         # Compiling for a TPU without one: the `plan` command's memory and times (137 MB).
         "plan": ["libtpu>=0.0.52"],
         "test": [

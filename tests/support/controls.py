@@ -1,10 +1,18 @@
 """Configs of control networks as their hub folders hold them, and how to shrink them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tests.support.families import SD_15, SD_21, shrink
 from tests.support.published import UNET as SDXL
+from tests.support.tiny_pipeline import random_params
+from tlcm_jax.families.base import abstract_params
+from tlcm_jax.io.pipeline_folder import write_component
+from tlcm_jax.models.controlnet import ControlNetConfig, ControlNetModel
+from tlcm_jax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 
 # What a ControlNet has of its own; all else is its UNet's.
 _OWN = {
@@ -72,3 +80,28 @@ def shrunk_controlnet(config: Mapping[str, Any]) -> dict[str, Any]:
 def shrunk_adapter(config: Mapping[str, Any]) -> dict[str, Any]:
     """A T2I-Adapter's config, small."""
     return dict(config, channels=[16 * width // 320 for width in config["channels"]])
+
+
+# For the tiny pipeline, whose autoencoder makes one of four pixels a side.
+TINY_ADAPTER = {
+    "_class_name": "T2IAdapter", "adapter_type": "full_adapter_xl", "in_channels": 3,
+    "channels": [32, 64], "downscale_factor": 8, "num_res_blocks": 1,
+}  # fmt: skip
+
+
+def tiny_controlnet(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a ControlNet for the tiny pipeline's UNet."""
+    return of_unet(unet) | {"conditioning_embedding_out_channels": [8, 12, 16]}
+
+
+def write_control(folder: Path, config: Mapping[str, Any], seed: int = 0) -> Path:
+    """Writes a control network of random weights in diffusers' layout, and returns its folder."""
+    kind = config["_class_name"] == "T2IAdapter"
+    network = (
+        T2IAdapter(T2IAdapterConfig.from_dict(config))
+        if kind
+        else ControlNetModel(ControlNetConfig.from_dict(config))
+    )
+    params = random_params(abstract_params(network), np.random.default_rng(seed))
+    write_component(folder, config, params)
+    return folder

@@ -186,7 +186,7 @@ class ToyFlow(LatentModel):
             raise ValueError(f"resolution {resolution}: this model makes {SIDE}")
         return (LATENT,)
 
-    def predict(self, params, z, t, conditioning, lora=None, features=False):
+    def predict(self, params, z, t, conditioning, lora=None, features=False, controls=()):
         variables = {"params": params} if lora is None else {"params": params, "lora": lora}
         found = NETWORKS["velocity"].apply(variables, z, t, conditioning["text"], features)
         return {"hidden": found[:, None, None]} if features else found

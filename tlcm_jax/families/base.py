@@ -265,6 +265,7 @@ class LatentModel:
         conditioning: PyTree[Array],
         lora: Params | None = None,
         features: bool = False,
+        controls: Sequence[Any] = (),
     ) -> Any:
         """The network's raw prediction `[b, *latent]`, as `process.to_x0` reads it; traceable.
 
@@ -275,6 +276,8 @@ class LatentModel:
           conditioning: leading axis b.
           lora: an adapter already scaled (`models.lora.scaled`), run beside the weights.
           features: give the states of the blocks of `feature_widths` instead, by name.
+          controls: control networks with their weights, as `(network, params)`, in the order of
+            what `with_controls` put into the conditioning.
         """
         raise NotImplementedError
 
@@ -354,17 +357,47 @@ class LatentModel:
         """
         raise ValueError(f"{self.source}: this model takes no mask")
 
-    def denoiser(self, params: Params | None = None, lora: Params | None = None) -> Denoiser:
+    def load_control(self, path: str | Path) -> Any:
+        """A control network for this model (`families.controls`); not every family has them.
+
+        Raises:
+          FileNotFoundError, ValueError: there is none there, or none for this model.
+        """
+        raise ValueError(f"--control {path}: no control networks of this model's family are known")
+
+    def with_controls(
+        self,
+        conditioning: PyTree[Array],
+        images: Sequence[Float[Array, "b h w c"]],
+        scales: Sequence[float],
+    ) -> PyTree[Array]:
+        """A conditioning with what steers control networks beside the text; traceable.
+
+        Args:
+          conditioning: of the texts, leading axis b.
+          images: in 0 .. 1, for each network.
+          scales: of each.
+        """
+        raise ValueError(f"{self.source}: this model takes no control images")
+
+    def denoiser(
+        self,
+        params: Params | None = None,
+        lora: Params | None = None,
+        controls: Sequence[Any] = (),
+    ) -> Denoiser:
         """The backbone as `(z, t, conditioning) -> x0`, float32.
 
         Args:
           params: the backbone's tree; the model's own by default.
           lora: an adapter already scaled.
+          controls: as of `predict`.
         """
         weights = self.params[self.backbone] if params is None else params
 
         def denoise(z: Any, t: Any, conditioning: Any) -> Any:
-            return self.process.to_x0(self.predict(weights, z, t, conditioning, lora), z, t)
+            found = self.predict(weights, z, t, conditioning, lora, controls=controls)
+            return self.process.to_x0(found, z, t)
 
         return denoise
 

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -14,6 +15,12 @@ from transformers import CLIPTokenizer
 from tlcm_jax.data.tokens import clip_ids, read_tokenizer, tokenize
 from tlcm_jax.diffusion.scheduler_config import process_from_config
 from tlcm_jax.families.base import LatentModel, abstract_params
+from tlcm_jax.families.controls import (
+    ControlNetwork,
+    control_maps,
+    control_residuals,
+    load_control,
+)
 from tlcm_jax.families.product import Params
 from tlcm_jax.families.stable_diffusion_products import LORA_NAMES, PRODUCTS, TOWERS, VAE
 from tlcm_jax.families.stable_diffusion_tools import WORKFLOW, settings_text, workflow
@@ -373,8 +380,10 @@ class StableDiffusion(LatentModel):
         conditioning: Conditioning,
         lora: Params | None = None,
         features: bool = False,
+        controls: Sequence[Any] = (),
     ) -> Any:
         """See `LatentModel`."""
+        residuals = control_residuals(controls, z, t, conditioning)
         variables = {"params": params} if lora is None else {"params": params, "lora": lora}
         if conditioning.masked is not None:
             z = jnp.concatenate([z, conditioning.masked], axis=-1)
@@ -389,8 +398,24 @@ class StableDiffusion(LatentModel):
             conditioning.pooled,
             conditioning.time_ids,
             condition,
+            residuals=residuals,
             features=features,
         )
+
+    def load_control(self, path: str | Path) -> ControlNetwork:
+        """See `LatentModel`: a ControlNet or a T2I-Adapter."""
+        dtype = jax.tree.leaves(self.params[UNET])[0].dtype
+        factor = self.vae.config.downsampling
+        return load_control(path, self.unet, self.configs[UNET], factor, dtype)
+
+    def with_controls(
+        self,
+        conditioning: Conditioning,
+        images: Sequence[Float[Array, "b h w c"]],
+        scales: Sequence[float],
+    ) -> Conditioning:
+        """See `LatentModel`."""
+        return dataclasses.replace(conditioning, controls=control_maps(images, scales))
 
     @property
     def feature_widths(self) -> dict[str, int]:

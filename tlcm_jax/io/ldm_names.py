@@ -205,3 +205,32 @@ def openclip_layer(name: str) -> Place | None:
     if projection in _FUSED:
         return Place(f"{stem}.attn.in_proj_{leaf}", part=_FUSED.index(projection))
     return Place(f"{stem}.{_OPENCLIP_LAYER[layer]}.{leaf}")
+
+
+def controlnet_places(names: Iterable[str], prefix: str = "control_model.") -> dict[str, Place]:
+    """The place of every tensor of a ControlNet, in the layout that its authors published.
+
+    Args:
+      names: all its tensors, as a diffusers folder names them.
+      prefix: what the file's names begin with; some have nothing there.
+
+    Raises:
+      ValueError: a tensor that the layout has no place for; it is named.
+    """
+    layers = {name: name.rpartition(".")[0] for name in names}
+    hint = r"controlnet_cond_embedding\.(conv_in|conv_out|blocks\.(\d+))"
+    blocks = sum(bool(re.fullmatch(rf"{hint}\.weight", name)) for name in layers) - 2
+    found = {}
+    for layer in set(layers.values()):
+        if match := re.fullmatch(hint, layer):
+            number = {"conv_in": 0, "conv_out": blocks + 1}.get(match[1], int(match[2] or 0) + 1)
+            found[layer] = f"input_hint_block.{2 * number}"
+        elif match := re.fullmatch(r"controlnet_down_blocks\.(\d+)", layer):
+            found[layer] = f"zero_convs.{match[1]}.0"
+        elif layer == "controlnet_mid_block":
+            found[layer] = "middle_block_out.0"
+    found |= unet_layers(set(layers.values()) - found.keys())
+    return {
+        name: Place(f"{prefix}{found[layer]}.{name.rpartition('.')[2]}")
+        for name, layer in layers.items()
+    }
