@@ -12,8 +12,11 @@ Each --prompt is one image; several are written as out-0.png, out-1.png, ... in 
     ... --image photo.png --strength 0.5                     draws on a picture
     ... --image photo.png --mask mask.png                    anew where the mask is white
     ... --upscale 2                                          small first, then at twice the size
+    ... --control PATH --control_image edges.png --control_scale 0.5     steered by a ControlNet or
+        a T2I-Adapter, which its config tells apart; again for several, each with its image
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +42,7 @@ from tlcm_jax.diffusion.timesteps import STUDENT_TIMESTEPS, student_timesteps
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
 from tlcm_jax.generation.canvas import fit_canvas, read_pictures
+from tlcm_jax.generation.control import WantedControl, load_controls
 from tlcm_jax.generation.editing import edit, larger, upscale
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
 from tlcm_jax.io.lora_stack import apply_loras, merge_loras
@@ -88,6 +92,22 @@ def define_flags(values: flags.FlagValues) -> None:
         "student's times. By default 0.5, with --mask 1, with --upscale 0.375.", **where,
     )  # fmt: skip
     flags.DEFINE_float("upscale", None, "Draw again, so many times as large.", **where)
+    flags.DEFINE_multi_string(
+        "control", None, "ControlNet or T2I-Adapter: folder, file or hub id.", **where
+    )
+    flags.DEFINE_multi_string(
+        "control_image", None,
+        "Of each --control; canny:FILE takes a picture's edges.", **where,
+    )  # fmt: skip
+    flags.DEFINE_multi_float(
+        "control_scale", None, "Of each --control, or of all: 0 to 2 (default 1).", **where
+    )
+    flags.DEFINE_multi_float(
+        "control_start", None, "Fraction of the steps from which it steers (default 0).", **where
+    )
+    flags.DEFINE_multi_float(
+        "control_end", None, "Fraction of the steps up to which it steers (default 1).", **where
+    )
     flags.DEFINE_integer("tile", 0, "Decode by tiles of so many latent pixels.", **where)
     flags.DEFINE_integer("enlarge", 1, "Write each pixel N x N times.", lower_bound=1, **where)
     flags.DEFINE_string("output", "out.png", "Image to write.", **where)
@@ -99,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
         if arguments[1:]:
             raise ValueError(f"unexpected arguments {list(arguments[1:])}; quote the prompt")
         run(flags.FLAGS)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         sys.exit(f"sample: {error}")
 
 
@@ -119,6 +139,7 @@ def run(values: flags.FlagValues) -> None:
     if strength is not None:
         said = describe_edit(edit_timesteps(steps, strength, tables), strength)
     pictures = read_pictures(values.image, values.mask) if values.image else None
+    wanted = _wanted_controls(values)
     targets = _targets(Path(values.output), len(values.prompt))
     options = GenerationOptions(
         prompts_2=values.prompt_2,
@@ -135,6 +156,10 @@ def run(values: flags.FlagValues) -> None:
         adapted=not values.teacher,
         vae=values.vae,
     )
+    controls, fitted = load_controls(model, wanted, options.resolution)
+    options = dataclasses.replace(options, controls=controls)
+    for line in fitted:
+        print(line)
     if values.adapter is not None:
         model = model.with_text_adapter(values.adapter)
     elif not values.long_prompts:
@@ -188,6 +213,34 @@ def _guided(model: LatentModel, values: flags.FlagValues) -> tuple[LatentModel, 
     if given is not None and given < 0:
         raise ValueError(f"--guidance_scale {given:g}: must be at least 0; 1 is none")
     return model, student_scales(values.model, bool(values.lora))[0] if given is None else given
+
+
+def _wanted_controls(values: flags.FlagValues) -> list[WantedControl]:
+    """What the flags say of control networks, their images read.
+
+    Raises:
+      ValueError: flags that do not go together, or are out of range.
+      FileNotFoundError: there is no such image.
+    """
+    paths, images = values.control or [], values.control_image or []
+    names = ("control_scale", "control_start", "control_end")
+    if not paths and (stray := next((n for n in names if getattr(values, n)), None)):
+        raise ValueError(f"--{stray} goes with --control PATH --control_image FILE")
+    if len(paths) != len(images):
+        raise ValueError(
+            f"{len(paths)} --control and {len(images)} --control_image: give an image for each"
+        )
+    if paths and values.upscale is not None:
+        raise ValueError(
+            "--control is for one size; enlarge what it made with --image and a larger --resolution"
+        )
+    columns = []
+    for name, default in zip(names, (1.0, 0.0, 1.0), strict=True):
+        given = getattr(values, name) or [default]
+        if len(given) not in (1, len(paths)) and paths:
+            raise ValueError(f"{len(given)} --{name} for {len(paths)} --control: one each, or one")
+        columns.append(given * len(paths) if len(given) == 1 else given)
+    return [WantedControl.read(*wanted) for wanted in zip(paths, images, *columns, strict=True)]
 
 
 def _strength(values: flags.FlagValues) -> float | None:

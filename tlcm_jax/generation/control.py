@@ -14,12 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree, UInt8
 from PIL import Image
 
+from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.controls import ControlNetwork
+from tlcm_jax.families.product import Params
 from tlcm_jax.generation.canvas import fit, read_picture
+from tlcm_jax.training.sharding import place
 
 _CANNY = "canny:"
 # OpenCV's thresholds in diffusers' examples.
@@ -33,14 +38,15 @@ class Control:
 
     Attributes:
       network: a ControlNet or a T2I-Adapter, as `LatentModel.load_control` reads it.
-      images: what it is steered by, one for each prompt or one for all, of the size that is drawn.
+      images: uint8 `[n, h, w, c]`, what it is steered by: one for each prompt or one for all, of
+        the size that is drawn.
       scale: what its residuals are multiplied by, 0 to 2.
       start: the fraction of the steps from which it steers.
       end: the fraction up to which it does.
     """
 
     network: ControlNetwork
-    images: UInt8[np.ndarray, "n h w c"]
+    images: np.ndarray
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -99,34 +105,125 @@ def check_settings(scale: float, start: float, end: float) -> None:
         )
 
 
-def check_controls(
-    controls: Sequence[Control], count: int, size: tuple[int, int], steps: int
-) -> None:
-    """`Control.check` of several."""
-    for control in controls:
-        control.check(count, size, steps)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Steering:
+    """The controls of a call of n steps, and their weights where the model's are.
+
+    Attributes:
+      model: what they steer.
+      controls: those.
+      steps: n.
+      weights: of each.
+    """
+
+    model: LatentModel
+    controls: Sequence[Control]
+    steps: int
+    weights: tuple[Params, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: LatentModel,
+        controls: Sequence[Control],
+        count: int,
+        size: tuple[int, int],
+        steps: int,
+        mesh: Mesh | None,
+    ) -> "Steering":
+        """For `count` prompts and images of `size`; errors are those of `Control.check`."""
+        for control in controls:
+            control.check(count, size, steps)
+        weights = tuple(place(control.network.params, mesh) for control in controls)
+        return cls(model=model, controls=controls, steps=steps, weights=weights)
+
+    def rows(self, count: int) -> tuple[np.ndarray, ...]:
+        """The controls' images, a row for each of `count` prompts."""
+        return tuple(
+            np.broadcast_to(control.images, (count, *control.images.shape[1:]))
+            for control in self.controls
+        )
+
+    def told(
+        self, conditioning: PyTree[Array], images: Sequence[UInt8[Array, "b h w c"]], step: int
+    ) -> PyTree[Array]:
+        """A conditioning with a batch's rows, and the scales that hold at a step."""
+        if not self.controls:
+            return conditioning
+        pictures = [jnp.asarray(image, jnp.float32) / 255 for image in images]
+        scales = [control.scale_at(step, self.steps) for control in self.controls]
+        return self.model.with_controls(conditioning, pictures, scales)
 
 
-def control_rows(controls: Sequence[Control], count: int) -> tuple[np.ndarray, ...]:
-    """The controls' images, a row for each of `count` prompts."""
-    return tuple(
-        np.broadcast_to(control.images, (count, *control.images.shape[1:])) for control in controls
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WantedControl:
+    """A control whose network is not read yet: all that can be wrong before that is found.
+
+    Attributes:
+      path: of the network.
+      name: of its image's file, for messages.
+      image: upright, in RGB.
+      edges: take the image's edges.
+      scale, start, end: as of `Control`.
+    """
+
+    path: str
+    name: str
+    image: Image.Image
+    edges: bool
+    scale: float
+    start: float
+    end: float
+
+    @classmethod
+    def read(cls, path: str, text: str, scale: float, start: float, end: float) -> "WantedControl":
+        """Reads the image: `FILE`, or `canny:FILE` for its edges.
+
+        Raises:
+          FileNotFoundError, ValueError: there is none, it cannot be read, or a setting is out of
+            range.
+          ModuleNotFoundError: edges need a library that is not installed.
+        """
+        check_settings(scale, start, end)
+        edges, name = text.startswith(_CANNY), text.removeprefix(_CANNY)
+        if edges:
+            _require_canny()
+        return cls(
+            path=path, name=name, image=read_picture(Path(name)), edges=edges,
+            scale=scale, start=start, end=end,
+        )  # fmt: skip
 
 
-def read_control(text: str) -> Image.Image:
-    """A control image's file, upright, in RGB.
+def load_controls(
+    model: LatentModel, wanted: Sequence[WantedControl], resolution: int | None
+) -> tuple[tuple[Control, ...], list[str]]:
+    """Reads the networks, and fits the images to what is drawn.
 
     Args:
-      text: `FILE`, or `canny:FILE` for a picture whose edges are taken later.
+      model: what they steer; a network named twice is read once.
+      wanted: in their order.
+      resolution: of the images that are drawn.
+
+    Returns:
+      The controls, and a line on each image that says how it was fitted.
 
     Raises:
-      FileNotFoundError, ValueError: there is none, or it cannot be read.
-      ModuleNotFoundError: edges need a library that is not installed.
+      FileNotFoundError, ValueError: as `LatentModel.load_control`.
     """
-    if text.startswith(_CANNY):
-        _require_canny()
-    return read_picture(Path(text.removeprefix(_CANNY)))
+    networks: dict[str, ControlNetwork] = {}
+    controls, lines = [], []
+    for each in wanted:
+        if each.path not in networks:
+            networks[each.path] = model.load_control(each.path)
+        network, size = networks[each.path], model.image_size(resolution)
+        images, said = fit_control(each.image, network, size, edges=each.edges)
+        lines.append(f"{each.name}: {said}" if said else each.name)
+        controls.append(
+            Control(
+                network=network, images=images, scale=each.scale, start=each.start, end=each.end
+            )
+        )
+    return tuple(controls), lines
 
 
 def fit_control(
@@ -135,7 +232,7 @@ def fit_control(
     """A control image as a network takes it: scaled to cover the size, and cut about its centre.
 
     Args:
-      image: as `read_control` gives it.
+      image: in RGB.
       network: for its number of channels.
       size: height and width of what is drawn.
       edges: take the picture's edges (Canny), at that size.
@@ -149,11 +246,6 @@ def fit_control(
         said = f"{said}, then its edges (canny)" if said else "its edges (canny)"
     pixels = np.asarray(fitted.convert("L" if network.channels == 1 else "RGB"))
     return pixels.reshape(1, *size, network.channels), said
-
-
-def wants_edges(text: str) -> bool:
-    """Whether `canny:FILE` was written."""
-    return text.startswith(_CANNY)
 
 
 def canny(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:

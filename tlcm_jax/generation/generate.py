@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from tlcm_jax.data.batches import whole_batches
 from tlcm_jax.diffusion import editing, samplers, sampling
-from tlcm_jax.diffusion.guidance import guided
+from tlcm_jax.diffusion.guidance import Denoiser, guided
 from tlcm_jax.diffusion.samplers import Sampler
 from tlcm_jax.diffusion.trajectories import teacher_path
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.product import Params
 from tlcm_jax.generation.canvas import Canvas, check_canvas, to_latents
+from tlcm_jax.generation.control import Control, Steering
 from tlcm_jax.io.image_size import Resolution
 from tlcm_jax.models import lora as adapters
 from tlcm_jax.training.mesh import known_mesh, shard_batch
@@ -43,6 +44,7 @@ class GenerationOptions:
       negative_prompt: what guidance moves away from, in the place of no text; with guidance only.
       resolution: of the images: an `ImageSize`, text such as `1216x832` (width first), or the
         side of a square; the model's own by default.
+      controls: control networks, and the pictures that steer them.
       tile: side of the tiles, in latent pixels, that images too large to be decoded at once are
         decoded by; 0 decodes at once.
       batch_size: images at a time; of the last batch's places some may stay unused.
@@ -55,6 +57,7 @@ class GenerationOptions:
     chunks: int | None = 1
     negative_prompt: str | None = None
     resolution: Resolution = None
+    controls: Sequence[Control] = ()
     tile: int = 0
     batch_size: int = 64
     first: int = 0
@@ -137,23 +140,27 @@ def generate_by(
     if lora is not None:
         backbone = merged(backbone, lora)
     check_canvas(model, canvas, len(prompts), options.resolution)
-    more = {} if canvas is None else canvas.rows(len(prompts))
+    steering = _steering(model, options, len(prompts), sampler.steps)
+    more: dict[str, Any] = {"controls": steering.rows(len(prompts))}
+    if canvas is not None:
+        more["canvas"] = canvas.rows(len(prompts))
     autoencoder = {model.decoder: model.params[model.decoder]}
     anew = canvas is not None and canvas.masks is not None and times[0] == process.start
 
     def latents(
-        conditioning: PyTree[Array], keys: Key[Array, " b"], more: dict[str, Array]
+        conditioning: PyTree[Array], keys: Key[Array, " b"], more: dict[str, Any]
     ) -> Float[Array, " b *latent"]:
         noise, mask = _noise(static, keys, np.uint32(0)), None
         z = first * noise
-        if more:
-            picture, mask, left = to_latents(static, autoencoder, more)
+        if canvas is not None:
+            picture, mask, left = to_latents(static, autoencoder, more["canvas"])
             z = z if anew else _begin(static, picture, noise, times[0])
             if left is not None:
                 conditioning, mask = model.with_mask(conditioning, mask, left), None
         for step, (t, level) in enumerate(zip(times, levels, strict=True), 1):
             at = t, level, keys, np.uint32(step)
-            z = _student_step(static, backbone, z, *at, conditioning, null, scale)
+            told = steering.told(conditioning, more["controls"], step - 1)
+            z = _student_step(static, backbone, steering.weights, z, *at, told, null, scale)
             if mask is not None:
                 z = _keep(z, mask, picture, noise, level)
         return z
@@ -190,20 +197,29 @@ def generate_teacher(
     process, scale = model.process, float(guidance_scale)
     stops = np.asarray((*process.grid(steps), process.end), process.time_dtype)
     check_canvas(model, None, len(prompts), options.resolution)
+    steering = _steering(model, options, len(prompts), steps)
     if model.guidance_is_embedded:
         model, scale = model.with_embedded_guidance(scale), 1.0
     static, backbone = _Static.of(model, options), model.params[model.backbone]
     tokens, null = _texts(model, static, prompts, options, scale)
 
     def latents(
-        conditioning: PyTree[Array], keys: Key[Array, " b"], more: dict[str, Array]
+        conditioning: PyTree[Array], keys: Key[Array, " b"], more: dict[str, Any]
     ) -> Float[Array, " b *latent"]:
-        z = _noise(static, keys, np.uint32(0))
-        for pair in itertools.pairwise(stops):
-            z = _teacher_step(static, backbone, z, np.asarray(pair), conditioning, null, scale)
+        z, weights = _noise(static, keys, np.uint32(0)), steering.weights
+        for step, pair in enumerate(itertools.pairwise(stops)):
+            told = steering.told(conditioning, more["controls"], step)
+            z = _teacher_step(static, backbone, weights, z, np.asarray(pair), told, null, scale)
         return z
 
-    return _generate(model, static, tokens, seed, options, latents, f"teacher, {steps} steps")
+    label, more = f"teacher, {steps} steps", {"controls": steering.rows(len(prompts))}
+    return _generate(model, static, tokens, seed, options, latents, label, more)
+
+
+def _steering(model: LatentModel, options: GenerationOptions, count: int, steps: int) -> Steering:
+    """The controls of the options, checked, their weights where the model's are."""
+    size = model.image_size(options.resolution) if options.controls else (0, 0)
+    return Steering.of(model, options.controls, count, size, steps, _mesh_of(model))
 
 
 @jax.jit
@@ -223,6 +239,7 @@ class _Static:
     key: Hashable
     resolution: Resolution
     tile: int
+    networks: tuple[Any, ...]
     model: LatentModel = dataclasses.field(compare=False, repr=False)
 
     @classmethod
@@ -230,7 +247,13 @@ class _Static:
         # A wrong resolution is found before anything is generated.
         model.latent_shape(options.resolution)
         key = type(model), model.static_key
-        return cls(key, options.resolution, options.tile, model.without_weights())
+        networks = tuple(control.network.network for control in options.controls)
+        return cls(key, options.resolution, options.tile, networks, model.without_weights())
+
+    def denoiser(self, backbone: Params, weights: Sequence[Params]) -> Denoiser:
+        """The model's, steered by the networks with their `weights`."""
+        controls = tuple(zip(self.networks, weights, strict=True))
+        return self.model.denoiser(backbone, controls=controls)
 
 
 @functools.partial(jax.jit, static_argnames="static")
@@ -244,6 +267,7 @@ def _encode(static: _Static, params: Params, ids: tuple[Array, ...]) -> PyTree[A
 def _student_step(
     static: _Static,
     backbone: Params,
+    weights: Sequence[Params],
     z: Float[Array, " b *latent"],
     t: Num[Array, ""],
     level: Float[Array, " 3"],
@@ -254,7 +278,8 @@ def _student_step(
     scale: float,
 ) -> Float[Array, " b *latent"]:
     model, fresh = static.model, _noise(static, keys, step)
-    denoiser = guided(model.denoiser(backbone), scale, functools.partial(model.null_of, null))
+    denoiser = static.denoiser(backbone, weights)
+    denoiser = guided(denoiser, scale, functools.partial(model.null_of, null))
     return sampling.student_step(denoiser, model.process, z, t, level, fresh, conditioning)
 
 
@@ -275,6 +300,7 @@ _keep = jax.jit(editing.keep)
 def _teacher_step(
     static: _Static,
     backbone: Params,
+    weights: Sequence[Params],
     z: Float[Array, " b *latent"],
     stops: Num[Array, " 2"],
     conditioning: PyTree[Array],
@@ -283,7 +309,7 @@ def _teacher_step(
 ) -> Float[Array, " b *latent"]:
     model = static.model
     null_of = functools.partial(model.null_of, null)
-    teacher = guided(model.denoiser(backbone), scale, null_of)
+    teacher = guided(static.denoiser(backbone, weights), scale, null_of)
     times = jnp.broadcast_to(stops, (len(z), 2))
     return teacher_path(teacher, model.process, z, times, conditioning)[1]
 
@@ -343,7 +369,7 @@ def _generate(
     options: GenerationOptions,
     latents: Callable[..., Float[Array, " b *latent"]],
     label: str,
-    more: dict[str, np.ndarray] | None = None,
+    more: dict[str, Any],
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Encodes, samples and decodes, batch by batch.
 
@@ -366,7 +392,7 @@ def _generate(
         mininterval=0.1 if sys.stderr.isatty() else 300.0,
         maxinterval=300.0,
     ):
-        here = jax.tree.map(operator.itemgetter(rows), (tokens, keys, more or {}))
+        here = jax.tree.map(operator.itemgetter(rows), (tokens, keys, more))
         ids, noise_keys, beside = shard_batch(mesh, here)
         with known_mesh(mesh):
             found = latents(_encode(static, model.text_params, ids), noise_keys, beside)
