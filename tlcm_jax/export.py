@@ -5,7 +5,8 @@
 
 Each product is a folder under DIR with its model card. `--verify` loads each in diffusers, draws
 in 2, 4 and 8 steps and compares with this library; a product that differs is deleted, and the
-command fails. It needs PyTorch and diffusers.
+command fails. It needs PyTorch and diffusers. With `--control PATH`, a ControlNet's folder or hub
+id, each draws with that ControlNet too.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dtype", "fp16", list(DTYPES), "Dtype of the weights written.", **where)
     flags.DEFINE_bool("verify", False, "Compare each product with diffusers.", **where)
     define_size_flags(values, "with --verify: the run's, or the model's own")
+    flags.DEFINE_string("control", None, "ControlNet that --verify draws with too.", **where)
     newest = "Checkpoint to export, in steps over all stages; the newest by default."
     flags.DEFINE_integer("step", None, newest, lower_bound=0, **where)
     extracted = "Rank of the LoRA extracted from a run that trained whole weights."
@@ -58,6 +60,8 @@ def run(values: flags.FlagValues) -> None:
     path, vae = config["model"]["path"], config["model"].get("vae") or None
     family, folder = find_family(path)
     check_products(family.products, folder, values.to, values.dtype, values.output)
+    if values.control and not values.verify:
+        raise ValueError("--control goes with --verify, which draws with that ControlNet too")
     if values.verify:
         if family.verified_by is None:
             raise ValueError("--verify: no other library reads the products of this model")
@@ -81,7 +85,8 @@ def run(values: flags.FlagValues) -> None:
         print(f"{target}: {path}", flush=True)
     if not values.verify:
         return
-    for target, differences in verify_products(products, model.source, resolution=size).items():
+    verified = verify_products(products, model.source, resolution=size, control=values.control)
+    for target, differences in verified.items():
         shown = ", ".join(f"{steps} steps {value:.1e}" for steps, value in differences.items())
         print(f"{target} verified in {family.verified_by}; relative difference of latents: {shown}")
 

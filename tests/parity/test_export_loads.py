@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason=reason)
 diffusers = pytest.importorskip("diffusers", reason=reason)
 pytest.importorskip("peft", reason=reason)
 
+from tests.support.controls import TINY_ADAPTER, tiny_controlnet, write_control  # noqa: E402
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline  # noqa: E402
 from tlcm_jax.diffusion.scheduler_config import lcm_scheduler  # noqa: E402
 from tlcm_jax.families.load import load_model  # noqa: E402
@@ -66,6 +67,18 @@ def test_products_draw_our_latents(teacher, tmp_path):
     for name, differences in results.items():
         assert set(differences) == {2, 4, 8}
         assert max(differences.values()) < 1e-4, (name, differences)
+
+
+def test_products_draw_our_latents_with_a_controlnet(teacher, tmp_path):
+    control = write_control(tmp_path / "canny", tiny_controlnet(teacher.configs["unet"]))
+    products = export(teacher, ("kohya",), tmp_path / "export", "fp32")
+    found = verify_products(products, teacher.source, steps=(2,), control=control)
+    assert set(found) == {"kohya", "kohya with the ControlNet"}
+    assert all(differences[2] < 1e-4 for differences in found.values()), found
+    adapter = write_control(tmp_path / "sketch", TINY_ADAPTER)
+    with pytest.raises(ValueError, match="verified with ControlNets alone"):
+        verify_products(products, teacher.source, steps=(2,), control=adapter)
+    assert products["kohya"].exists()
 
 
 def test_products_of_sd15_draw_our_latents(tmp_path):

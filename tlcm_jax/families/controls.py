@@ -34,11 +34,13 @@ class ControlNetwork:
       network: without them.
       params: its tree.
       source: where they came from.
+      folder: the local folder with its `config.json`; None of a single file.
     """
 
     network: Network
     params: Params
     source: str
+    folder: Path | None = None
 
     @property
     def channels(self) -> int:
@@ -88,7 +90,8 @@ def load_control(
         params = to_devices(views, shapes, tensors.release)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return ControlNetwork(network=network, params=params, source=str(path))
+    folder = files.origin.parent if files.origin.name == "config.json" else None
+    return ControlNetwork(network=network, params=params, source=str(path), folder=folder)
 
 
 def _check_controlnet(

@@ -216,7 +216,7 @@ def load_controls(
         if each.path not in networks:
             networks[each.path] = model.load_control(each.path)
         network, size = networks[each.path], model.image_size(resolution)
-        images, said = fit_control(each.image, network, size, edges=each.edges)
+        images, said = fit_control(each.image, size, network.channels, edges=each.edges)
         lines.append(f"{each.name}: {said}" if said else each.name)
         controls.append(
             Control(
@@ -227,14 +227,14 @@ def load_controls(
 
 
 def fit_control(
-    image: Image.Image, network: ControlNetwork, size: tuple[int, int], *, edges: bool = False
+    image: Image.Image, size: tuple[int, int], channels: int = 3, *, edges: bool = False
 ) -> tuple[UInt8[np.ndarray, "1 h w c"], str]:
     """A control image as a network takes it: scaled to cover the size, and cut about its centre.
 
     Args:
       image: in RGB.
-      network: for its number of channels.
       size: height and width of what is drawn.
+      channels: that the network takes, 3 or 1.
       edges: take the picture's edges (Canny), at that size.
 
     Returns:
@@ -244,8 +244,8 @@ def fit_control(
     if edges:
         fitted = Image.fromarray(canny(np.asarray(fitted)))
         said = f"{said}, then its edges (canny)" if said else "its edges (canny)"
-    pixels = np.asarray(fitted.convert("L" if network.channels == 1 else "RGB"))
-    return pixels.reshape(1, *size, network.channels), said
+    pixels = np.asarray(fitted.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(1, *size, channels), said
 
 
 def canny(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:

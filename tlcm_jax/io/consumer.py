@@ -63,6 +63,28 @@ def load(path: Path, teacher: LatentModel) -> Any:
     return pipe
 
 
+def with_controlnet(pipe: Any, folder: Path) -> Any:
+    """The same networks in diffusers' ControlNet pipeline; a pipeline that is one already stays.
+
+    Args:
+      pipe: as `load` gives it.
+      folder: of the ControlNet.
+    """
+    import diffusers
+    import torch
+
+    if hasattr(pipe, "controlnet"):
+        return pipe
+    name = type(pipe).__name__.replace("Pipeline", "ControlNetPipeline")
+    with _only_errors():
+        network = diffusers.ControlNetModel.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True
+        )
+        steered = getattr(diffusers, name).from_pipe(pipe, controlnet=network)
+    steered.set_progress_bar_config(disable=True)
+    return steered
+
+
 def adapted_layers(network: Any) -> set[str]:
     """The layers of a diffusers network that PEFT put LoRA factors beside."""
     return {

@@ -7,6 +7,9 @@ diffusers' `LCMScheduler` draws its fresh noise from that generator, in order, o
 nothing else draws from it, because the first latents are given. A second generator of the same
 seed yields the same noises, which our sampler takes as an argument. So nothing is patched.
 
+With a ControlNet given, each product draws a second time with it, in diffusers' ControlNet pipeline
+on the same networks, from a random picture at scale 0.5.
+
 Our side reads the weights back from the product itself, so that what rounding to fp16 changes is
 on both sides; arithmetic is fp32.
 """
@@ -32,10 +35,14 @@ from tlcm_jax.io.placement import to_devices
 from tlcm_jax.io.products import product_folder
 from tlcm_jax.io.tensors import open_component, weights_stem
 from tlcm_jax.models import lora
+from tlcm_jax.models.controlnet import ControlNetModel
 
 PROMPTS = ("a photo of a red apple", "a drawing of a blue bird")
 STEPS = (2, 4, 8)
 TOLERANCE = 1e-4
+CONTROL_SCALE = 0.5
+# What a product's results with a ControlNet are called: its name, and this.
+STEERED = " with the ControlNet"
 
 
 class VerificationError(RuntimeError):
@@ -68,6 +75,7 @@ def verify_products(
     seed: int = 0,
     tolerance: float = TOLERANCE,
     resolution: Resolution = None,
+    control: str | Path | None = None,
 ) -> dict[str, dict[int, float]]:
     """Verifies every product, and deletes those that fail.
 
@@ -79,9 +87,11 @@ def verify_products(
       seed: of the noise.
       tolerance: largest relative difference of latents, |ours - theirs| / |theirs|.
       resolution: of the images; the teacher's own by default.
+      control: a ControlNet's folder or hub id, with which each product draws too.
 
     Returns:
-      For each product and step count, the relative difference.
+      For each product and step count, the relative difference; those with the ControlNet under the
+      product's name and `STEERED`.
 
     Raises:
       ValueError: a resolution that the teacher cannot have; nothing is deleted.
@@ -89,13 +99,14 @@ def verify_products(
       ModuleNotFoundError: the consumer is not installed; nothing is deleted.
     """
     require_consumer()
-    ours = _Ours(teacher, resolution)
+    ours = _Ours(teacher, resolution, control)
     results: dict[str, dict[int, float]] = {}
     failures = []
     for target, path in products.items():
         try:
-            results[target] = _compare(path, ours, prompts, steps, seed)
-            worst = max(results[target].values())
+            found = _compare(path, ours, prompts, steps, seed)
+            results |= {target + suffix: differences for suffix, differences in found.items()}
+            worst = max(max(differences.values()) for differences in found.values())
             if not worst <= tolerance:  # also when it is not a number
                 raise VerificationError(
                     f"its latents differ from ours by {worst:.2g}, relative; allowed {tolerance:g}"
@@ -114,11 +125,21 @@ def verify_products(
 class _Ours:
     """Our side: one compiled function a step count, for every product's weights."""
 
-    def __init__(self, teacher: str | Path, resolution: Resolution = None):
+    def __init__(
+        self,
+        teacher: str | Path,
+        resolution: Resolution = None,
+        control: str | Path | None = None,
+    ):
         self.teacher = load_model(teacher)
         self.resolution = resolution
         self.shape = self.teacher.latent_shape(resolution)
-        self._draw: dict[int, Callable] = {}
+        self.control = None if control is None else self.teacher.load_control(control)
+        if self.control is not None and self.control.folder is None:
+            raise ValueError(f"--control {control}: diffusers wants a folder or hub id, no file")
+        if self.control is not None and not isinstance(self.control.network, ControlNetModel):
+            raise ValueError(f"--control {control}: products are verified with ControlNets alone")
+        self._draw: dict[tuple[int, bool], Callable] = {}
 
     def weights(self, path: Path) -> tuple[dict[str, Any], set[str]]:
         """All networks' weights with the product in them, and the layers that a LoRA adapts."""
@@ -139,18 +160,36 @@ class _Ours:
         return dict(product.params), set()
 
     def draw(
-        self, params: Any, prompts: Sequence[str], noise: np.ndarray, fresh: np.ndarray
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        noise: np.ndarray,
+        fresh: np.ndarray,
+        picture: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Latents `[b, h, w, c]` for the same noises, every product of matrices in full fp32."""
-        model, steps = self.teacher, len(fresh) + 1
+        """Latents `[b, h, w, c]` for the same noises, every product of matrices in full fp32.
+
+        Args:
+          params: all networks' weights.
+          prompts: b texts.
+          noise: the first latents.
+          fresh: the noise between steps.
+          picture: `[1, H, W, 3]` in 0 .. 1, which steers the ControlNet; None leaves that out.
+        """
+        model, steps, control = self.teacher, len(fresh) + 1, self.control
 
         def latents(params: Any, ids: Any, noise: jax.Array, fresh: jax.Array) -> jax.Array:
             text = model.encode_tokens(params, ids, self.resolution)
-            denoiser = model.denoiser(params[model.backbone])
+            controls = []
+            if picture is not None and control is not None:
+                image = jnp.broadcast_to(picture, (len(noise), *picture.shape[1:]))
+                text = model.with_controls(text, [image], [CONTROL_SCALE])
+                controls = [(control.network, control.params)]
+            denoiser = model.denoiser(params[model.backbone], controls=controls)
             times = student_timesteps(steps)
             return sample(denoiser, model.process, noise, text, times, noises=fresh)
 
-        draw = self._draw.setdefault(steps, jax.jit(latents))
+        draw = self._draw.setdefault((steps, picture is None), jax.jit(latents))
         with jax.default_matmul_precision("highest"):
             ids = model.tokenize(prompts)
             return np.asarray(draw(params, ids, jnp.asarray(noise), jnp.asarray(fresh)))
@@ -158,8 +197,8 @@ class _Ours:
 
 def _compare(
     path: Path, ours: _Ours, prompts: Sequence[str], steps: Sequence[int], seed: int
-) -> dict[int, float]:
-    """The relative difference of one product's latents, by step count."""
+) -> dict[str, dict[int, float]]:
+    """The relative difference of one product's latents by step count: under "", and `STEERED`."""
     params, layers = ours.weights(path)
     theirs = consumer.load(path, ours.teacher)
     loaded = consumer.adapted_layers(getattr(theirs, ours.teacher.backbone))
@@ -171,12 +210,33 @@ def _compare(
     shape = (len(prompts), *ours.shape)
     size = ImageSize.read(ours.resolution) or ours.teacher.size
     noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    differences = {}
-    for count in steps:
-        expected, fresh = draw_consumer(theirs, prompts, count, noise, seed + count, size)
-        drawn = ours.draw(params, prompts, noise, fresh)
-        differences[count] = float(np.linalg.norm(drawn - expected) / np.linalg.norm(expected))
-    return differences
+    found: dict[str, dict[int, float]] = {"": {}}
+    pictures: dict[str, np.ndarray | None] = {"": None}
+    if ours.control is not None:
+        pixels = np.random.default_rng(seed).integers(0, 256, (1, size.height, size.width, 3))
+        pictures[STEERED] = pixels.astype(np.float32) / 255
+    for suffix, picture in pictures.items():
+        options: dict[str, Any] = {}
+        if picture is not None and ours.control is not None:
+            assert ours.control.folder is not None  # `_Ours`
+            theirs = consumer.with_controlnet(theirs, ours.control.folder)
+            options = {
+                "image": torch_image(picture), "controlnet_conditioning_scale": CONTROL_SCALE,
+            }  # fmt: skip
+        for count in steps:
+            at = prompts, count, noise, seed + count, size
+            expected, fresh = draw_consumer(theirs, *at, **options)
+            drawn = ours.draw(params, prompts, noise, fresh, picture)
+            difference = np.linalg.norm(drawn - expected) / np.linalg.norm(expected)
+            found.setdefault(suffix, {})[count] = float(difference)
+    return found
+
+
+def torch_image(picture: np.ndarray) -> Any:
+    """A picture `[b, H, W, c]` as a tensor `[b, c, H, W]`."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(picture, -1, 1)))
 
 
 def draw_consumer(
@@ -186,6 +246,7 @@ def draw_consumer(
     noise: np.ndarray,
     seed: int,
     size: ImageSize | None = None,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws latents as a user of diffusers does.
 
@@ -196,6 +257,7 @@ def draw_consumer(
       noise: `[b, h, w, c]`, the first latents.
       seed: of the generator.
       size: of the images, that the noise is for; the pipeline's own by default.
+      options: what the pipeline is given besides.
 
     Returns:
       Latents `[b, h, w, c]`, and the fresh noise `[steps - 1, b, h, w, c]` that went into them.
@@ -203,7 +265,7 @@ def draw_consumer(
     import torch
     from diffusers.utils.torch_utils import randn_tensor
 
-    first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(noise, -1, 1)))
+    first = torch_image(noise)
     latents = pipe(
         list(prompts),
         timesteps=list(student_timesteps(steps)),
@@ -212,6 +274,7 @@ def draw_consumer(
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
         **({} if size is None else {"height": size.height, "width": size.width}),
+        **options,
     ).images
     again = torch.Generator().manual_seed(seed)
     fresh = [
