@@ -81,6 +81,11 @@ def test_edges_are_taken_at_the_size_that_is_drawn():
 CANNY = ("--control", "/canny", "--control_image", "/square.png")
 
 
+def test_a_picture_that_is_drawn_on_is_steered_too(folder):
+    words = ("--image", "/square.png", "--strength=0.5")
+    assert np.any(run(folder, *words, *CANNY) != run(folder, *words))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

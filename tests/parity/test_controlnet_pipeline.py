@@ -165,12 +165,12 @@ def test_a_control_image_of_each_prompt_is_that_prompt_s(folder):
     def drawn(images):
         control = Control(network=network, images=images, scale=2.0)
         options = GenerationOptions(controls=[control], batch_size=1)
-        return generate(model, PROMPTS, 1, SEED, options=options).astype(int)
+        return generate(model, PROMPTS, 1, SEED, options=options)
 
     each, all_black = drawn(np.concatenate([black, white])), drawn(black)
-    assert np.abs(each[0] - all_black[0]).max() <= 1
-    assert np.abs(each[1] - drawn(white)[1]).max() <= 1
-    assert np.abs(each[1] - all_black[1]).max() > 3
+    np.testing.assert_array_equal(each[0], all_black[0])
+    np.testing.assert_array_equal(each[1], drawn(white)[1])
+    assert np.mean(each[1] != all_black[1]) > 0.1
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(folder):

@@ -24,6 +24,7 @@ from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.controls import ControlNetwork
 from tlcm_jax.families.product import Params
 from tlcm_jax.generation.canvas import fit, read_picture
+from tlcm_jax.io.image_size import Resolution
 from tlcm_jax.training.sharding import place
 
 _CANNY = "canny:"
@@ -195,7 +196,7 @@ class WantedControl:
 
 
 def load_controls(
-    model: LatentModel, wanted: Sequence[WantedControl], resolution: int | None
+    model: LatentModel, wanted: Sequence[WantedControl], resolution: Resolution
 ) -> tuple[tuple[Control, ...], list[str]]:
     """Reads the networks, and fits the images to what is drawn.
 
