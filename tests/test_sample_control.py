@@ -74,7 +74,8 @@ def test_edges_are_taken_at_the_size_that_is_drawn():
     assert said == "64x64 pixels scaled to 32x32, then its edges (canny)"
     small = np.asarray(Image.fromarray(square).resize((32, 32), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(fitted[0, ..., 0], cv2.Canny(small, 100, 200))
-    assert set(np.unique(fitted)) == {0, 255} and 80 < (fitted[0, ..., 0] > 0).sum() < 80 + 64
+    # The square's four sides of 16 pixels.
+    assert set(np.unique(fitted)) == {0, 255} and 50 < (fitted[0, ..., 0] > 0).sum() < 80
     assert module.fit_control(Image.fromarray(square), (32, 32), 1)[0].shape == (1, 32, 32, 1)
 
 

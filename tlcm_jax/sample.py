@@ -156,9 +156,9 @@ def run(values: flags.FlagValues) -> None:
         adapted=not values.teacher,
         vae=values.vae,
     )
-    controls, fitted = load_controls(model, wanted, options.resolution)
+    controls, lines = load_controls(model, wanted, options.resolution)
     options = dataclasses.replace(options, controls=controls)
-    for line in fitted:
+    for line in lines:
         print(line)
     if values.adapter is not None:
         model = model.with_text_adapter(values.adapter)

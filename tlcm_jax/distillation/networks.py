@@ -7,7 +7,7 @@ networks serve as well as a UNet.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ Params = Mapping[str, Any]
 Frozen = Mapping[str, Any]
 
 # The leaves of the frozen tree, beside the terms' own.
-BASE, NULL, DECODER, TERMS = "base", "null", "decoder", "terms"
+BASE, NULL, DECODER, TERMS, CONTROLS = "base", "null", "decoder", "terms", "controls"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,28 +86,43 @@ class AuxNetwork:
 
 
 def model_networks(
-    model: LatentModel, adapter: LoRAConfig, resolution: Resolution = None, full: bool = False
+    model: LatentModel,
+    adapter: LoRAConfig,
+    resolution: Resolution = None,
+    full: bool = False,
+    controls: Sequence[Any] = (),
 ) -> Networks:
     """The networks of a stage on a model.
 
     The frozen tree holds `{BASE: the backbone's weights, NULL: null_conditioning, DECODER: its
-    weights}`, the last where a term decodes.
+    weights}`, the last where a term decodes; and under CONTROLS the weights of each control
+    network, frozen too, where there are any.
 
     Args:
       model: the teacher; of its weights only the shapes matter.
       adapter: of the student.
       resolution: of the images; the model's own by default.
       full: the trainable tree is the backbone's own leaves rather than an adapter.
+      controls: control networks without weights (`families.controls`) that steer student and
+        teacher alike, by the maps that the prompts' conditioning then has
+        (`LatentModel.with_controls`).
     """
 
+    def steered(frozen: Frozen) -> tuple[Any, ...]:
+        return tuple(zip(controls, frozen[CONTROLS], strict=True)) if controls else ()
+
     def merged(trainable: Params, frozen: Frozen) -> Denoiser:
-        return model.denoiser(lora.merge(frozen[BASE], trainable, adapter.scale))
+        whole = lora.merge(frozen[BASE], trainable, adapter.scale)
+        return model.denoiser(whole, controls=steered(frozen))
+
+    def beside(trainable: Params, frozen: Frozen) -> Denoiser:
+        return adapted(model, adapter, trainable, frozen, steered(frozen))
 
     return Networks(
         process=model.process,
         latent_shape=model.latent_shape(resolution),
-        student=merged if full else functools.partial(adapted, model, adapter),
-        teacher=lambda frozen: model.denoiser(frozen[BASE]),
+        student=merged if full else beside,
+        teacher=lambda frozen: model.denoiser(frozen[BASE], controls=steered(frozen)),
         null_of=lambda frozen: functools.partial(model.null_of, frozen[NULL]),
         inference=merged,
         decode=lambda frozen: functools.partial(
@@ -116,11 +131,17 @@ def model_networks(
     )
 
 
-def adapted(model: LatentModel, adapter: LoRAConfig, factors: Params, frozen: Frozen) -> Denoiser:
-    """The backbone with an adapter, merged into its weights or run beside them."""
+def adapted(
+    model: LatentModel,
+    adapter: LoRAConfig,
+    factors: Params,
+    frozen: Frozen,
+    controls: Sequence[Any] = (),
+) -> Denoiser:
+    """The backbone with an adapter, merged into its weights or run beside them, steered or not."""
     if adapter.merged:
-        return model.denoiser(lora.merge(frozen[BASE], factors, adapter.scale))
-    return model.denoiser(frozen[BASE], lora.scaled(factors, adapter.scale))
+        return model.denoiser(lora.merge(frozen[BASE], factors, adapter.scale), controls=controls)
+    return model.denoiser(frozen[BASE], lora.scaled(factors, adapter.scale), controls)
 
 
 def adapted_features(

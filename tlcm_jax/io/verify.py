@@ -212,7 +212,7 @@ def _compare(
     noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
     found: dict[str, dict[int, float]] = {"": {}}
     pictures: dict[str, np.ndarray | None] = {"": None}
-    if ours.control is not None:
+    if ours.control is not None and size is not None:
         pixels = np.random.default_rng(seed).integers(0, 256, (1, size.height, size.width, 3))
         pictures[STEERED] = pixels.astype(np.float32) / 255
     for suffix, picture in pictures.items():
