@@ -19,7 +19,8 @@ _PAGE = re.compile(rb"\s*<(!doctype html|html|\?xml)", re.IGNORECASE)
 _KEYS = (
     (r"\.lora_(A|B|down|up|mid)\b|[._]lora\.(up|down)\.|\.(hada|lokr)_|lora_linear_layer",
      "a LoRA, which goes onto a model with --lora"),
-    (r"^(control_model|controlnet_cond_embedding)\.|^zero_convs\.", "a ControlNet"),
+    (r"^(control_model|controlnet_cond_embedding)\.|^zero_convs\.",
+     "a ControlNet, which goes with --control"),
     (r"double_blocks\.|single_transformer_blocks\.", "a Flux model, of a family not known here"),
     (r"joint_blocks\.|\.add_[kqv]_proj\.", "an SD3 model, of a family not known here"),
     (r"^(emb_params|clip_[lg])$|^string_to_param", "an embedding (textual inversion)"),
@@ -28,7 +29,7 @@ _KEYS = (
     (r"^(first_stage_model\.)?(encoder|decoder)\.", "an autoencoder alone, which goes with --vae"),
     (r"^(text_model|transformer\.resblocks)\.", "a text encoder alone"),
     (r"^(vision_model|visual)\.", "a vision encoder"),
-    (r"^body\.|^adapter\.", "a T2I-Adapter"),
+    (r"^body\.|^adapter\.", "a T2I-Adapter, which goes with --control"),
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
 )  # fmt: skip
 _WHOLE = "; give the model's diffusers folder, or a checkpoint that holds all networks"
