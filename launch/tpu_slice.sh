@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One Cloud TPU slice from request to deletion: create, setup, run, logs, status, stop, delete.
+# One Cloud TPU slice from request to deletion: create, setup, run, keep, logs, status, stop, delete.
 #
 # Every command is plain gcloud; --dry-run prints them, quoted so that they can be pasted, and
 # calls nothing. Runs on bash 3.2 (macOS) and newer. Page: docs/tpu.md.
@@ -25,6 +25,8 @@ commands
   create   request the slice as a queued resource and wait until it is active
   setup    copy the last commit to every worker and install it there, with jax[tpu]
   run      start tlcm_jax.main on every worker; it goes on when this terminal closes
+  keep     create, setup and run, and all of it again whenever the slice is taken away or the run
+           stops short, until it is finished; takes the options of the three
   logs     print a worker's log
   status   the slice's state, and what each worker is doing
   stop     end the run on every worker; the slice stays (and costs)
@@ -34,22 +36,24 @@ options
   --name NAME            the slice, its queued resource and its node
   --zone ZONE            for example us-west4-a
   --project PROJECT      the Google Cloud project that pays
-  --accelerator TYPE     create: for example v5litepod-16
+  --accelerator TYPE     create, keep: for example v5litepod-16
   --version RUNTIME      create: the TPU software version (default: by accelerator)
-  --spot                 create: a spot slice, cheaper, may be taken away
+  --spot                 create, keep: a spot slice, cheaper, may be taken away
   --wait MINUTES         create: how long to wait for the slice (default 120; 0: do not wait)
   --poll SECONDS         create: time between looks at the queue (default 20)
-  --config FILE[:ARG]    run: a config of the last commit, for example configs/sdxl.py
-  --workdir gs://...     run: where checkpoints, metrics and the report go; main sees the
+  --config FILE[:ARG]    run, keep: a config of the last commit, for example configs/sdxl.py
+  --workdir gs://...     run, keep: where checkpoints, metrics and the report go; main sees the
                          bucket as the folder /gcs/BUCKET
   --worker N|all         logs: which worker (default 0)
   --lines N              logs: how many lines (default 100)
   --follow               logs: keep printing
+  --watch SECONDS        keep: time between looks at the run (default 60)
+  --delete               keep: delete the slice when the run is finished
   --retries N            tries again after a failure (default 3)
   --retry-delay SECONDS  pause before the first of them, growing each time (default 15)
   --yes                  delete: do not ask
   --dry-run              print the gcloud commands and do nothing
-  -- ARGS                run: passed on to tlcm_jax.main
+  -- ARGS                run, keep: passed on to tlcm_jax.main
 TEXT
 }
 
@@ -70,19 +74,19 @@ misuse() {
 # ---------------------------------------------------------------- command line
 
 name='' zone='' project='' accelerator='' version='' config='' workdir=''
-worker=0 lines=100 follow=false spot=false yes=false dry_run=false
-retries=3 retry_delay=15 wait_minutes=120 poll=20
+worker=0 lines=100 follow=false spot=false yes=false dry_run=false delete_after=false
+retries=3 retry_delay=15 wait_minutes=120 poll=20 watch=60
 main_args=()
 
 command=${1-}
 case $command in
-  create | setup | run | logs | status | stop | delete) shift ;;
+  create | setup | run | keep | logs | status | stop | delete) shift ;;
   help | -h | --help)
     help
     exit 0
     ;;
-  '') misuse 'no command: begin with create, setup, run, logs, status, stop or delete' ;;
-  *) misuse "unknown command '$command': use create, setup, run, logs, status, stop or delete" ;;
+  '') misuse 'no command: begin with create, setup, run, keep, logs, status, stop or delete' ;;
+  *) misuse "unknown command '$command': use create, setup, run, keep, logs, status, stop or delete" ;;
 esac
 
 while (($# > 0)); do
@@ -92,6 +96,7 @@ while (($# > 0)); do
     --spot) spot=true && continue ;;
     --follow) follow=true && continue ;;
     --yes) yes=true && continue ;;
+    --delete) delete_after=true && continue ;;
     --dry-run) dry_run=true && continue ;;
     --help | -h)
       help
@@ -129,6 +134,7 @@ while (($# > 0)); do
     --retry-delay) retry_delay=$value ;;
     --wait) wait_minutes=$value ;;
     --poll) poll=$value ;;
+    --watch) watch=$value ;;
     *) misuse "unknown option $flag: see $program --help" ;;
   esac
 done
@@ -148,8 +154,9 @@ check --wait "$wait_minutes" '[0-9]{1,5}' 120
 check --poll "$poll" '[0-9]{1,4}' 20
 check --lines "$lines" '[0-9]{1,9}' 100
 check --worker "$worker" '[0-9]{1,4}|all' 0
-if ((${#main_args[@]} > 0)) && [[ $command != run ]]; then
-  misuse "arguments after -- are for run only: leave them out of $command"
+check --watch "$watch" '[0-9]{1,5}' 60
+if ((${#main_args[@]} > 0)) && [[ $command != run && $command != keep ]]; then
+  misuse "arguments after -- are for run and keep only: leave them out of $command"
 fi
 [[ $command == logs && $follow == true && $worker == all ]] &&
   misuse '--follow reads one worker: choose one with --worker 0'
@@ -360,8 +367,10 @@ if ! mountpoint -q /gcs/$bucket; then
 fi
 cd ~/tlcm/source
 echo "--- \$new" >> ~/tlcm/run.log
-setsid nohup ~/tlcm/venv/bin/python -u -m tlcm_jax.main$main \\
-  >> ~/tlcm/run.log 2>&1 < /dev/null &
+rm -f ~/tlcm/run.exit
+# Beside main stands a shell that notes how it ended; it must outlive a polite signal to both.
+setsid nohup bash -c 'trap : TERM; "\$@" >> ~/tlcm/run.log 2>&1; echo \$? > ~/tlcm/run.exit' \\
+  keeper ~/tlcm/venv/bin/python -u -m tlcm_jax.main$main > /dev/null 2>&1 < /dev/null &
 echo "\$new" > ~/tlcm/run.id
 echo \$! > ~/tlcm/run.pid
 tell started
@@ -429,6 +438,94 @@ delete() {
   fi
   retry "deleting $name" "${queue[@]}" delete "$name" "${where[@]}" --force --quiet
   $dry_run || say "deleted the $slice"
+}
+
+# What the workers are doing, a word each: fresh (not installed), idle, running, or how their run of
+# this workdir ended, as ended:STATUS.
+outcomes() {
+  "${vm[@]}" ssh "$name" "${where[@]}" --worker=all --quiet --command="$(
+    remote_functions
+    cat <<SCRIPT
+case "\$id" in *' $workdir '*) ;; *) id=none ;; esac
+if [ ! -x ~/tlcm/venv/bin/python ]; then echo fresh
+elif alive; then echo running
+elif [ "\$id" = none ]; then echo idle
+elif [ -e ~/tlcm/run.exit ]; then echo "ended:\$(cat ~/tlcm/run.exit)"
+else echo ended:lost; fi
+SCRIPT
+  )"
+}
+
+# step COMMAND OPTIONS...: another command of this script on the same slice, in a shell of its own.
+step() {
+  local verb=$1
+  shift
+  bash "$root/launch/$program" "$verb" --name "$name" --zone "$zone" --project "$project" \
+    --retries "$retries" --retry-delay "$retry_delay" "$@"
+}
+
+keep() {
+  check --config "$config" '[^/].*\.py(:.*)?' configs/sdxl.py
+  check --workdir "$workdir" 'gs://[a-z0-9][-_.a-z0-9]+/.+' gs://my-bucket/runs/sdxl
+  local asked=(--accelerator "$accelerator" --wait "$wait_minutes" --poll "$poll")
+  local started=(--config "$config" --workdir "$workdir")
+  if [[ -n $version ]]; then asked+=(--version "$version"); fi
+  if $spot; then asked+=(--spot); fi
+  if ((${#main_args[@]} > 0)); then started+=(-- "${main_args[@]}"); fi
+  if $dry_run; then
+    step create --dry-run "${asked[@]}"
+    step setup --dry-run
+    step run --dry-run "${started[@]}"
+    return
+  fi
+  local doing status failures=0 since=$SECONDS
+  while true; do
+    status=0
+    step create "${asked[@]}" || status=$?
+    ((status != 2)) || exit 2
+    if ((status == 0)) && doing=$(outcomes); then
+      doing=" $(printf '%s\n' "$doing" | sort -u | tr '\n' ' ')"
+      case $doing in
+        ' running ') ;;
+        ' ended:0 ')
+          say "finished: $workdir"
+          if $delete_after; then step delete --yes; fi
+          return 0
+          ;;
+        ' ended:0 running ') ;; # the others are about to end
+        *)
+          # Main ends with 75 when it was asked to stop. Whatever it was, the same command resumes
+          # the run, on all workers together.
+          if [[ $doing == *' ended:1 '* ]]; then fail 'the run ended with an error'; fi
+          say "starting the run; the workers are:$doing"
+          since=$SECONDS
+          if ! begin "$doing" "${started[@]}"; then fail 'the run did not start'; fi
+          ;;
+      esac
+    else
+      fail 'the slice is not to be had'
+    fi
+    sleep "$watch"
+  done
+}
+
+# begin DOING OPTIONS...: starts the run, after what the workers still need.
+begin() {
+  local doing=$1
+  shift
+  if [[ $doing == *' fresh '* ]]; then step setup || return 1; fi
+  step stop && step run "$@"
+}
+
+# fail WHAT: waits after a failure, and ends the script after too many without half an hour's work
+# between them.
+fail() {
+  if ((SECONDS - since > 1800)); then failures=0; fi
+  failures=$((failures + 1))
+  ((failures <= retries)) ||
+    die "$1, $failures times: see above and the log; the same command goes on from there"
+  say "$1: try $failures of $retries"
+  sleep "$((retry_delay * failures))"
 }
 
 "$command"

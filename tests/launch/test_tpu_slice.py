@@ -43,7 +43,7 @@ def test_shellcheck_is_clean():
         (["logs", *SLICE, "--lines"], "--lines has no value"),
         (["logs", *SLICE, "--colour", "red"], "unknown option --colour"),
         (["logs", *SLICE, "extra"], "unexpected 'extra'"),
-        (["stop", *SLICE, "--", "--x"], "arguments after -- are for run only"),
+        (["stop", *SLICE, "--", "--x"], "arguments after -- are for run and keep only"),
     ],
 )
 def test_bad_input_says_in_one_line_what_to_change(cloud, arguments, says):
@@ -58,7 +58,18 @@ def test_bad_input_says_in_one_line_what_to_change(cloud, arguments, says):
 def test_help_names_every_command_and_option():
     done = subprocess.run(["bash", str(SCRIPT), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for word in ("create", "setup", "run", "logs", "status", "stop", "delete", "--spot", "--yes"):
+    for word in (
+        "create",
+        "setup",
+        "run",
+        "keep",
+        "logs",
+        "status",
+        "stop",
+        "delete",
+        "--spot",
+        "--yes",
+    ):
         assert word in done.stdout
 
 

@@ -3,34 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.support.fake_gcloud import FAST, SLICE, state, write_program
-
-FAKE_PYTHON = f"""#!{sys.executable}
-import json, os, sys, time
-json.dump(sys.argv[1:], open(os.path.expanduser("~/arguments.json"), "w"))
-print("training", flush=True)
-time.sleep(float(os.environ.get("FAKE_TRAINING_SECONDS", "0")))
-"""
-
-
-@pytest.fixture
-def installed(cloud):
-    """Two workers on which setup is done; their python and gcsfuse record their arguments."""
-    write_program(cloud.folder / "bin" / "sudo", "#!/bin/sh\n")
-    write_program(cloud.folder / "bin" / "mountpoint", "#!/bin/sh\nexit ${MOUNTED:-1}\n")
-    write_program(cloud.folder / "bin" / "gcsfuse", '#!/bin/sh\necho "$@" >> ~/mounted.txt\n')
-    for worker in range(2):
-        home = cloud.folder / f"worker{worker}"
-        write_program(home / "tlcm" / "venv" / "bin" / "python", FAKE_PYTHON)
-        (home / "tlcm" / "source").mkdir()
-    return cloud
-
 
 RUN = [
     "run",
