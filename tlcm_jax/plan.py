@@ -8,13 +8,18 @@ compiler. What was compiled is kept, so a second plan takes seconds.
 
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tlcm_jax.config.size_flags import define_size_flags, given_size
+
+if TYPE_CHECKING:
+    from tlcm_jax.planning.buckets import Plans
+    from tlcm_jax.planning.stage import StagePlan
 
 STORE = os.path.join("~", ".cache", "tlcm_jax", "plans")
 
@@ -32,6 +37,9 @@ def define_flags(values: flags.FlagValues) -> None:
     define_size_flags(values, "the recipe's")
     flags.DEFINE_float("price", 0.0, "Of a chip-hour; 0: no cost.", lower_bound=0, **here)
     flags.DEFINE_string("store", STORE, "Keeps costs; empty keeps none.", **here)
+    flags.DEFINE_bool(
+        "every_block", False, "Compile every distinct block, not one of each kind: slow.", **here
+    )
     flags.mark_flag_as_required("config", flag_values=values)
 
 
@@ -46,21 +54,44 @@ def main(argv: list[str]) -> None:
         config, size = given.config.to_dict(), given_size(given)
         if size is not None:
             config["model"] = {**config.get("model", {}), "resolution": str(size), "buckets": {}}
-        run(config, given.topology, given.price, given.store)
+        run(config, given.topology, given.price, given.store, given.every_block)
     except (ValueError, OSError) as error:
         if logging.level_debug():
             raise
         sys.exit(f"error: {error}")
 
 
-def run(config: dict[str, Any], topology: str, price: float = 0.0, store: str = "") -> None:
-    """Prints a recipe's plan.
+def run(
+    config: dict[str, Any],
+    topology: str,
+    price: float = 0.0,
+    store: str = "",
+    every_block: bool = False,
+) -> None:
+    """Prints a recipe's plan; arguments as of `plan_recipe`, and the price of a chip-hour."""
+    from tlcm_jax.planning import report
+
+    planner, plans = plan_recipe(config, topology, store, every_block)
+    where, settings = planner.topology, planner.settings
+    sizes = " x ".join(f"{axis} {size}" for axis, size in planner.mesh.items())
+    print(f"{settings.name} on {topology}: {where.chips} chips, mesh {sizes}")
+    for plan in plans:
+        print(report.describe_stage(plan, where, settings.model.remat))
+    print(report.describe_recipe(plans, where, price))
+    print(report.describe_basis(where))
+    print(f"planned in {time.process_time():.0f} CPU s", file=sys.stderr)
+
+
+def plan_recipe(
+    config: dict[str, Any], topology: str, store: str = "", every_block: bool = False
+) -> tuple["Plans", list["StagePlan"]]:
+    """A recipe's plan, stage by stage.
 
     Args:
       config: the recipe as plain nested values.
       topology: by name.
-      price: of a chip-hour.
       store: folder of what was compiled before; empty keeps none.
+      every_block: compile every distinct block, not one of each kind.
 
     Raises:
       ValueError, FileNotFoundError: bad input; the message says what to change.
@@ -69,7 +100,7 @@ def run(config: dict[str, Any], topology: str, price: float = 0.0, store: str = 
 
     from tlcm_jax.config.schema import read
     from tlcm_jax.families.load import abstract_model
-    from tlcm_jax.planning import aot, report
+    from tlcm_jax.planning import aot
     from tlcm_jax.planning.buckets import Plans
     from tlcm_jax.planning.cost import Compiler
     from tlcm_jax.planning.topologies import read_topology
@@ -85,15 +116,8 @@ def run(config: dict[str, Any], topology: str, price: float = 0.0, store: str = 
         store=Path(store).expanduser() if store else None,
         progress=lambda text: print(f"compiling {text}", file=sys.stderr, flush=True),
     )
-    planner = Plans(settings, model, where, compiler)
-    sizes = " x ".join(f"{axis} {size}" for axis, size in planner.mesh.items())
-    print(f"{settings.name} on {topology}: {where.chips} chips, mesh {sizes}")
-    plans = []
-    for name in settings.stages:
-        plans.append(planner.plan(name))
-        print(report.describe_stage(plans[-1], where, settings.model.remat), flush=True)
-    print(report.describe_recipe(plans, where, price))
-    print(report.describe_basis(where))
+    plans = Plans(settings, model, where, compiler, every_block)
+    return plans, [plans.plan(name) for name in settings.stages]
 
 
 if __name__ == "__main__":

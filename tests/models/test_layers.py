@@ -1,12 +1,13 @@
 """The layers against XLA's own operations, and in bf16 against one rounding of the exact sum."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from tlcm_jax.models.layers import Conv, Dense
+from tlcm_jax.models.layers import Conv, Dense, GroupNorm, group_norm
 
 BF16 = ml_dtypes.bfloat16
 # XLA may else keep a rounded product in fp32, and one rounding looks like two.
@@ -119,3 +120,48 @@ def test_gradients_of_bf16_are_those_of_its_own_product(layer) -> None:
     ):
         assert ours.dtype == expected.dtype
         assert jnp.linalg.norm(ours - expected) < 1e-2 * jnp.linalg.norm(expected)
+
+
+def norms(x):
+    """Of an image `[b, h, w, c]`: in float64, by one pass, and by Flax's two; unscaled."""
+    groups = x.astype(np.float64).reshape(x.shape[0], -1, 32, x.shape[-1] // 32)
+    mean = groups.mean((1, 3), keepdims=True)
+    exact = (groups - mean) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-5)
+    one, two = GroupNorm(32, 1e-5, jnp.float32), group_norm(32, 1e-5, jnp.float32, None)
+    assert isinstance(two, nn.GroupNorm)
+    variables = one.init(jax.random.key(0), x)
+    return exact.reshape(x.shape), one.apply(variables, x), two.apply(variables, x)
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("offset", [0, 10, 1000])
+def test_one_pass_over_a_group_is_as_sound_as_two(offset):
+    x = np.random.default_rng(0).standard_normal((2, 9, 7, 64)).astype(np.float32) + offset
+    exact, one, two = norms(x)
+    assert relative(one, exact) <= max(1e-6, relative(two, exact))
+
+
+def test_one_pass_has_the_gradients_of_two():
+    x = np.random.default_rng(1).standard_normal((2, 5, 6, 64)).astype(np.float32) + 1
+    wanted = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+    one, two = GroupNorm(32, 1e-5, jnp.float32), group_norm(32, 1e-5, jnp.float32, None)
+    variables = one.init(jax.random.key(0), x)
+
+    def gradients(norm):
+        return jax.grad(lambda v, x: jnp.sum(norm.apply(v, x) * wanted), (0, 1))(variables, x)
+
+    for a, b in zip(*map(jax.tree.leaves, map(gradients, (one, two))), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_in_bf16_the_norm_is_rounded_once():
+    x = np.random.default_rng(3).standard_normal((1, 8, 8, 64)).astype(BF16)
+    norm = group_norm(32, 1e-5, jnp.bfloat16, None)
+    exact, _, _ = norms(x.astype(np.float32))
+    y = norm.apply(norm.init(jax.random.key(0), x), x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=2**-8)

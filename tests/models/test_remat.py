@@ -25,5 +25,6 @@ def kept_bytes(remat):
 
 
 def test_each_policy_keeps_less_than_the_one_before():
-    none, blocks, everything = map(kept_bytes, ("none", "blocks", "all"))
-    assert everything < blocks < none
+    policies = ("none", "attention", "blocks", "all")
+    none, attention, blocks, everything = map(kept_bytes, policies)
+    assert everything < blocks < attention < none

@@ -13,12 +13,14 @@ from tlcm_jax.config.run import frozen_params
 from tlcm_jax.config.schema import read
 from tlcm_jax.families.load import abstract_model
 from tlcm_jax.planning import report
-from tlcm_jax.planning.cost import Compiler
+from tlcm_jax.planning.cost import Compiler, Cost
 from tlcm_jax.planning.flops import count
 from tlcm_jax.planning.stage import Planner, _without_files
 from tlcm_jax.planning.topologies import read_topology
 from tlcm_jax.training.mesh import make_mesh
 from tlcm_jax.training.stage import Stage
+
+PAPER = emoji.get_config("paper").to_dict()
 
 
 def make_planner(topology="h100:2", **changes):
@@ -83,6 +85,9 @@ def test_memory_is_that_of_the_trees(planner):
     assert plan.memory["trained weights, optimiser"] == pytest.approx(3 * adapter, rel=1e-3)
     assert plan.memory["activations kept"] > 0
     assert plan.collectives == {"gradients summed": adapter}  # 2 (n - 1) / n of it, n = 2
+    cached = make_planner(text_cache="somewhere").plan("segments").memory
+    texts = leaves_bytes(planner.model.text_params)
+    assert plan.memory["text encoders, decoder"] - cached["text encoders, decoder"] == texts > 0
     # The student's weights are merged once for all steps of a rollout.
     assert planner.plan("endpoints").memory["merged weights"] == base
     assert sum(plan.memory.values()) == plan.peak
@@ -118,6 +123,40 @@ def test_costs_are_kept(planner, tmp_path):
     assert len(told) == 2
     assert len(list(tmp_path.glob("*.json"))) == 2
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["seconds"] > 0
+
+
+def test_a_block_is_told_from_another_of_its_kind(planner, monkeypatch):
+    """With a compiler in which everything takes twice the roofline's time, so do all blocks."""
+    where = read_topology("v5e:1x1")
+    told = []
+
+    def twice(self, program):
+        told.append(program.block)
+        bound = self.device.roofline(program.flops, program.moved)
+        return Cost(seconds=2 * bound, flops=program.flops, temporaries=program.moved)
+
+    monkeypatch.setattr(Compiler, "_compile", twice)
+    compiler = Compiler(device=where.device, dtype=jnp.float32)
+    few = Planner(planner.settings, planner.model, where, compiler)
+    cost = few._network(2)
+    kinds = len(told)
+    assert kinds < len(few.blocks)
+    fresh = Compiler(device=where.device, dtype=jnp.float32)
+    every = Planner(planner.settings, planner.model, where, fresh, every_block=True)
+    exact = every._network(2)
+    assert len(told) == kinds + len(every.blocks)
+    assert cost.seconds == pytest.approx(exact.seconds) and cost.flops == exact.flops
+    # Half the batch is told from the whole.
+    assert few._network(1).seconds == pytest.approx(every._network(1).seconds)
+    assert len(told) == kinds + 2 * len(every.blocks)
+
+
+def test_stored_paths_ask_the_teacher_nothing(planner):
+    stages = {"segments": {**PAPER["stages"]["segments"], "paths": "somewhere"}}
+    stored = make_planner(stages=stages, stage_order=["segments"]).plan("segments")
+    drawn = planner.plan("segments")
+    assert "teacher" in drawn.seconds and "teacher" not in stored.seconds
+    assert stored.flops < drawn.flops
 
 
 def test_words(planner):

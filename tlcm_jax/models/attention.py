@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from tlcm_jax.models import splash
@@ -22,6 +23,8 @@ _LONG = 1024
 # The widest heads that the kernels take: of splash as one tile's working set still fits, of cuDNN
 # before Hopper.
 _WIDEST = 128
+# What a rematerialisation policy knows the results of attention by.
+KEPT = splash.KEPT
 
 
 def attention(
@@ -48,14 +51,15 @@ def attention(
     batch, length, _, width = query.shape
     long = mask is None and query.shape == key.shape and length >= _LONG and width <= _WIDEST
     if not long or query.dtype != jnp.bfloat16:
-        return xla(query, key, value)
+        return checkpoint_name(xla(query, key, value), KEPT)
     kernels: dict[str, Callable[..., Array]] = {}
     ways = max(jax.sharding.get_abstract_mesh().size, 1)  # 0 where there is no mesh
     if splash.tiles_of(length) and batch % ways == 0:
         kernels["tpu"] = splash.attend
     if width % 8 == 0 and _has_cudnn():
         kernels["cuda"] = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    return jax.lax.platform_dependent(query, key, value, **kernels, default=xla)
+    out = jax.lax.platform_dependent(query, key, value, **kernels, default=xla)
+    return checkpoint_name(out, KEPT)
 
 
 @functools.cache

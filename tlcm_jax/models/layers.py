@@ -171,16 +171,63 @@ def _convolve_patches(
     )
 
 
-def group_norm(groups: int, epsilon: float, dtype: Dtype, name: str) -> nn.GroupNorm:
-    """Group norm with two-pass fp32 statistics, as PyTorch computes them."""
-    return nn.GroupNorm(
-        num_groups=groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name
-    )
+def group_norm(groups: int, epsilon: float, dtype: Dtype, name: str) -> nn.Module:
+    """Group norm with fp32 statistics: two-pass as PyTorch's in fp32, else `GroupNorm`."""
+    if dtype == jnp.float32:
+        return nn.GroupNorm(
+            num_groups=groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name
+        )
+    return GroupNorm(groups, epsilon, dtype, name=name)
 
 
 def layer_norm(epsilon: float, dtype: Dtype, name: str) -> nn.LayerNorm:
     """Layer norm with two-pass fp32 statistics, as PyTorch computes them."""
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def moments(x: Float[Array, "..."], axes: Sequence[int]) -> tuple[Array, Array]:
+    """Mean and variance over `axes`, which are kept with length 1; fp32, in one pass over x.
+
+    About k, one of the values themselves, as sums of squares about 0 would cancel where the mean
+    is large against the deviation:
+
+        mean = k + E[x - k],   var = E[(x - k)^2] - E[x - k]^2.                  (1)
+    """
+    first = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))
+    near = jax.lax.stop_gradient(x[first]).astype(jnp.float32)
+    shifted = x.astype(jnp.float32) - near
+    offset = jnp.mean(shifted, axes, keepdims=True)
+    variance = jnp.mean(jnp.square(shifted), axes, keepdims=True) - jnp.square(offset)
+    return near + offset, jnp.maximum(variance, 0)
+
+
+class GroupNorm(nn.Module):
+    """Group norm of `x [b, ..., c]` in one pass (`moments`) that leaves x in its layout.
+
+    The moments of each channel, mu_c and v_c, make those of its group (Chan et al. 1979):
+
+        mean = E_c[mu_c],   var = E_c[v_c + (mu_c - mean)^2].                    (2)
+    """
+
+    groups: int
+    epsilon: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *place c"]) -> Float[Array, "b *place c"]:
+        means, variances = moments(x, tuple(range(1, x.ndim - 1)))
+        apart = (*means.shape[:-1], self.groups, -1)
+        means, variances = means.reshape(apart), variances.reshape(apart)
+        mean = jnp.mean(means, -1, keepdims=True)
+        variance = jnp.mean(variances + jnp.square(means - mean), -1, keepdims=True)
+        channels = (*x.shape[:1], *(1,) * (x.ndim - 2), x.shape[-1])
+        mean, variance = (
+            jnp.broadcast_to(each, means.shape).reshape(channels) for each in (mean, variance)
+        )
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], jnp.float32)
+        steepness = jax.lax.rsqrt(variance + self.epsilon) * scale
+        return ((x.astype(jnp.float32) - mean) * steepness + bias).astype(self.dtype)
 
 
 class StoredBatchNorm(nn.Module):

@@ -34,6 +34,8 @@ class Tiles(NamedTuple):
 # The fastest of those tried by the compiler's schedule for a v5e (`benchmarks/attention_tiles.py`):
 # 4096 tokens in 10 heads take 0.52 ms forward and 1.08 back, with (512, 512, 512) 0.84 and 1.31.
 TILES = Tiles(1024, 2048, 1024)
+# Of the kernel's results that its backward pass reads, for rematerialisation policies.
+KEPT = "attention"
 # The smallest tile the kernel takes: a register's lanes.
 _LANES = 128
 
@@ -102,5 +104,5 @@ def _kernel(length: int, heads: int, interpret: bool) -> Any:
     # Built while a caller is traced, and kept for the next.
     with jax.ensure_compile_time_eval():
         return splash_attention.make_splash_mha_single_device(
-            mask, block_sizes=sizes, interpret=interpret
+            mask, block_sizes=sizes, residual_checkpoint_name=KEPT, interpret=interpret
         )

@@ -1,11 +1,14 @@
 """The UNet's spatial transformer: self-attention, cross-attention and GEGLU over latent pixels."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tlcm_jax.models.attention import attention
+from tlcm_jax.models.attention import KEPT, attention
 from tlcm_jax.models.layers import Conv, Dense, Dtype, group_norm, layer_norm
 
 
@@ -78,12 +81,27 @@ class BasicTransformerBlock(nn.Module):
         return x + feed_forward(layer_norm(1e-5, self.dtype, "norm3")(x))
 
 
+def rematerialized(function: Any, remat: str, transform: Callable = jax.checkpoint) -> Any:
+    """What recomputes its activations in the backward pass.
+
+    Args:
+      function: traceable, or a module's class.
+      remat: `none` recomputes nothing; `attention` all but attention's results, whose kernels are
+        the dearest to run again for their size; every other policy all.
+      transform: `jax.checkpoint`, or `nn.remat` for a class.
+    """
+    if remat == "none":
+        return function
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "attention" else None
+    return transform(function, policy=keep)
+
+
 class Transformer2DModel(nn.Module):
     """A stack of transformer blocks over the pixels of `x [b, h, w, c]`.
 
     Attributes:
       linear_projection: SDXL and SD 2.x project with linear layers, SD 1.x with 1x1 convolutions.
-      remat: recompute each block's activations in the backward pass.
+      remat: of each block (`rematerialized`).
     """
 
     layers: int
@@ -91,7 +109,7 @@ class Transformer2DModel(nn.Module):
     head_dim: int
     groups: int = 32
     linear_projection: bool = True
-    remat: bool = False
+    remat: str = "none"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -100,7 +118,7 @@ class Transformer2DModel(nn.Module):
     ) -> Float[Array, "b h w c"]:
         batch, height, width, channels = x.shape
         inner = self.heads * self.head_dim
-        block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
+        block = rematerialized(BasicTransformerBlock, self.remat, nn.remat)
 
         def project(
             name: str, features: int, inputs: Float[Array, " b *place c"]

@@ -31,8 +31,8 @@ class UNetEncoder(nn.Module):
     Attributes:
       config: the architecture.
       dtype: compute dtype; norms keep fp32 statistics whatever it is.
-      remat: what the backward pass recomputes: `"none"`, each transformer block (`"blocks"`), or
-        each resnet as well (`"all"`).
+      remat: what the backward pass recomputes: `"none"`; each transformer block, but for its
+        attentions' results (`"attention"`) or with them (`"blocks"`); each resnet too (`"all"`).
       kind: what messages call the network.
     """
 
@@ -107,7 +107,7 @@ class UNetEncoder(nn.Module):
             heads=heads,
             head_dim=channels // heads,
             linear_projection=config.use_linear_projection,
-            remat=self.remat in ("blocks", "all"),
+            remat=self.remat,
         )
         return dict(
             features=channels,

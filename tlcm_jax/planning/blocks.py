@@ -6,7 +6,8 @@ out.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from tlcm_jax.models.embeddings import TimestepEmbedding
-from tlcm_jax.models.layers import Conv, Dense
+from tlcm_jax.models.layers import Conv, Dense, GroupNorm
 from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from tlcm_jax.models.transformer import BasicTransformerBlock
 
@@ -22,11 +23,12 @@ from tlcm_jax.models.transformer import BasicTransformerBlock
 # is its blocks, and the layers before and after them.
 _BLOCKS = (
     BasicTransformerBlock, ResnetBlock2D, Downsample2D, Upsample2D, TimestepEmbedding, Conv, Dense,
-    nn.GroupNorm,
+    GroupNorm, nn.GroupNorm,
 )  # fmt: skip
 # What each policy of the network recomputes.
 _RECOMPUTED: dict[str, tuple[type, ...]] = {
     "none": (),
+    "attention": (BasicTransformerBlock,),
     "blocks": (BasicTransformerBlock,),
     "all": (BasicTransformerBlock, ResnetBlock2D),
 }
@@ -41,20 +43,25 @@ class Block:
       module: unbound, to be applied to parameters of its own.
       inputs: shapes of the arrays it is called with.
       calls: how often the network calls it.
-      remat: whether the network's policy recomputes it in the backward pass.
+      remat: what its backward pass recomputes (`models.transformer.rematerialized`).
     """
 
     name: str
     module: nn.Module
     inputs: tuple[Any, ...]
     calls: int
-    remat: bool
+    remat: str
 
     @property
     def kind(self) -> str:
         """Its class, and its first input's shape."""
         shape = "x".join(map(str, self.inputs[0].shape))
         return f"{type(self.module).__name__} {shape}"
+
+    @property
+    def places(self) -> int:
+        """Pixels or tokens of its first input."""
+        return math.prod(self.inputs[0].shape[1:-1])
 
     def apply(self, variables: Any, *arrays: Any) -> Any:
         """The block on arrays in the places of `inputs`."""
@@ -79,7 +86,7 @@ def distinct_blocks(apply: Callable, *arguments: Any, remat: str = "none") -> li
         if key in found:
             found[key] = dataclasses.replace(found[key], calls=found[key].calls + 1)
             return
-        again = isinstance(module, _RECOMPUTED[remat])
+        again = remat if isinstance(module, _RECOMPUTED[remat]) else "none"
         name = "/".join(module.path)
         found[key] = Block(name=name, module=clone, inputs=shapes, calls=1, remat=again)
 
@@ -98,3 +105,29 @@ def distinct_blocks(apply: Callable, *arguments: Any, remat: str = "none") -> li
     with nn.intercept_methods(intercept):
         jax.eval_shape(apply, *arguments)
     return list(found.values())
+
+
+def representatives(
+    blocks: Sequence[Block], seconds: Callable[[Block], float], least: float = 0.05
+) -> list[Block]:
+    """For each block, the one of its kind that is compiled in its place.
+
+    Of a kind are blocks of one class and as many places; where these take little of the whole
+    time, of one class alone. The one that takes most of it stands for the others.
+
+    Args:
+      blocks: of a network.
+      seconds: about what a call takes.
+      least: the part of the network's time from which on a class's places are told apart.
+    """
+    time = [block.calls * seconds(block) for block in blocks]
+    kinds: list[tuple] = [(type(block.module), block.places) for block in blocks]
+    for kind in set(kinds):
+        members = [i for i, each in enumerate(kinds) if each == kind]
+        if sum(time[i] for i in members) < least * sum(time):
+            for i in members:
+                kinds[i] = kind[:1]
+    return [
+        blocks[max((i for i, each in enumerate(kinds) if each == kind), key=time.__getitem__)]
+        for kind in kinds
+    ]

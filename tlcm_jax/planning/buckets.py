@@ -11,12 +11,24 @@ from tlcm_jax.planning.topologies import Topology
 
 
 class Plans:
-    """Plans the stages of a recipe, whose images are of one size or of several."""
+    """Plans the stages of a recipe, whose images are of one size or of several.
+
+    Attributes:
+      settings: the recipe.
+      topology: what it is to run on.
+      mesh: the sizes of its axes.
+    """
 
     def __init__(
-        self, settings: Settings, model: LatentModel, topology: Topology, compiler: Compiler
+        self,
+        settings: Settings,
+        model: LatentModel,
+        topology: Topology,
+        compiler: Compiler,
+        every_block: bool = False,
     ):
         """Traces the network once a size; arguments and errors are `Planner`'s."""
+        self.settings, self.topology = settings, topology
         buckets = settings.model.size_buckets or ((settings.model.size, 1.0),)
         total = sum(weight for _, weight in buckets)
         self._planners = []
@@ -24,7 +36,8 @@ class Plans:
             of_size = dataclasses.replace(
                 settings.model, resolution=str(size) if size else 0, buckets={}
             )
-            one = Planner(dataclasses.replace(settings, model=of_size), model, topology, compiler)
+            recipe = dataclasses.replace(settings, model=of_size)
+            one = Planner(recipe, model, topology, compiler, every_block)
             self._planners.append((str(size), weight / total, one))
         self.mesh: Mapping[str, int] = self._planners[0][2].mesh.shape
 

@@ -26,7 +26,11 @@ def count(function: Callable, *arguments: Any) -> int:
     Raises:
       ValueError: the program has a loop whose number of turns the trace does not tell.
     """
-    program = jax.make_jaxpr(function)(*arguments).jaxpr
+    return count_program(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def count_program(program: Any) -> int:
+    """As `count`, of a traced program (a jaxpr)."""
     # Without what nobody reads, such as gradients of weights that are not trained.
     used, _ = dce_jaxpr(program, [True] * len(program.outvars))
     return _count(used)

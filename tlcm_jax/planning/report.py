@@ -70,7 +70,8 @@ def advice(plan: StagePlan, topology: Topology, remat: str) -> str:
     working = plan.memory["activations kept"] + plan.memory["temporaries"]
     fixed = plan.peak - working
     if remat != "all" and fixed < usable:
-        return f'set model.remat = "{"blocks" if remat == "none" else "all"}"'
+        less = "blocks" if remat in ("none", "attention") else "all"
+        return f'set model.remat = "{less}"'
     most = int((usable - fixed) // (working / plan.batch)) if usable > fixed else 0
     if most >= 1:
         good = max(n for n in range(1, most + 1) if plan.batch % n == 0)

@@ -13,7 +13,9 @@ memory is that of the update, in which the student's activations are kept:
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ from tlcm_jax.config.build import initial_trainable, load_losses, stage_spec
 from tlcm_jax.config.schema import Settings, StageSettings
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
-from tlcm_jax.planning.blocks import Block, distinct_blocks
+from tlcm_jax.planning.blocks import Block, distinct_blocks, representatives
 from tlcm_jax.planning.cost import Compiler, Cost
 from tlcm_jax.planning.topologies import Topology
 from tlcm_jax.training.mesh import AXES, mesh_sizes
@@ -77,7 +79,12 @@ class Planner:
     """Plans the stages of one recipe on one topology; nothing of it is run."""
 
     def __init__(
-        self, settings: Settings, model: LatentModel, topology: Topology, compiler: Compiler
+        self,
+        settings: Settings,
+        model: LatentModel,
+        topology: Topology,
+        compiler: Compiler,
+        every_block: bool = False,
     ):
         """Traces the network once.
 
@@ -86,6 +93,7 @@ class Planner:
           model: its teacher, shapes for weights.
           topology: what it is to run on.
           compiler: of its device.
+          every_block: compile every distinct block, not one of each kind (`representatives`).
 
         Raises:
           ValueError: a mesh that does not fit the devices, settings that do not fit the model.
@@ -107,6 +115,12 @@ class Planner:
             model.predict, model.params[model.backbone], self.latents, time, self.conditioning,
             remat=settings.model.remat,
         )  # fmt: skip
+        self._every_block = every_block
+        self._likes: list[Block | None] = [None] * len(self.blocks)
+        if not every_block:
+            found = representatives(self.blocks, compiler.roofline)
+            pairs = zip(self.blocks, found, strict=True)
+            self._likes = [None if block is like else like for block, like in pairs]
         kept, self.left_out = _without_files(settings)
         self.losses = load_losses(kept, model)
 
@@ -148,6 +162,8 @@ class Planner:
             component: tree
             for component, tree in self.model.params.items()
             if component != self.model.backbone
+            # With their texts cached the encoders leave the devices.
+            and not (self.settings.text_cache and component in self.model.text_params)
         }
         memory = {
             "frozen weights": base,
@@ -176,18 +192,36 @@ class Planner:
     def _network(self, batch: int, gradient: bool = False) -> Cost:
         """One call of the network on a device."""
         if (batch, gradient) not in self._costs:
-            self._costs[batch, gradient] = self._sum(batch, gradient)
+            twice = self._costs.get((2 * batch, gradient))
+            if twice is None or gradient or self._every_block:
+                cost = self._sum(batch, gradient)
+            else:
+                # As a block is told from one of its kind (`cost`, equation 1).
+                smaller, larger = self._bound(batch), self._bound(2 * batch)
+                cost = dataclasses.replace(
+                    twice, seconds=twice.seconds * smaller / larger, flops=twice.flops // 2
+                )
+            self._costs[batch, gradient] = cost
         return self._costs[batch, gradient]
+
+    def _bound(self, batch: int) -> float:
+        """The roofline's seconds of one call without gradients, block by block."""
+        return sum(block.calls * self.compiler.roofline(block, batch) for block in self.blocks)
 
     def _sum(self, batch: int, gradient: bool) -> Cost:
         adapter = self.settings.adapter if self.settings.trainable == "adapter" else None
 
-        def cost(block: Block) -> Cost:
+        def cost(block: Block, like: Block | None) -> Cost:
             if gradient:
-                return self.compiler.gradient(block, batch, adapter)
-            return self.compiler.forward(block, batch)
+                return self.compiler.gradient(block, batch, adapter, like)
+            return self.compiler.forward(block, batch, like)
 
-        costs = [(block.calls, cost(block)) for block in self.blocks]
+        # The compiler works outside Python, a program on each core.
+        compiled = [block for block, like in zip(self.blocks, self._likes, strict=True) if not like]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda block: cost(block, None), compiled))
+        each = zip(self.blocks, self._likes, strict=True)
+        costs = [(block.calls, cost(block, like)) for block, like in each]
         return Cost(
             seconds=sum(calls * cost.seconds for calls, cost in costs),
             flops=sum(calls * cost.flops for calls, cost in costs),
@@ -201,7 +235,7 @@ class Planner:
         """Network calls of a step on a device, by what for: how many, and what each costs."""
         nfe, pairs = loss.nfe_per_pair, batch * stage.accumulate
         calls = {}
-        if nfe.teacher:
+        if nfe.teacher and not stage.paths:
             both = 2 * prompts
             count = nfe.teacher * pairs / stage.epochs / both
             calls["teacher"] = (count, self._network(both))

@@ -45,6 +45,10 @@ class Device:
         """Whether programs are compiled for it; else its times are rooflines."""
         return bool(self.smallest)
 
+    def roofline(self, flops: float, moved: float) -> float:
+        """The least seconds for so many operations, and bytes across the memory."""
+        return max(flops / self.peak, moved / self.bandwidth)
+
     @property
     def clock(self) -> float:
         """Cycles a second."""
