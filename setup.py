@@ -30,6 +30,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow",
         "safetensors",
+        "tensorstore",
         "tqdm",
         "transformers>=5.23.0",
     ],

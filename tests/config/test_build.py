@@ -269,7 +269,7 @@ def test_stages_draw_their_prompts_in_orders_of_their_own(folder, mesh):
 
     def drawn(index):
         name = list(settings.stages)[index]
-        of = batches.of(name, index, losses[name])
+        of = batches.of(name, losses[name])
         tokens = np.concatenate([np.asarray(of(r)["conditioning"][0]) for r in range(8)])
         return [int(np.flatnonzero((known == row).all(1))[0]) for row in tokens]
 

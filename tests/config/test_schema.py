@@ -210,6 +210,7 @@ CONFIG = dict(
     MINIMAL,
     seed=0,
     latents="",
+    text_cache="",
     adapter={"rank": 4, "alpha": 1.0, "merged": False},
     trainable="adapter",
     mesh={"data": -1, "fsdp": 1},

@@ -3,6 +3,7 @@
 Nothing here computes: the same stages run on real weights and are lowered from shapes alone.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -79,6 +80,7 @@ def stage_spec(
     batches: Callable[[int], PyTree[Array]],
     frozen: Mapping[str, Any],
     texts: Callable[[int], Sequence[str]] | None = None,
+    stored: Callable[[int, PyTree[Array]], Pairs] | None = None,
 ) -> StageSpec:
     """A stage, checked, ready to run or to be lowered.
 
@@ -91,6 +93,7 @@ def stage_spec(
         "inputs", what the terms read of the prompts, and "latents" and `LATENT_SHAPE` where needed.
       frozen: what its networks read (`distillation.networks`).
       texts: the prompts of batch r, for messages.
+      stored: pairs that were drawn before (`PairSource.stored`); they have no `inputs` yet.
 
     Raises:
       ValueError: settings that do not fit the mesh or each other.
@@ -107,8 +110,12 @@ def stage_spec(
             shown = drop_prompts(given, null, keys, settings.unconditional)
             batch = {**batch, "conditioning": shown}
         pairs = of_shape(objective, batch).sample_pairs(trainable, frozen, batch, keys)
+        return with_inputs(pairs, batch)
+
+    def with_inputs(pairs: Pairs, batch: Mapping[str, Any]) -> Pairs:
         return pairs._replace(inputs=repeat(batch.get("inputs", {}), objective.pairs_per_prompt))
 
+    kept = None if stored is None else lambda r, batch: with_inputs(stored(r, batch), batch)
     try:
         source = PairSource(
             sample=sample,
@@ -119,6 +126,7 @@ def stage_spec(
             epochs=settings.epochs,
             uses_student=objective.uses_student,
             annotate=sample_scores(loss, mesh, math.gcd(settings.refill, micro)),
+            stored=kept,
             texts=texts,
         )
         optimizer = adamw(
@@ -139,7 +147,7 @@ def stage_spec(
         loss=loss,
         optimizer=optimizer,
         frozen=frozen,
-        nfe_per_pair=nfe_per_pair(loss, settings.epochs),
+        nfe_per_pair=nfe_per_pair(loss, settings.epochs, drawn=stored is None),
         accumulate=settings.accumulate,
         ema_decay=settings.ema_decay,
         aux={network.name: _aux(network, settings) for network in loss.aux.values()},
@@ -148,9 +156,18 @@ def stage_spec(
     )
 
 
-def nfe_per_pair(loss: StageLoss, epochs: int) -> float:
-    """Network forwards for each visit of a pair, what made it shared out over its visits."""
-    return loss.nfe_per_pair.visited(epochs).total / epochs
+def nfe_per_pair(loss: StageLoss, epochs: int, drawn: bool = True) -> float:
+    """Network forwards for each visit of a pair, what made it shared out over its visits.
+
+    Args:
+      loss: of the stage.
+      epochs: visits.
+      drawn: whether the stage asks the teacher, or reads what it said before.
+    """
+    nfe = loss.nfe_per_pair
+    if not drawn:
+        nfe = dataclasses.replace(nfe, teacher=0.0, rollout=0.0)
+    return nfe.visited(epochs).total / epochs
 
 
 def _aux(network: AuxNetwork, settings: StageSettings) -> AuxTraining:

@@ -48,6 +48,11 @@ class Inputs:
         }
 
     @property
+    def contents(self) -> dict[str, Any]:
+        """Of the prompts, the teacher and its LoRAs, by content alone."""
+        return contents_of(self._now)
+
+    @property
     def moved(self) -> tuple[str, ...]:
         """Keys of the recipe that may differ from the workdir's, since what they name does not."""
         return tuple(key for name, key in KEYS.items() if self._same(name))
@@ -70,6 +75,18 @@ class Inputs:
 
     def _same(self, name: str) -> bool:
         return name in self._before and _content(self._before[name]) == _content(self._now[name])
+
+
+def read_contents(settings: Settings, prompts: Sequence[str]) -> dict[str, Any]:
+    """As `Inputs.contents`, of a recipe without a run; reads the teacher's files."""
+    teacher = _teacher(settings.model.path, None)
+    loras = [_hash_lora(spec) for spec in settings.model.loras]
+    return contents_of({"prompts": _hash_texts(prompts), "teacher": teacher, "loras": loras})
+
+
+def contents_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What is remembered of prompts, teacher and its LoRAs, without names and dates."""
+    return {name: _content(found[name]) for name in ("prompts", "teacher", "loras")}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -153,7 +153,8 @@ def gather_to_local(run: TrainResult, settings: Settings) -> TrainResult:
         return run
     trained = multihost_utils.process_allgather(run.adapter, tiled=True)
     for leaf in jax.tree.leaves((run.adapter, run.model.params)):
-        leaf.delete()
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
     mesh = make_mesh({"fsdp": -1}, jax.local_devices())
     return dataclasses.replace(
         run, model=load_teacher(settings.model, mesh), adapter=place(trained, mesh)

@@ -16,13 +16,16 @@ from jaxtyping import Array, PyTree
 from tlcm_jax.config.build import initial_trainable, load_losses, stage_spec
 from tlcm_jax.config.inputs import Inputs
 from tlcm_jax.config.schema import MAY_CHANGE, ModelSettings, Settings, read
+from tlcm_jax.config.stored_pairs import check_contents, open_pairs, stream_seed
+from tlcm_jax.config.text_cache import TextCache, cache_texts
 from tlcm_jax.config.workdir import CHECKPOINTS
 from tlcm_jax.data.buckets import Buckets
 from tlcm_jax.data.latents import LatentSet, read_latents
+from tlcm_jax.data.pair_store import PairStore
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
 from tlcm_jax.diffusion.timesteps import check_timesteps, student_timesteps
 from tlcm_jax.distillation.networks import BASE, DECODER, NULL, TERMS
-from tlcm_jax.distillation.objective import LATENT_SHAPE, LatentShape
+from tlcm_jax.distillation.objective import LATENT_SHAPE, LatentShape, Pairs, repeat
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.families.load import load_model
@@ -37,7 +40,7 @@ from tlcm_jax.training.metrics import MetricsWriter
 from tlcm_jax.training.preemption import Preemption
 from tlcm_jax.training.profile import Profiler
 from tlcm_jax.training.repeat import repeat_update
-from tlcm_jax.training.sharding import place, tree_shardings
+from tlcm_jax.training.sharding import place, to_host, tree_shardings
 from tlcm_jax.training.stage import StageSpec
 from tlcm_jax.training.workdir import claim_workdir
 
@@ -105,6 +108,7 @@ def train(
         check_timesteps(model.process, student_timesteps(steps), f"times of {steps} steps")
     losses = load_losses(settings, model)
     resolution = settings.model.size
+    stores = {name: open_pairs(settings, name, losses[name]) for name in settings.stages}
     latents = None
     if settings.latents:
         latents = read_latents(settings.latents, model.latent_shape(resolution))
@@ -115,11 +119,12 @@ def train(
             stage,
             losses[name],
             mesh,
-            batches.of(name, index, losses[name]),
+            batches.of(name, losses[name], stores[name]),
             {},
-            batches.texts(name, index, losses[name]),
+            batches.texts(name, losses[name], stores[name]),
+            batches.stored(losses[name], stores[name]),
         )
-        for index, (name, stage) in enumerate(settings.stages.items())
+        for name, stage in settings.stages.items()
     ]
     for tokenizer in model.tokenizers[:1]:
         warn_truncated(prompts, tokenizer)
@@ -129,6 +134,9 @@ def train(
         inputs = Inputs(workdir, settings, prompts)
         claim_workdir(workdir, config, may_change=(*MAY_CHANGE, *inputs.moved))
         inputs.check()
+        for name, store in stores.items():
+            if store is not None:
+                check_contents(f"stages.{name}.paths", store, inputs.contents)
         inputs.write()
 
     distributed.lead_first(claim)
@@ -136,6 +144,12 @@ def train(
     adapter_key, run_key = jax.random.split(jax.random.key(settings.seed))
     trainable = initial_trainable(settings, model, adapter_key)
     shared = frozen_params(model, place(model.null_conditioning(resolution), mesh))
+    if settings.text_cache:
+        found = Inputs(workdir, settings, prompts).contents
+        cache = cache_texts(settings.text_cache, model, prompts, mesh, resolution, found)
+        # Previews and the final evaluation bring the encoders back for as long as they encode.
+        model = model.with_params(**to_host(model.text_params))
+        batches.read_from(cache, model.text_params)
     placed: dict[int, PyTree[Array]] = {}
     specs = [
         dataclasses.replace(
@@ -242,7 +256,11 @@ class _Source:
 
 
 class PromptBatches:
-    """Encodes prompts on the devices, batch by batch; batch r is a pure function of r."""
+    """Encodes prompts on the devices, batch by batch; batch r is a pure function of r.
+
+    Attributes:
+      cache: embeddings that take the encoders' place; None encodes.
+    """
 
     def __init__(
         self,
@@ -253,6 +271,7 @@ class PromptBatches:
         latents: LatentSet | None = None,
     ):
         """Keeps what every stage shares; the tokens are made once."""
+        self.cache: TextCache | None = None
         self._prompts = _Source(prompts, model.tokenize(prompts), {})
         if latents is not None:
             tokens = model.tokenize(latents.captions)
@@ -261,13 +280,24 @@ class PromptBatches:
         self._model, self._params = model.without_weights(), model.text_params
         self._encode = jax.jit(self._model.encode_tokens, static_argnames="resolution")
 
-    def of(self, name: str, index: int, loss: StageLoss) -> Callable[[int], PyTree[Array]]:
+    def read_from(self, cache: TextCache, text_params: PyTree[Array]) -> None:
+        """Takes embeddings of the prompts from a cache, and lets go of the encoders' weights.
+
+        Args:
+          cache: of the prompts.
+          text_params: what is left to encode other texts with.
+        """
+        self.cache, self._params = cache, text_params
+
+    def of(
+        self, name: str, loss: StageLoss, store: PairStore | None = None
+    ) -> Callable[[int], PyTree[Array]]:
         """The batches of one stage, sharded over the mesh.
 
         Args:
           name: of the stage.
-          index: of it in the recipe.
           loss: its loss: whether it needs real latents, and what its terms read of the prompts.
+          store: pairs that were drawn before, in whose order the prompts then come.
 
         Returns:
           `(r) -> {"conditioning", "inputs"}`, and "latents" where needed; with buckets, in the
@@ -275,13 +305,16 @@ class PromptBatches:
         """
         source = self._source(loss)
         more = {"inputs": loss.prompt_inputs(source.prompts), **source.more}
-        stream = self._stream(name, index, source, jax.process_index(), jax.process_count())
-        model = self._settings.model
-        buckets = Buckets(model.size_buckets, self._seed(index)) if model.buckets else None
+        stream = self._stream(name, source, jax.process_index(), jax.process_count(), store)
+        model, seed = self._settings.model, stream_seed(self._settings, name)
+        buckets = Buckets(model.size_buckets, seed) if model.buckets else None
 
         def batch(r: int) -> PyTree[Array]:
-            rows = stream.indices(r)
+            rows = stream.indices(r if store is None else r % store.refills)
             here = jax.tree.map(lambda x: x[rows], (source.tokens, more))
+            if self.cache is not None and source is self._prompts:
+                known, read = shard_batch(self._mesh, (self.cache.rows(rows), here[1]))
+                return {"conditioning": known, **read}
             ids, read = shard_batch(self._mesh, here)
             if buckets is None:
                 return {"conditioning": self._encode(self._params, ids, model.size), **read}
@@ -292,27 +325,53 @@ class PromptBatches:
 
         return batch
 
-    def texts(self, name: str, index: int, loss: StageLoss) -> Callable[[int], Sequence[str]]:
+    def texts(
+        self, name: str, loss: StageLoss, store: PairStore | None = None
+    ) -> Callable[[int], Sequence[str]]:
         """What the batches of a stage hold over all processes, as text; arguments as of `of`."""
-        return self._stream(name, index, self._source(loss), 0, 1).batch
+        stream = self._stream(name, self._source(loss), 0, 1, store)
+        return lambda r: stream.batch(r if store is None else r % store.refills)
+
+    def stored(
+        self, loss: StageLoss, store: PairStore | None
+    ) -> Callable[[int, PyTree[Array]], Pairs] | None:
+        """The pairs of a store by refill, sharded over the mesh; None where there is no store."""
+        if store is None:
+            return None
+        share = store.rows // jax.process_count()
+        rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        copies = loss.objective.pairs_per_prompt
+
+        @jax.jit
+        def join(fields: dict[str, Array], conditioning: PyTree[Array]) -> Pairs:
+            empty: dict[str, Any] = {name: None for name in Pairs._fields} | {"inputs": {}}
+            return Pairs(**{**empty, **fields, "conditioning": repeat(conditioning, copies)})
+
+        def pairs(r: int, batch: PyTree[Array]) -> Pairs:
+            fields = store.read(r % store.refills, rows)
+            return join(shard_batch(self._mesh, fields), batch["conditioning"])
+
+        return pairs
 
     def _source(self, loss: StageLoss) -> _Source:
         return self._latents if loss.objective.needs_latents else self._prompts
 
     def _stream(
-        self, name: str, index: int, source: _Source, process_index: int, process_count: int
+        self,
+        name: str,
+        source: _Source,
+        process_index: int,
+        process_count: int,
+        store: PairStore | None,
     ) -> PromptStream:
+        seed = stream_seed(self._settings, name)
         return PromptStream(
             source.prompts,
             self._settings.stages[name].refill,
-            seed=self._seed(index),
+            seed=seed if store is None else store.described["stream_seed"],
             process_index=process_index,
             process_count=process_count,
         )
-
-    def _seed(self, index: int) -> int:
-        # A stage of its own order: the second does not begin where the first began.
-        return 1000 * self._settings.seed + index
 
 
 def _log_sizes(

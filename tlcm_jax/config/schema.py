@@ -33,8 +33,8 @@ class ModelSettings:
       buckets: the sizes that are trained on, as `resolution` has them, with their weights; each
         refill's is drawn by weight (`data.buckets`). None trains on `resolution` alone, which in
         both cases is what is generated.
-      remat: the UNet's rematerialisation policy: `none`; `blocks`, the transformer blocks; `all`,
-        the resnets too, for the least memory.
+      remat: the UNet's rematerialisation policy: `none`; `attention`, the transformer blocks but
+        for attention's results; `blocks`, these too; `all`, the resnets too, for the least memory.
       vae: another autoencoder than the model's, or that of a file without one: a folder, a file or
         a hub id.
       loras: your own, merged into the teacher before it is distilled: each a file, a folder or a
@@ -53,7 +53,7 @@ class ModelSettings:
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
             _one_of(f"model.{name}", getattr(self, name), ("float32", "bfloat16"))
-        _one_of("model.remat", self.remat, ("none", "blocks", "all"))
+        _one_of("model.remat", self.remat, ("none", "attention", "blocks", "all"))
         try:
             ImageSize.read(self.resolution)
         except ValueError as error:
@@ -100,6 +100,8 @@ class StageSettings:
         whatever the number.
       unconditional: share of the prompts that pairs are made without, for a student that is to be
         guided as its teacher is (with `guidance_scale` 1 in `settings`).
+      paths: folder of pairs that `tlcm_jax.teacher_paths` drew, gone through again and again in
+        place of asking the teacher; "" draws them.
       learning_rate: peak.
       warmup_steps: updates of linear warm-up.
       decay: `constant`, `cosine` or `linear`, over the whole stage.
@@ -121,6 +123,7 @@ class StageSettings:
     accumulate: int = 1
     epochs: int = 1
     unconditional: float = 0.0
+    paths: str = ""
     learning_rate: float
     warmup_steps: int = 0
     decay: str = "constant"
@@ -206,6 +209,8 @@ class Settings:
       name: shown in the report and the model card.
       seed: of everything random.
       prompts: files of training prompts.
+      text_cache: folder, on disk or `gs://`, of the prompts' embeddings: made where it lacks them,
+        after which the text encoders leave the devices; "" encodes prompts as they come.
       latents: file of real latents and their captions (`data/latents.py`), for the stages whose
         states are made of them; these see its captions in place of the prompts.
       adapter: the LoRA that all stages train.
@@ -231,6 +236,7 @@ class Settings:
     seed: int = 0
     model: ModelSettings
     prompts: tuple[str, ...]
+    text_cache: str = ""
     latents: str = ""
     adapter: LoRAConfig = LoRAConfig()
     trainable: str = "adapter"
@@ -257,6 +263,8 @@ class Settings:
             raise ValueError(f"seed = {self.seed}: must lie in 0 to {2**32 - 1}")
         for name in ("sample_every", "keep_every"):
             check_at_least(name, getattr(self, name), 0)
+        if self.text_cache and self.model.buckets:
+            raise ValueError("text_cache: model.buckets tell the sizes with the prompts; leave one")
         if self.trainable == "full" and {"lora", "kohya"} & set(self.export):
             raise ValueError(
                 f"export = {self.export}: a UNet trained whole has no LoRA; export 'pipeline'"
@@ -286,6 +294,7 @@ MAY_CHANGE = (
     "evaluation",
     "export",
     "mesh",
+    "text_cache",
 )
 
 # Keys and names of older recipes, and what they are called now.

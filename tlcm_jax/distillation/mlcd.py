@@ -128,6 +128,12 @@ class MLCD(Objective):
         return self.settings.target == "ema"
 
     @property
+    def pair_settings(self) -> dict[str, Any]:  # type: ignore[override]
+        """See `Objective`: the loss has no part in them."""
+        names = (field.name for field in dataclasses.fields(PairOptions))
+        return {name: getattr(self.settings, name) for name in names}
+
+    @property
     def pairs_per_prompt(self) -> int:
         """The K points of a prompt's path, with node reuse; else one."""
         if self.settings.mode == "node_reuse":

@@ -113,6 +113,11 @@ class Objective:
     weight: ClassVar[float] = 1.0
 
     @property
+    def pair_settings(self) -> dict[str, Any]:
+        """Of the settings, as plain values, those that `sample_pairs` depends on."""
+        return dataclasses.asdict(self.settings)
+
+    @property
     def pairs_per_prompt(self) -> int:
         """Pairs that one prompt of a batch makes."""
         raise NotImplementedError

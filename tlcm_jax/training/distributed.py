@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from jaxtyping import PyTree
 
 _LONGEST_MS = 24 * 60 * 60 * 1000
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -223,6 +224,26 @@ def wait_for_all(where: str) -> None:
       where: a name that is waited at once only.
     """
     ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=_LONGEST_MS)
+
+
+def local_rows(tree: PyTree) -> tuple[int, PyTree]:
+    """What lies on this process's devices of arrays whose leading axis is cut over all of them.
+
+    Returns:
+      The first row, and host arrays of the rows, which are neighbours.
+    """
+    import numpy as np
+
+    def begin(index: tuple) -> int:
+        return index[0].start or 0
+
+    def rows(leaf: jax.Array) -> np.ndarray:
+        shards = {begin(shard.index): shard.data for shard in leaf.addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    some = jax.tree.leaves(tree)[0]
+    first = min(begin(shard.index) for shard in some.addressable_shards)
+    return first, jax.tree.map(rows, tree)
 
 
 def on_tpu_slice(environment: Mapping[str, str]) -> bool:

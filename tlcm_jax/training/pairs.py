@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
+from tlcm_jax.training.compilation import forward_options
 from tlcm_jax.training.mesh import AXES, traced_on
 from tlcm_jax.training.state import TrainState
 
@@ -45,6 +46,8 @@ class PairSource:
       annotate: `(frozen, pairs) -> pairs`, leaves `[b * k, ...]` on the devices as `sample` orders
         them: what the host adds to a refill. It may wait for the devices; every process calls it.
         A pure function, or a resumed run is not the same run.
+      stored: `(r, batch r) -> pairs`, as `sample` gives them: refill r as it was drawn before, in
+        the place of drawing it; None draws.
       texts: the prompts of batch r over all processes, for messages; None if they have none.
     """
 
@@ -56,6 +59,7 @@ class PairSource:
     epochs: int = 1
     uses_student: bool = False
     annotate: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]] | None = None
+    stored: Callable[[int, PyTree[Array]], PyTree[Array]] | None = None
     texts: Callable[[int], Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
@@ -88,8 +92,11 @@ class PairStream:
           mesh: what they lie on; None for one device.
         """
         self.source = source
-        self.refill = jax.jit(traced_on(mesh, partial(_refill, source, mesh)))
-        self._draw = jax.jit(traced_on(mesh, partial(_draw, source)))
+        options = forward_options(mesh)
+        self.refill = jax.jit(
+            traced_on(mesh, partial(_refill, source, mesh)), compiler_options=options
+        )
+        self.draw = jax.jit(traced_on(mesh, partial(_draw, source)), compiler_options=options)
         self._arrange = jax.jit(partial(_arrange, source, mesh))
         self._held: tuple[int, PyTree[Array]] | None = None
 
@@ -123,11 +130,16 @@ class PairStream:
             self._held = None  # its memory, before the next is drawn
             batch = self.source.batches(number)
             which = state.key, jnp.asarray(number, jnp.uint32)
-            if self.source.annotate is None:
+            if self.source.annotate is None and self.source.stored is None:
                 pairs = self.refill(state.student.params, frozen, batch, *which)
             else:
-                drawn = self._draw(state.student.params, frozen, batch, *which)
-                pairs = self._arrange(self.source.annotate(frozen, drawn), *which)
+                if self.source.stored is not None:
+                    drawn = self.source.stored(number, batch)
+                else:
+                    drawn = self.draw(state.student.params, frozen, batch, *which)
+                if self.source.annotate is not None:
+                    drawn = self.source.annotate(frozen, drawn)
+                pairs = self._arrange(drawn, *which)
             self._held = (number, pairs)
         return _take(self._held[1], jnp.asarray(place, jnp.int32))
 

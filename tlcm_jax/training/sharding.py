@@ -120,3 +120,12 @@ def place(tree: PyTree, mesh: Mesh | None, rules: Rules = RULES) -> PyTree:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(put, tree, tree_shardings(tree, mesh, rules))
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Whole host copies of arrays that lie on a mesh, on every process; all of them call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
