@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Num, PyTree
+from jaxtyping import Array, Float, Num, PRNGKeyArray, PyTree
 
 from tlcm_jax.diffusion.guidance import Denoiser
 from tlcm_jax.diffusion.process import Process
@@ -240,6 +240,10 @@ class LatentModel:
         Raises:
           FileNotFoundError, ValueError: there is none at `path`, or none that fits the model.
         """
+        raise ValueError(f"{self.source}: this model takes no text adapter")
+
+    def with_new_text_adapter(self, path: str | Path, key: PRNGKeyArray) -> "LatentModel":
+        """As `with_text_adapter`, with a fresh adapter, to be trained."""
         raise ValueError(f"{self.source}: this model takes no text adapter")
 
     # Latents and images.

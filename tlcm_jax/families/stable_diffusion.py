@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x, 2.x and SDXL: a UNet on an autoencoder's latents, told by CLIP's texts."""
 
 import dataclasses
+import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, PRNGKeyArray
 from transformers import CLIPTokenizer
 
 from tlcm_jax.data.tokens import clip_ids, read_tokenizer, tokenize
@@ -42,6 +43,8 @@ from tlcm_jax.models.unet_config import UNetConfig
 from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 from tlcm_jax.models.vae_tiling import decode_tiled
 
+# The UNet's blocks, as its modules are named.
+_BLOCK = re.compile(r"(down|up)_blocks\.\d+|mid_block")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLASSES = {
@@ -219,6 +222,13 @@ class StableDiffusion(LatentModel):
 
     def with_text_adapter(self, path: str | Path) -> "StableDiffusion":
         """See `LatentModel`; the folder is `families.text_adapter`'s."""
+        return self._with_texts(path, None)
+
+    def with_new_text_adapter(self, path: str | Path, key: PRNGKeyArray) -> "StableDiffusion":
+        """See `LatentModel`."""
+        return self._with_texts(path, key)
+
+    def _with_texts(self, path: str | Path, key: PRNGKeyArray | None) -> "StableDiffusion":
         config = self.unet.config
         if len(self.text_encoders) < 2 or not config.text_time:
             raise ValueError(
@@ -230,6 +240,7 @@ class StableDiffusion(LatentModel):
             dtype=self.dtype,
             pooled_width=config.projection_class_embeddings_input_dim - ids,
             sequence_width=config.cross_attention_dim,
+            key=key,
         )
         return dataclasses.replace(
             self,
@@ -416,6 +427,32 @@ class StableDiffusion(LatentModel):
     ) -> Conditioning:
         """See `LatentModel`."""
         return dataclasses.replace(conditioning, controls=control_maps(images, scales))
+
+    def predict_states(
+        self,
+        params: Params,
+        z: Float[Array, "b h w c"],
+        t: Num[Array, " b"],
+        conditioning: Conditioning,
+    ) -> tuple[Float[Array, "b h w c"], dict[str, Float[Array, "b _ _ _"]]]:
+        """The raw prediction, and the states after each block down, middle and up, by its name."""
+
+        def is_block(module: Any, method: str) -> bool:
+            return method == "__call__" and bool(_BLOCK.fullmatch(module.name or ""))
+
+        prediction, captured = self.unet.apply(
+            {"params": params}, z, t, conditioning.prompt_embeds, conditioning.pooled,
+            conditioning.time_ids, capture_intermediates=is_block, mutable=["intermediates"],
+        )  # fmt: skip
+        states = {}
+        for name, calls in captured["intermediates"].items():
+            (out,) = calls["__call__"]
+            states[name] = out[0] if isinstance(out, tuple) else out
+        return prediction, states
+
+    def encode_english(self, params: Params, ids: Sequence[ArrayLike]) -> Conditioning:
+        """As `encode_tokens`, by the model's own encoders, whether or not it has an adapter."""
+        return dataclasses.replace(self, text_adapter=None).encode_tokens(params, ids)
 
     @property
     def feature_widths(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 from transformers import BertTokenizer
 
 from tlcm_jax.data.tokens import read_bert_tokenizer
@@ -23,6 +23,7 @@ from tlcm_jax.io.placement import to_devices
 from tlcm_jax.io.places import Place, PlacedTensors
 from tlcm_jax.io.tensors import TensorFile, Tensors, refuse_pickle
 from tlcm_jax.models.chinese_clip import ChineseCLIPTextConfig, ChineseCLIPTextModel
+from tlcm_jax.models.conditioning import Conditioning
 from tlcm_jax.models.text_adapter import TextAdapter, TextAdapterConfig
 
 TOWER, ADAPTER = "adapter_text_encoder", "text_adapter"
@@ -52,14 +53,27 @@ class AdaptedTexts:
         states: Any = self.tower.apply({"params": params[TOWER]}, jnp.asarray(ids))
         return self.adapter.apply({"params": params[ADAPTER]}, states)
 
+    def conditioning(
+        self, adapter: Params, frozen: Params, ids: ArrayLike, like: Conditioning
+    ) -> Conditioning:
+        """That of token ids by an adapter's weights; what is no text is of `like`."""
+        sequence, pooled = self.encode({TOWER: frozen[TOWER], ADAPTER: adapter}, ids)
+        return dataclasses.replace(like, prompt_embeds=sequence, pooled=pooled)
+
 
 def read_text_adapter(
-    path: str | Path, *, dtype: Any, pooled_width: int, sequence_width: int
+    path: str | Path,
+    *,
+    dtype: Any,
+    pooled_width: int,
+    sequence_width: int,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[AdaptedTexts, dict[str, Any], BertTokenizer]:
     """Reads a folder.
 
     Args:
       path: of the form above.
+      key: of a fresh adapter, fp32, in the place of the folder's.
       dtype: of weights and computations.
       pooled_width: what the UNet takes.
       sequence_width: what the UNet takes.
@@ -77,7 +91,8 @@ def read_text_adapter(
             f"--adapter {path}: there is no such folder; give one with Chinese-CLIP's config.json, "
             f"model.safetensors and vocab.txt, and {ADAPTER_FILE}"
         )
-    for name in ("config.json", "model.safetensors", "vocab.txt", ADAPTER_FILE):
+    needed_files = ["config.json", "model.safetensors", "vocab.txt"]
+    for name in (*needed_files, *([ADAPTER_FILE] if key is None else [])):
         if not (folder / name).is_file():
             for other in folder.glob("*"):
                 refuse_pickle(other)
@@ -85,9 +100,17 @@ def read_text_adapter(
     file = folder / "config.json"
     config = parse(file, read_object(file), ChineseCLIPTextConfig.from_dict)
     tower = ChineseCLIPTextModel(config, dtype)
-    weights = TensorFile([folder / ADAPTER_FILE])
-    adapter = TextAdapter(_adapter_config(folder / ADAPTER_FILE, weights), dtype)
-    found = adapter.config
+    if key is None:
+        weights = TensorFile([folder / ADAPTER_FILE])
+        found = _adapter_config(folder / ADAPTER_FILE, weights)
+        adapter = TextAdapter(found, dtype)
+        read = _load(weights, abstract_params(adapter, dtype), folder / ADAPTER_FILE)
+    else:
+        found = TextAdapterConfig(
+            in_width=config.hidden_size, pooled_width=pooled_width, sequence_width=sequence_width
+        )
+        adapter = TextAdapter(found, dtype)
+        read = adapter.init(key, *adapter.example())["params"]
     for what, needed, given in (
         ("reads states", config.hidden_size, found.in_width),
         ("gives a pooled output", pooled_width, found.pooled_width),
@@ -106,7 +129,7 @@ def read_text_adapter(
     places = {name: Place(prefix + name) for name in names.to_torch_names(shapes)}
     params = {
         TOWER: _load(PlacedTensors(whole, places), shapes, file),
-        ADAPTER: _load(weights, abstract_params(adapter, dtype), folder / ADAPTER_FILE),
+        ADAPTER: read,
     }
     tokenizer = read_bert_tokenizer(folder / "vocab.txt", config.vocab_size)
     length = min(LENGTH, config.max_position_embeddings)
