@@ -52,10 +52,11 @@ def describe_basis(topology: Topology) -> str:
             "checkpoints, text encoding and evaluation are not in them."
         )
     return (
-        "Modelled, not measured: each distinct block compiled once for the device; the compiler's "
-        f"cycles at {device.clock / 1e9:.2f} GHz (the peak over {device.flops_per_cycle} FLOP a "
-        "cycle), attention kernels by their schedule; optimiser, merging and communication by "
-        "bandwidth. Compilation, start, checkpoints, text encoding and evaluation are not in it."
+        "Modelled, not measured: one block of each kind compiled for the device, or every one; "
+        f"the compiler's cycles at {device.clock / 1e9:.2f} GHz (the peak over "
+        f"{device.flops_per_cycle} FLOP a cycle), attention kernels by their schedule; optimiser, "
+        "merging and communication by bandwidth. Compilation, start, checkpoints, text encoding "
+        "and evaluation are not in it."
     )
 
 
