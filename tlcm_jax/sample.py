@@ -45,6 +45,7 @@ from tlcm_jax.generation.canvas import fit_canvas, read_pictures
 from tlcm_jax.generation.control import WantedControl, load_controls
 from tlcm_jax.generation.editing import edit, larger, upscale
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
+from tlcm_jax.io.files import atomic_write
 from tlcm_jax.io.lora_stack import apply_loras, merge_loras
 from tlcm_jax.models.adapters import concat_loras, is_adapter
 from tlcm_jax.training import compilation
@@ -193,7 +194,9 @@ def run(values: flags.FlagValues) -> None:
             )  # fmt: skip
     for target, image in zip(targets, images, strict=True):
         enlarged = image.repeat(values.enlarge, axis=0).repeat(values.enlarge, axis=1)
-        Image.fromarray(np.ascontiguousarray(enlarged)).save(target)
+        form = Image.registered_extensions()[target.suffix.lower()]
+        with atomic_write(target) as part:
+            Image.fromarray(np.ascontiguousarray(enlarged)).save(part, format=form)
         print(target)
 
 

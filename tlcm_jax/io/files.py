@@ -115,7 +115,7 @@ def atomic_write(target: Path, *, replace: bool = False) -> Iterator[Path]:
             raise OSError(
                 error.errno,
                 f"no space left on the device for {target}; nothing was left behind: free some "
-                "space or give another --output",
+                "space, or write elsewhere",
             ) from error
         raise OSError(error.errno, f"cannot write {target}: {error}") from error
     except BaseException:
