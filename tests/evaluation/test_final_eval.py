@@ -46,6 +46,7 @@ def ended(world):
         guidance_scale=3.5,
         gamma=0.0,
         undistilled=(2,),
+        student_guidance_scales=(1.0,),
         pictures=1,
         name="student",
         seed=7,
@@ -135,8 +136,8 @@ def test_prompts_are_called_new_only_where_they_are(world):
 def loaded(world, **changes):
     given = dict(
         prompts=[str(world / "first.txt"), str(world / "second.txt")], scorers=(), steps=(1,),
-        limit=0, guidance_scale=1.0, gamma=1.0, pictures=1, name="", seed=0, resolution=None,
-        timesteps={}, trained_on=(),
+        limit=0, guidance_scale=1.0, student_guidance_scales=(1.0,), gamma=1.0, pictures=1,
+        name="", seed=0, resolution=None, timesteps={}, trained_on=(),
     )  # fmt: skip
     return FinalEval.load(**given | changes)
 

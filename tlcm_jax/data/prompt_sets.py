@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,15 @@ class PromptSet:
             raise ValueError(f"a limit of {count} prompts: must be 0 (all) or positive")
         if not count or count >= len(self.prompts):
             return self
+        return self.rows(range(count))
+
+    def rows(self, rows: Iterable[int]) -> "PromptSet":
+        """Some of the prompts."""
+        rows = list(rows)
         return dataclasses.replace(
             self,
-            prompts=self.prompts[:count],
-            annotations={key: values[:count] for key, values in self.annotations.items()},
+            prompts=tuple(self.prompts[i] for i in rows),
+            annotations={key: [v[i] for i in rows] for key, v in self.annotations.items()},
         )
 
 

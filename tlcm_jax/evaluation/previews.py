@@ -13,7 +13,7 @@ from tlcm_jax.data.prompt_sets import PromptSet
 from tlcm_jax.evaluation import health
 from tlcm_jax.evaluation.reporting.contents import ImageGrid, ImageRow
 from tlcm_jax.evaluation.reporting.images import contact_sheet
-from tlcm_jax.evaluation.results import REFERENCE_STEPS
+from tlcm_jax.evaluation.results import REFERENCE_STEPS, chosen
 from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.generation.generate import GenerationOptions, generate, generate_teacher
@@ -30,7 +30,7 @@ class Previews:
     Attributes:
       folder: the run's.
       model: the teacher.
-      prompts: the first `PROMPTS` of them are drawn.
+      prompts: `PROMPTS` of them are drawn (`results.chosen`).
       seed: of the noise.
       gamma: share of fresh noise between the student's steps.
       timesteps: the student's times by its number of steps.
@@ -74,7 +74,7 @@ class Previews:
 
     @functools.cached_property
     def _few(self) -> PromptSet:
-        return self.prompts.first(PROMPTS)
+        return self.prompts.rows(chosen(self.prompts, PROMPTS))
 
     @functools.cached_property
     def _log(self) -> health.HealthLog:

@@ -18,7 +18,7 @@ from tlcm_jax.evaluation.reporting.contents import (
 from tlcm_jax.evaluation.reporting.images import contact_sheet
 from tlcm_jax.evaluation.reporting.markdown import markdown_table
 from tlcm_jax.evaluation.reporting.report import relative_text, write_report
-from tlcm_jax.evaluation.results import REFERENCE_STEPS, STYLE, Evaluation, SetResult, chosen
+from tlcm_jax.evaluation.results import REFERENCE_STEPS, Evaluation, SetResult, chosen, kind_of
 from tlcm_jax.io.files import atomic_write
 
 # The step count that headlines quote: the paper's own.
@@ -91,7 +91,8 @@ def image_grid(evaluation: Evaluation, result: SetResult, count: int) -> ImageGr
     scale = evaluation.guidance_scale
     guidance = "" if scale is None else f"; the teacher with guidance {scale:g}"
     fresh = "" if evaluation.gamma == 1 else f"; the student with gamma {evaluation.gamma:g}"
-    turn = ", each style in turn" if STYLE in result.prompts.annotations else ""
+    kind = kind_of(result.prompts)
+    turn = f", each {kind} in turn" if kind else ""
     return ImageGrid(
         title=result.prompts.name,
         prompts=[result.prompts.prompts[i] for i in shown],

@@ -15,7 +15,8 @@ from tlcm_jax.evaluation.scorers.base import Measure
 # Of the teacher as it is used, which the student is held against.
 REFERENCE_STEPS = 25
 # What a prompt set may say of its prompts, by which those that are shown are chosen.
-STYLE = "style"
+# What tells prompts apart, where it is known of them.
+KINDS = ("style", "task")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,12 +136,17 @@ class Evaluation:
 
 
 def chosen(prompts: PromptSet, count: int) -> Int[np.ndarray, " n"]:
-    """Which prompts are shown: the first ones, of each style in turn where styles are known."""
-    total = len(prompts.prompts)
-    styles = list(prompts.annotations.get(STYLE, [""] * total))
+    """Which prompts are shown: the first ones, of each of their kind in turn where it is known."""
+    known = kind_of(prompts)
+    kinds = prompts.annotations[known] if known else [""] * len(prompts.prompts)
     turn: dict[Any, int] = {}
     order = []
-    for index, style in enumerate(styles):
-        turn[style] = turn.get(style, -1) + 1
-        order.append((turn[style], index))
+    for index, kind in enumerate(kinds):
+        turn[kind] = turn.get(kind, -1) + 1
+        order.append((turn[kind], index))
     return np.array([index for _, index in sorted(order)[:count]])
+
+
+def kind_of(prompts: PromptSet) -> str:
+    """The first of `KINDS` that is known of prompts; "" if none is."""
+    return next((kind for kind in KINDS if kind in prompts.annotations), "")

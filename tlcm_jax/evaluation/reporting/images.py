@@ -97,9 +97,13 @@ def contact_sheet(
     for column, row in enumerate(grid.rows):
         left = lead + column * (width + margin)
         middle = left + width // 2
-        draw.text((middle, margin), row.kind, _COLORS[row.kind], font=text, anchor="mt")
-        label = textwrap.shorten(row.label, max(6, width // 8), placeholder="…")
-        draw.text((middle, margin + line), label, _INK, font=text, anchor="mt")
+        # A baseline's label begins with its name.
+        named = row.label.split(", ", 1) if row.kind == "baseline" else ()
+        heading, label = named if len(named) == 2 else (row.kind, row.label)
+        room = max(6, width // 8)
+        for down, words, colour in ((0, heading, _COLORS[row.kind]), (line, label, _INK)):
+            words = textwrap.shorten(words, room, placeholder="…")
+            draw.text((middle, margin + down), words, colour, font=text, anchor="mt")
         for index, pixels in enumerate(row.images):
             sheet.paste(_enlarged(pixels, scale), (left, head + index * (height + margin)))
     for index, prompt in enumerate(grid.prompts):
