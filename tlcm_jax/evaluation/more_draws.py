@@ -28,6 +28,7 @@ from tlcm_jax.evaluation.results import Evaluation
 from tlcm_jax.evaluation.scorers.base import Measure
 from tlcm_jax.evaluation.scorers.pairwise import Distance, diversity
 from tlcm_jax.generation.generate import GenerationOptions
+from tlcm_jax.io.files import atomic_write
 
 DIVERSITY = Measure(key="diversity", title="diversity (LPIPS)")
 # Name -> draws of a prompt.
@@ -153,7 +154,7 @@ def write_layout(
             elif name == "geneval2":
                 target.mkdir(parents=True, exist_ok=True)
                 file = target / f"{number:05d}.png"
-                Image.fromarray(images[0, column]).save(file)
+                _save(images[0, column], file)
                 # By the text as the benchmark's file has it, white space and all.
                 paths[rows[number]["prompt"]] = str(file.resolve())
             elif name == "dpg":
@@ -161,24 +162,35 @@ def write_layout(
             else:
                 style = target / prompts.name
                 style.mkdir(parents=True, exist_ok=True)
-                image = Image.fromarray(images[0, column])
-                image.save(style / f"{number:05d}.jpg", quality=_JPEG_QUALITY)
+                _save(images[0, column], style / f"{number:05d}.jpg")
     if paths:
         text = json.dumps(paths, ensure_ascii=False, indent=1)
-        (target / "images.json").write_text(f"{text}\n", encoding="utf-8")
+        _save_text(target / "images.json", f"{text}\n")
     return target
 
 
 def _write_geneval(target: Path, row: dict, images: UInt8[np.ndarray, "draws h w 3"]) -> None:
     (target / "samples").mkdir(parents=True, exist_ok=True)
     line = json.dumps(row, ensure_ascii=False)
-    (target / "metadata.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    _save_text(target / "metadata.jsonl", f"{line}\n")
     for draw, image in enumerate(images):
-        Image.fromarray(image).save(target / "samples" / f"{draw:04d}.png")
+        _save(image, target / "samples" / f"{draw:04d}.png")
 
 
 def _write_dpg(target: Path, images: UInt8[np.ndarray, "draws h w 3"]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     _, height, width, _ = images.shape
     grid = images.reshape(2, 2, height, width, 3).transpose(0, 2, 1, 3, 4)
-    Image.fromarray(grid.reshape(2 * height, 2 * width, 3)).save(target)
+    _save(grid.reshape(2 * height, 2 * width, 3), target)
+
+
+def _save(image: UInt8[np.ndarray, "h w 3"], target: Path) -> None:
+    """Writes a PNG or JPEG, whole or not at all."""
+    form = {".png": "PNG", ".jpg": "JPEG"}[target.suffix]
+    with atomic_write(target) as part:
+        Image.fromarray(image).save(part, format=form, quality=_JPEG_QUALITY)
+
+
+def _save_text(target: Path, text: str) -> None:
+    with atomic_write(target) as part:
+        part.write_text(text, encoding="utf-8")
