@@ -93,7 +93,7 @@ def test_a_batch_is_told_its_size(world):
     model = load_model(world / "sdxl")
     losses = load_losses(settings, model)
     batches = PromptBatches(model, ["a cat"], make_mesh({"data": 8}), settings)
-    of = batches.of("only", 0, losses["only"])
+    of = batches.of("only", losses["only"])
     seen = set()
     for batch in map(of, itertools.takewhile(lambda r: len(seen) < 3, itertools.count())):
         height, width, channels = batch[LATENT_SHAPE].shape

@@ -56,7 +56,7 @@ def test_a_batch_holds_latents_beside_their_own_captions(world):
     latents = read_latents(settings.latents, model.latent_shape())
     losses = load_losses(settings, model)
     batches = PromptBatches(model, ["a red icon"], mesh, settings, latents)
-    batch = batches.of("only", 0, losses["only"])(3)
+    batch = batches.of("only", losses["only"])(3)
     found = np.asarray(batch["latents"])
     rows = [int(np.flatnonzero(np.all(latents.latents == x, axis=(1, 2, 3)))[0]) for x in found]
     assert len(set(rows)) == 5  # eight of five pictures: all of them
@@ -66,7 +66,7 @@ def test_a_batch_holds_latents_beside_their_own_captions(world):
     )
     plain = read(config(world, settings={}, terms={}, ema_decay=0.0))
     loss = load_losses(plain, model)["only"]
-    assert set(batches.of("only", 0, loss)(0)) == {"conditioning", "inputs"}
+    assert set(batches.of("only", loss)(0)) == {"conditioning", "inputs"}
 
 
 @pytest.mark.parametrize("recipe", [emoji_dmd2, emoji_hyper_sd, emoji_lcm, emoji_mcm, emoji_pcm,

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import PIL.Image
+import pytest
 from safetensors.numpy import load_file
 
 from tests.support.processes import all_end_well, environments
@@ -63,6 +64,7 @@ def left(run):
     return picture, found
 
 
+@pytest.mark.slow
 def test_two_processes_end_a_run_as_one(tmp_path):
     teacher, prompts = write_tiny_pipeline(tmp_path / "teacher"), tmp_path / "prompts.txt"
     prompts.write_text("a red cat\na cat icon\nan icon of a cat\n")

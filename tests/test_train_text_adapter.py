@@ -44,6 +44,7 @@ def test_all_seven_kinds_of_states_are_the_unet_s_own(tmp_path):
     np.testing.assert_allclose(states["mid_block"], features["mid_block"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_trains_from_pairs_alone(tmp_path, capsys):
     model = load_model(write_tiny_pipeline(tmp_path / "tiny"))
     fresh = lora.init(model.params["unet"], ("to_q", "to_v"), 2, jax.random.key(0))

@@ -31,7 +31,7 @@ def world(tmp_path, monkeypatch):
 
 def given(world, prompts=TEXTS, teacher="teacher", latents="latents.npz"):
     settings = types.SimpleNamespace(
-        latents=str(world / latents), model=types.SimpleNamespace(path=teacher)
+        latents=str(world / latents), model=types.SimpleNamespace(path=teacher, loras=())
     )
     return Inputs(world / "run", settings, prompts)
 
@@ -49,7 +49,7 @@ def test_the_same_content_at_another_place_is_the_same(world):
     shutil.copy(world / "latents.npz", world / "other.npz")
     again = given(world, teacher="copy", latents="other.npz")
     again.check()
-    assert set(again.moved) == {"prompts", "latents", "model.path"}
+    assert set(again.moved) == {"prompts", "latents", "model.path", "model.loras"}
 
 
 def test_other_content_under_the_same_path_is_refused_by_name(world):
@@ -61,7 +61,7 @@ def test_other_content_under_the_same_path_is_refused_by_name(world):
     changed = given(world)
     with pytest.raises(ValueError, match="the latents and the teacher of the run"):
         changed.check()
-    assert changed.moved == ("prompts",)
+    assert changed.moved == ("prompts", "model.loras")
     (world / "run/inputs.json").unlink()
     begin(world)
 

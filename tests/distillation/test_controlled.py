@@ -15,6 +15,7 @@ from tlcm_jax.families.load import load_model
 from tlcm_jax.models.lora import LoRAConfig
 
 
+@pytest.mark.slow
 def test_pairs_and_the_loss_s_gradient_go_through_it(tmp_path):
     model = load_model(write_tiny_pipeline(tmp_path / "tiny"))
     control = model.load_control(write_control(tmp_path / "canny", tiny_controlnet(UNET)))

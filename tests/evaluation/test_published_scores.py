@@ -76,7 +76,7 @@ def test_every_protocol_s_scores_are_there():
     assert {name: protocol.count for name, protocol in PROTOCOLS.items()} == counts
     for protocol in PROTOCOLS.values():
         assert set(protocol.scores) <= SCORERS.keys()
-    with pytest.raises(ValueError, match="protocol 'lcm' is not one of tlcm, logcd, dmd2"):
+    with pytest.raises(ValueError, match="protocol 'lcm' is not one of tlcm, logcd, mjhq, dmd2"):
         load_protocol("lcm", "")
 
 

@@ -70,6 +70,7 @@ def published_rule(unet, schedule, noise, fresh, text, steps):
     return x0.permute(0, 2, 3, 1).numpy()
 
 
+@pytest.mark.slow
 def test_released_lora_samples_as_published(release):
     teacher, folder, unet = release
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -34,7 +34,7 @@ class SizedFlow(ToyFlow):
     def null_of(self, null, conditioning):
         return conditioning | {"text": null["text"]}
 
-    def predict(self, params, z, t, conditioning, lora=None, features=False):
+    def predict(self, params, z, t, conditioning, lora=None, features=False, controls=()):
         places = z.shape[1] * z.shape[2]
         text = conditioning["text"].at[:, :2].add(conditioning["size"] / 10)
         every = [jnp.repeat(each, places, axis=0) for each in (t, text)]
