@@ -26,6 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
+from tlcm_jax.config.model_flags import define_model_flags
 from tlcm_jax.config.size_flags import define_size_flags, given_size
 from tlcm_jax.config.workdir import (
     check_guidance,
@@ -54,10 +55,7 @@ from tlcm_jax.training import compilation
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags in `values`."""
     where = {"flag_values": values}
-    flags.DEFINE_string("model", None, "Folder, file, hub id or workdir.", required=True, **where)
-    flags.DEFINE_multi_string(
-        "lora", None, "LoRA to put onto the model: PATH or hub id, [:WEIGHT].", **where
-    )
+    define_model_flags(values)
     flags.DEFINE_multi_string(
         "style",
         None,
@@ -65,13 +63,9 @@ def define_flags(values: flags.FlagValues) -> None:
         **where,
     )
     flags.DEFINE_float("student_weight", 1.0, "Of a run's adapter, such as 0.8.", **where)
-    flags.DEFINE_string("vae", None, "Another autoencoder: folder, file or hub id.", **where)
     flags.DEFINE_multi_string("prompt", None, "What to show.", required=True, **where)
     flags.DEFINE_multi_string(
         "prompt_2", None, "The second text encoder's, one for each --prompt.", **where
-    )
-    flags.DEFINE_string(
-        "adapter", None, "Folder of another language's text encoder and its adapter.", **where
     )
     flags.DEFINE_bool("long_prompts", False, "Read prompts beyond their 77th token.", **where)
     flags.DEFINE_integer("steps", None, "1 to 8 (default 4); with --teacher any (25).", **where)

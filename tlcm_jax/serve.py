@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
+from tlcm_jax.config.model_flags import define_model_flags
 from tlcm_jax.config.workdir import (
     drawn_with,
     student_scales,
@@ -27,14 +28,7 @@ from tlcm_jax.training import compilation
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the command's flags in `values`."""
     where = {"flag_values": values}
-    flags.DEFINE_string("model", None, "Folder, file, hub id or workdir.", required=True, **where)
-    flags.DEFINE_multi_string(
-        "lora", None, "LoRA to put onto the model: PATH or hub id, [:WEIGHT].", **where
-    )
-    flags.DEFINE_string("vae", None, "Another autoencoder: folder, file or hub id.", **where)
-    flags.DEFINE_string(
-        "adapter", None, "Folder of another language's text encoder and its adapter.", **where
-    )
+    define_model_flags(values)
     flags.DEFINE_integer(
         "port", 7860, "Of the page; 0 takes a free one.", lower_bound=0, upper_bound=65535, **where
     )

@@ -5,7 +5,7 @@ from absl import flags
 from PIL import Image
 
 from tests.support.tiny_pipeline import write_tiny_pipeline
-from tlcm_jax import evaluate, export, plan, sample
+from tlcm_jax import evaluate, export, plan, sample, serve
 from tlcm_jax.config.size_flags import given_size
 
 
@@ -34,6 +34,14 @@ def test_every_command_takes_height_and_width_or_both_at_once(command):
     assert (wide.height, wide.width) == (832, 1216)
     assert size("--height=832", "--width=1216") == wide
     assert size("--resolution=64") == size("--height=64", "--width=64")
+
+
+@pytest.mark.parametrize("command", [*MUST, serve], ids=lambda command: command.__name__)
+def test_flags_that_commands_share_stand_in_the_help_of_each(command):
+    values = flags.FlagValues()
+    command.define_flags(values)
+    shown = {flag.name for flag in values.get_key_flags_for_module(command.__name__)}
+    assert set(values) - {"help", "helpshort", "helpfull", "helpxml"} <= shown
 
 
 @pytest.mark.parametrize(

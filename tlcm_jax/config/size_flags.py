@@ -4,6 +4,9 @@ from absl import flags
 
 from tlcm_jax.io.image_size import ImageSize
 
+# They are the flags of the command that defines them, and stand in its --help.
+flags.disclaim_key_flags()
+
 
 def define_size_flags(values: flags.FlagValues, default: str) -> None:
     """Defines `--resolution`, `--height` and `--width`.
