@@ -23,7 +23,7 @@ from miniature.shapes import open_attributes, prompts
 from miniature.shapes import parser as judge
 from miniature.shapes.codec import LinearCodec
 from miniature.shapes.scene import RUNGS, SIDE, Rung, Spec
-from miniature.shapes.scorer import reals
+from miniature.shapes.scorer import parsed, reals
 from tlcm_jax.diffusion.guidance import guided
 from tlcm_jax.diffusion.sampling import sample, sample_teacher
 from tlcm_jax.diffusion.timesteps import student_timesteps
@@ -34,7 +34,7 @@ _BATCH = 64
 
 def score(images: np.ndarray, specs: Sequence[Spec], rung: Rung) -> tuple[np.ndarray, np.ndarray]:
     """All-checks and malformed, `[n]` truth values each."""
-    found = [judge.parse(image, rung) for image in images]
+    found = [parsed(image, rung) for image in images]
     right = np.array([judge.satisfies(f, s) for f, s in zip(found, specs, strict=True)])
     return right, np.array([bool(f.malformed) for f in found])
 

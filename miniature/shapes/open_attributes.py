@@ -11,7 +11,6 @@ covered as often as it should be, 1 - 1/n where of n equal ones a single one is 
 err upwards: read it beside the row of real renders, which are as many.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -19,11 +18,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from miniature.shapes.parser import Found
-from miniature.shapes.prompts import prompt_sets, spec_of
 from miniature.shapes.scene import DIAMETERS, SIDE, Group, Rung, Spec
-from miniature.shapes.scorer import parsed, reals, rung_named, spec_of_caption
+from miniature.shapes.scorer import ShapesScorer, parsed, rung_named, spec_of_caption
 from miniature.shapes.splits import HELD_PAIRS
-from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer
+from tlcm_jax.evaluation.scorers.base import Annotations, Measure
 
 ATTRIBUTES = ("size", "colour", "shape", "contrast", "fill")
 CELLS = 4  # along each side, of the coverage of places
@@ -99,30 +97,14 @@ def _place_prior(size: str | None, rung: Rung) -> Float[np.ndarray, " v"]:
     return total / total.sum()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class OpenAttributesScorer(Scorer):
-    """Equation (1), its mean over the open attributes, and that of the places.
-
-    Attributes:
-      rung: how much of the world is in use.
-    """
-
-    rung: Rung
+class OpenAttributesScorer(ShapesScorer):
+    """Equation (1), its mean over the open attributes, and that of the places."""
 
     name = "open attributes"
-    differentiable = False
-    threshold = None
-    params = None
     measures = (
         Measure(key="open_attributes", title="open attributes, TV", higher_is_better=False),
         Measure(key="places", title="places, TV", higher_is_better=False),
     )
-
-    def check(self, prompts: Sequence[str], annotations: Annotations) -> None:
-        """See `Scorer`: every prompt must be a caption of the world."""
-        del annotations
-        for prompt in prompts:
-            spec_of_caption(prompt)
 
     def values(
         self, images: np.ndarray, prompts: Sequence[str], annotations: Annotations
@@ -137,14 +119,6 @@ class OpenAttributesScorer(Scorer):
         places = found.pop("place", np.nan)
         attributes = float(np.mean(list(found.values()))) if found else np.nan
         return {"open_attributes": attributes, "places": places}
-
-    def real_data_score(self, prompt_set: str, count: int) -> dict[str, float]:
-        """See `Scorer`: of one fresh render of each caption."""
-        entries = prompt_sets(self.rung).get(prompt_set, ())[:count]
-        if not entries:
-            return {}
-        specs = [spec_of(entry) for entry in entries]
-        return self.summarise(_differences(reals(specs, self.rung), specs, self.rung))
 
 
 def load(path: str = "") -> OpenAttributesScorer:

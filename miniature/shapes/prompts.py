@@ -16,6 +16,7 @@ that the judge checks. A text is held out by its hash, one in five.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -134,6 +135,7 @@ def open_entries(rung: Rung, count: int = _OPEN) -> list[dict]:
     ]
 
 
+@functools.cache
 def prompt_sets(rung: Rung) -> dict[str, list[dict]]:
     """The entries of each file that has a `.json` beside it, but for the Chinese."""
     return {

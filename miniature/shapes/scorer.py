@@ -23,8 +23,8 @@ from tlcm_jax.evaluation.scorers.base import Annotations, Measure, Scorer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ParserScorer(Scorer):
-    """Equation (1), and the share of images in which the parser finds none of this world's scenes.
+class ShapesScorer(Scorer):
+    """What the scorers of this world share: the parser has read the images.
 
     Attributes:
       rung: how much of the world is in use.
@@ -32,42 +32,15 @@ class ParserScorer(Scorer):
 
     rung: Rung
 
-    name = "parser"
     differentiable = False
     threshold = None
     params = None
-    measures = (
-        Measure(key="all_checks", title="all checks", percent=True),
-        Measure(key="malformed", title="malformed", percent=True, higher_is_better=False),
-    )
 
     def check(self, prompts: Sequence[str], annotations: Annotations) -> None:
         """See `Scorer`: every prompt must be a caption of the world."""
         del annotations
         for prompt in prompts:
             spec_of_caption(prompt)
-
-    def values(
-        self, images: np.ndarray, prompts: Sequence[str], annotations: Annotations
-    ) -> dict[str, np.ndarray]:
-        """See `Scorer`: truth values `[n]`.
-
-        Raises:
-          ValueError: the images are not `[n, 64, 64, 3]`.
-        """
-        del annotations
-        if images.shape[1:] != (SIDE, SIDE, 3):
-            raise ValueError(
-                f"scorer miniature.shapes.scorer: images of {images.shape[1:]}; the parser reads "
-                f"those of {(SIDE, SIDE, 3)}"
-            )
-        found = [parsed(image, self.rung) for image in images]
-        specs = map(spec_of_caption, prompts)
-        right = [satisfies(one, spec) for one, spec in zip(found, specs, strict=True)]
-        return {
-            "all_checks": np.array(right, np.float32),
-            "malformed": np.array([bool(one.malformed) for one in found], np.float32),
-        }
 
     def real_data_score(self, prompt_set: str, count: int) -> dict[str, float]:
         """See `Scorer`: of one fresh render of each caption."""
@@ -78,6 +51,33 @@ class ParserScorer(Scorer):
         return self.summarise(self.values(images, [entry["prompt"] for entry in entries], {}))
 
 
+class ParserScorer(ShapesScorer):
+    """Equation (1), and the share of images that are none of this world's scenes."""
+
+    name = "parser"
+    measures = (
+        Measure(key="all_checks", title="all checks", percent=True),
+        Measure(key="malformed", title="malformed", percent=True, higher_is_better=False),
+    )
+
+    def values(
+        self, images: np.ndarray, prompts: Sequence[str], annotations: Annotations
+    ) -> dict[str, np.ndarray]:
+        """See `Scorer`: truth values `[n]`.
+
+        Raises:
+          ValueError: the images are not `[n, 64, 64, 3]`.
+        """
+        del annotations
+        found = [parsed(image, self.rung) for image in images]
+        specs = map(spec_of_caption, prompts)
+        right = [satisfies(one, spec) for one, spec in zip(found, specs, strict=True)]
+        return {
+            "all_checks": np.array(right, np.float32),
+            "malformed": np.array([bool(one.malformed) for one in found], np.float32),
+        }
+
+
 def reals(specs: Sequence[Spec], rung: Rung) -> UInt8[np.ndarray, "n 64 64 3"]:
     """One render of each spec, of integers that no training has."""
     scenes = (draw_scene(spec, TEST_START + i, rung) for i, spec in enumerate(specs))
@@ -85,11 +85,20 @@ def reals(specs: Sequence[Spec], rung: Rung) -> UInt8[np.ndarray, "n 64 64 3"]:
 
 
 def parsed(image: UInt8[np.ndarray, "64 64 3"], rung: Rung) -> Parse:
-    """What the parser finds in an image; once, for all scorers that ask of one batch."""
+    """What the parser finds in an image; once, for all scorers that ask.
+
+    Raises:
+      ValueError: the image is not `[64, 64, 3]`.
+    """
+    if image.shape != (SIDE, SIDE, 3):
+        raise ValueError(
+            f"miniature.shapes: an image of {image.shape}; the parser reads those of "
+            f"{(SIDE, SIDE, 3)}"
+        )
     return _parsed(image.tobytes(), rung.name)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def _parsed(pixels: bytes, rung: str) -> Parse:
     return parse(np.frombuffer(pixels, np.uint8).reshape(SIDE, SIDE, 3), RUNGS[rung])
 
