@@ -232,7 +232,7 @@ def test_the_parser_refuses_prompts_of_another_world_and_images_of_another_size(
     term = dataclasses.replace(term_of(world), rewarded=rewarded)
     with pytest.raises(ValueError, match="cat"):
         term.prompt_inputs(["a cat"])
-    with pytest.raises(ValueError, match="images of \\(8, 8, 3\\); the parser reads"):
+    with pytest.raises(ValueError, match="an image of \\(8, 8, 3\\); the parser reads"):
         term.prompt_inputs(["a red circle"])
     fits = dataclasses.replace(term, image_shape=(64, 64, 3))
     scores = fits.score_samples(
