@@ -18,6 +18,7 @@ setup(
         "clu>=0.0.12",
         "etils[epath]",
         "flax>=0.12.8",
+        "fsspec",
         "ftfy",  # mends texts as open_clip does
         "huggingface_hub",
         "jax>=0.10.2",
@@ -52,6 +53,8 @@ setup(
             "scipy",  # components and blurs of the shapes world's parser
             "tensorflow-datasets>=4.9.10",
         ],
+        # Models and prompts in buckets, `gs://...`.
+        "gcs": ["gcsfs"],
         # Edges of pictures for ControlNets: `sample --control_image canny:FILE`.
         "control": ["opencv-python-headless"],
         # Compiling for a TPU without one: the `plan` command's memory and times (137 MB).

@@ -19,6 +19,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from tlcm_jax.io import buckets
+
 DEFAULT_COLUMNS = ("prompt", "caption", "text")
 _JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv", *_JSON_LINES)
@@ -42,12 +44,15 @@ _LARGEST = 200 << 20
 
 
 def split_column(path: str | os.PathLike) -> tuple[Path, str | None]:
-    """A path, and the column named after its colon, if it is a table that one may be named of."""
+    """A path, and the column named after its colon, if it is a table that one may be named of.
+
+    A file in a bucket is fetched (`io.buckets`, whose errors these are).
+    """
     text = os.fspath(path)
     stem, colon, column = text.rpartition(":")
     if colon and _kind(Path(stem)) in TABLES and not Path(text).exists():
-        return Path(stem), column
-    return Path(text), None
+        return buckets.local(stem), column
+    return buckets.local(text), None
 
 
 def is_table(path: Path) -> bool:

@@ -25,7 +25,8 @@ def read_prompts(paths: Sequence[str | os.PathLike]) -> list[str]:
     White space around a prompt is dropped. Duplicates are kept, they are a weight.
 
     Args:
-      paths: files, read in order; of a table, `FILE:COLUMN` names its column.
+      paths: files, in a bucket too (`gs://`), read in order; of a table, `FILE:COLUMN` names its
+        column.
 
     Returns:
       The prompts, at least one from each file.
@@ -40,10 +41,10 @@ def read_prompts(paths: Sequence[str | os.PathLike]) -> list[str]:
         raise ValueError("no prompt file is given: name at least one")
     prompts = []
     for given in paths:
-        path, column = split_column(given)
         if is_set(given):
             prompts += read_texts(str(given))
         else:
+            path, column = split_column(given)
             prompts += read_column(path, column) if is_table(path) else read_lines(path)
     return prompts
 

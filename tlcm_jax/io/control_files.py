@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlcm_jax.io import names
+from tlcm_jax.io import buckets, names
 from tlcm_jax.io.checkpoint_kinds import describe_keys
 from tlcm_jax.io.hub import HubId, fetch_files
 from tlcm_jax.io.json_files import naming, read_object
@@ -76,7 +76,7 @@ class ControlFiles:
           FileNotFoundError: there is no such thing.
           ValueError: it is another kind of network, or its weights are pickled.
         """
-        local = Path(path)
+        local = buckets.local(path)
         if local.is_file():
             refuse_pickle(local)
             tensors = TensorFile([local])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tlcm_jax.io import buckets
 from tlcm_jax.io.hub import HubId, fetch_files
 from tlcm_jax.io.json_files import read_object
 from tlcm_jax.io.pipeline_index import INDEX_FILE
@@ -22,13 +23,14 @@ def find_lora(path: str | Path) -> tuple[Path, dict[str, Any] | None]:
     """The safetensors file, and the PEFT config beside it if it is an adapter folder's.
 
     Args:
-      path: a file, a folder, or on the hub `OWNER/NAME[@REVISION][:FILE]`.
+      path: a file or a folder, in a bucket too (`gs://`), or on the hub
+        `OWNER/NAME[@REVISION][:FILE]`.
 
     Raises:
       FileNotFoundError: there is no such thing, or no LoRA in it.
       ValueError: a pickle, or several files of which none is named.
     """
-    local = Path(path)
+    local = buckets.local(path)
     if local.is_file():
         refuse_pickle(local)
         return local, None

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import CLIPTokenizer
 
 from tlcm_jax.data.tokens import read_tokenizer
-from tlcm_jax.io import names
+from tlcm_jax.io import buckets, names
 from tlcm_jax.io.placement import check_finite, to_host
 from tlcm_jax.io.tensors import TensorFile, Tensors, open_component, refuse_pickle
 
@@ -51,7 +51,7 @@ def open_weights(scorer: str, path: str | Path, published: Published) -> tuple[T
       FileNotFoundError: there are none; the message names their origin and their place.
       ValueError: there are only pickled ones, or the file is broken.
     """
-    where = Path(path)
+    where = buckets.local(path)
     if str(path) and where.is_file():
         refuse_pickle(where)
         return TensorFile([where]), where.parent

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tlcm_jax.io import buckets
 from tlcm_jax.io.hub import HubId, fetch
 from tlcm_jax.io.tensors import Tensors, open_component, refuse_pickle, weights_stem
 
@@ -94,7 +95,7 @@ class Source:
         """Finds a model, fetching what is needed of a hub id.
 
         Args:
-          path: a folder, a single file or a hub id.
+          path: a folder or a single file, in a bucket too (`gs://`), or a hub id.
           open_file: opens a single file.
           variant: of the weights; not for single files.
           config: where a single file's configs are; not for others.
@@ -104,7 +105,7 @@ class Source:
           FileNotFoundError: there is no such thing.
           ValueError: a file that is no checkpoint, or an option that does not go with the path.
         """
-        local = Path(path)
+        local = buckets.local(path)
         if local.is_file():
             if variant is not None:
                 raise ValueError(f"{path} is a single file, which has no variant {variant!r}")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tlcm_jax.io import names
+from tlcm_jax.io import buckets, names
 from tlcm_jax.io.checkpoint_kinds import describe_keys
 from tlcm_jax.io.hub import HubId, fetch_files
 from tlcm_jax.io.ldm_names import PREFIXES, places
@@ -36,7 +36,7 @@ class VaeFiles(ComponentFiles):
           FileNotFoundError: there is no such thing.
           ValueError: it holds no autoencoder.
         """
-        local = Path(path)
+        local = buckets.local(path)
         if local.is_file():
             refuse_pickle(local)
             tensors = TensorFile([local])
