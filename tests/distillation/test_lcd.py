@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import roles
 from tests.support.gaussian_world import constant_student, keys
 from tests.support.noise import times as times_of
 from tlcm_jax.diffusion import gaussian
@@ -15,6 +16,8 @@ from tlcm_jax.diffusion.timesteps import milestone_indices, milestones
 from tlcm_jax.distillation import lcd
 from tlcm_jax.distillation.lcd import LCDSettings
 from tlcm_jax.distillation.objective import split
+from tlcm_jax.distillation.terms.compose import StageLoss
+from tlcm_jax.distillation.terms.distribution_matching import DistributionMatchingSettings
 
 
 def make(world, student=None, **changes):
@@ -195,6 +198,7 @@ def test_fresh_states_lie_at_other_milestones_of_the_same_sample(any_world):
         ({"segments": 7}, "segments = 7: must divide the 1000 times"),
         ({"snr_limit": 0.5}, "snr_limit = 0.5: must be at least 1"),
         ({"weight": -1.0}, "weight = -1.0: must be at least 0"),
+        ({"rollout_gamma": 1.5}, "rollout_gamma = 1.5: must be at most 1"),
     ],
 )
 def test_bad_settings_are_refused(world, changes, message):
@@ -238,6 +242,25 @@ def test_visited_states_are_the_sampler_s_and_lead_to_each_other(any_world):
     np.testing.assert_allclose(after[:, 3], x0[:, 3], atol=1e-5)
 
 
+def test_without_fresh_noise_the_states_are_the_deterministic_trajectory(any_world):
+    """TDM's: each state by the deterministic step from the one before; auxiliary networks too."""
+    world, process, times = any_world, any_world.process, (999, 749, 499, 124)
+    theta = jax.tree.map(lambda x: x + 0.1, world.trainable())
+    objective = make(
+        world, states="visited", states_per_rollout=4, rollout_timesteps=times, rollout_gamma=0.0,
+        weight=0.0,
+    )  # fmt: skip
+    assert objective.has_next_time and not objective.has_next_state
+    pairs = world.pairs(objective, 3, trainable=theta)
+    student = world.student(theta, world.frozen)
+    x0 = student(pairs.z_m, pairs.t_m, pairs.conditioning)
+    ends = pairs.next_time == process.end
+    step = process.step(pairs.z_m, x0, pairs.t_m, pairs.next_time)
+    expected = jnp.where(bcast_right(ends, x0), x0, step)
+    np.testing.assert_allclose(pairs.next_state, expected, atol=1e-5)
+    assert ends.sum() == 3 and objective.renoise(pairs, keys(1, 12)) is pairs
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_visited_states_have_the_teacher_s_step_as_others_have(world, weight):
     pairs = world.pairs(make(world, states="visited", weight=weight), 8)
@@ -261,3 +284,43 @@ def test_visited_states_have_the_teacher_s_step_as_others_have(world, weight):
 def test_visited_states_that_cannot_be_are_refused(world, changes, message):
     with pytest.raises(ValueError, match=message):
         make(world, **changes)
+
+
+# In the square's place.
+
+
+def test_a_term_can_stand_in_the_square_s_place(world):
+    """LogCD's latent LPIPS; the square stays as a metric."""
+    theta = jax.tree.map(lambda x: x + 0.1, world.trainable())
+    square, alone = (
+        StageLoss(make(world, distance=distance), {"latent_lpips": roles.latent_lpips()})
+        for distance in ("square", "none")
+    )
+    pairs = world.pairs(square.objective, 8)
+    frozen = roles.frozen_of(world, square.terms)
+    (both, of_both), (one, of_one) = (
+        loss(theta, frozen, pairs, keys(0, 8), {}) for loss in (square, alone)
+    )
+    np.testing.assert_allclose(of_one["mse_x0"], of_both["mse_x0"])
+    np.testing.assert_allclose(one, of_one["latent_lpips/loss"], rtol=1e-6)
+    np.testing.assert_allclose(both, one + of_one["mse_x0"], rtol=1e-5)
+    assert not np.any(np.asarray(of_one["consistency/grad_norm"]))
+
+
+def test_the_square_s_place_is_not_left_empty(world):
+    objective = make(world, distance="none")
+    with pytest.raises(ValueError, match="distance = 'none': no term compares with the target"):
+        StageLoss(objective)
+    held = {"latent_lpips": roles.latent_lpips(), "preference": roles.preference(world)}
+    with pytest.raises(ValueError, match="which preference is held against"):
+        StageLoss(objective, held)
+    with pytest.raises(ValueError, match="distance = 'l1': must be one of square, none"):
+        make(world, distance="l1")
+
+
+def test_terms_of_the_sampler_s_own_steps_are_told_what_they_need(world):
+    settings = DistributionMatchingSettings(noised="state")
+    along = {"distribution_matching": roles.matching(world, settings)}
+    with pytest.raises(ValueError, match="segments of the student's own trajectory: take"):
+        StageLoss(make(world), along)
+    StageLoss(make(world, states="visited", rollout_gamma=0.0), along)

@@ -153,12 +153,12 @@ def frozen_of(world, terms):
     return {**world.frozen, TERMS: {name: term.params for name, term in terms.items()}}
 
 
-def outputs_of(world, x0, sample=None, target=None, target_time=None):
+def outputs_of(world, x0, sample=None, target=None, target_time=None, **more):
     """What terms and auxiliary networks see of a student who predicts `x0`."""
     process, count = world.process, len(x0)
     time = process.end if target_time is None else target_time
     times = jnp.full(count, time, process.time_dtype)
-    return StudentOutputs(x0, x0, target, sample, times, world.conditioning(count))
+    return StudentOutputs(x0, x0, target, sample, times, world.conditioning(count), **more)
 
 
 def context_of(world, term, count, inputs=None, aux=None, seed=0):

@@ -15,6 +15,8 @@ where t_n = 0 the target is z_n itself. Times may be weighed by min(SNR(t_m) + 1
 
 In place of (2), z_m may be a state that the sampler of (1) came through (`states = "visited"`,
 ours): f is then asked where sampling asks it, and terms see where the sampler went from there.
+With `rollout_gamma` 0 these states are the student's deterministic trajectory (TDM, arXiv
+2503.06674).
 """
 
 import dataclasses
@@ -53,12 +55,16 @@ class LCDSettings:
         all M milestones by the deterministic segment jumps of stage 1, for the first iterations,
         while f is still a segment jumper and "renoise" may be soft.
       rollout_timesteps: of "renoise", in training steps; q = 4 in the paper, these times.
+      rollout_gamma: share of fresh noise between them, as in sampling; 1, the paper's, re-noises
+        each x0, 0 is deterministic.
       states: what z_m is: "renoised", the paper's (2), or "visited", the rollout's own states at
         `rollout_timesteps`.
       states_per_rollout: how many t_m one z0 serves, all different; 1 in the paper.
       snr_limit: of the weight of times; 1, the paper's, weighs all milestones alike.
       weight: of (3) beside a stage's terms. 0 leaves the terms alone, as in DMD2, and then no
         teacher walks and no target is asked for.
+      distance: of (3): "square", the paper's, or "none", where a term that compares with the
+        target stands in its place, as LogCD's latent LPIPS does.
     """
 
     segments: int = 8
@@ -66,16 +72,20 @@ class LCDSettings:
     guidance_scale: float = 8.0
     rollout: str = "renoise"
     rollout_timesteps: tuple[int, ...] = (999, 749, 499, 249)
+    rollout_gamma: float = 1.0
     states: str = "renoised"
     states_per_rollout: int = 1
     snr_limit: float = 1.0
     weight: float = 1.0
+    distance: str = "square"
 
     def __post_init__(self) -> None:
         check_at_least("segments", self.segments, 1)
         check_at_least("teacher_substeps", self.teacher_substeps, 1)
         check_at_least("guidance_scale", self.guidance_scale, 0)
         check_choice("rollout", self.rollout, ("renoise", "milestones"))
+        check_at_least("rollout_gamma", self.rollout_gamma, 0)
+        check_at_most("rollout_gamma", self.rollout_gamma, 1, "a share of the noise")
         check_choice("states", self.states, ("renoised", "visited"))
         if self.states == "visited" and self.rollout != "renoise":
             raise ValueError(
@@ -84,6 +94,7 @@ class LCDSettings:
         check_at_least("states_per_rollout", self.states_per_rollout, 1)
         check_at_least("snr_limit", self.snr_limit, 1)
         check_at_least("weight", self.weight, 0)
+        check_choice("distance", self.distance, ("square", "none"))
         if self.states == "visited":
             most, what = len(self.rollout_timesteps), "the number of rollout_timesteps"
         else:
@@ -119,12 +130,22 @@ class LCD(Objective):
     @property
     def has_next_state(self) -> bool:  # type: ignore[override]
         """See `Objective`."""
+        return self.has_next_time and self.settings.rollout_gamma == 1
+
+    @property
+    def has_next_time(self) -> bool:  # type: ignore[override]
+        """See `Objective`."""
         return self.settings.states == "visited"
 
     @property
     def weight(self) -> float:  # type: ignore[override]
         """See `Objective`."""
         return self.settings.weight
+
+    @property
+    def has_distance(self) -> bool:  # type: ignore[override]
+        """See `Objective`."""
+        return self.settings.distance != "none"
 
     @property
     def pairs_per_prompt(self) -> int:
@@ -151,7 +172,7 @@ class LCD(Objective):
         noise_keys, *rest = split(keys, 4)
         student = networks.target(trainable, frozen)
         noise = normal(noise_keys, networks.latent_shape)
-        make = self._visited if self.has_next_state else self._renoised
+        make = self._visited if self.has_next_time else self._renoised
         pairs = make(student, noise, batch["conditioning"], tuple(rest))
         if chosen.weight == 0:
             return jax.lax.stop_gradient(pairs._replace(z_n=pairs.z_m, t_n=pairs.t_m))
@@ -176,7 +197,7 @@ class LCD(Objective):
             times = milestone_indices(chosen.segments, process.num_train_timesteps)[:-1]
             gamma = 0.0
         else:
-            times, gamma = chosen.rollout_timesteps, 1.0
+            times, gamma = chosen.rollout_timesteps, chosen.rollout_gamma
         z0 = sample(student, process, noise, conditioning, times, rollout_keys, gamma)  # (1)
         states, size = chosen.states_per_rollout, batch_size(conditioning)
         z0, conditioning = repeat((z0, conditioning), states)
@@ -199,7 +220,8 @@ class LCD(Objective):
         chosen, process = self.settings, self.networks.process
         rollout_keys, time_keys, _ = keys  # nothing is noised again
         times, count = chosen.rollout_timesteps, chosen.states_per_rollout
-        path = visited(student, process, noise, conditioning, times, rollout_keys)
+        gamma = chosen.rollout_gamma
+        path = visited(student, process, noise, conditioning, times, rollout_keys, gamma)
         index = milestone_choices(time_keys, len(times), count)
 
         def at(shift: int) -> Array:
@@ -243,12 +265,16 @@ class LCD(Objective):
         if self.weight == 0:
             return jnp.zeros(len(x0)), {}
         mse_x0 = losses.mse(x0, target)
+        if not self.has_distance:
+            return jnp.zeros_like(mse_x0), {"mse_x0": mse_x0}
         snr = self.networks.process.snr(pairs.t_m)
         weight = self.weight * losses.min_snr_weight(snr, self.settings.snr_limit)
         return weight * mse_x0, {"mse_x0": mse_x0}
 
     def renoise(self, pairs: Pairs, keys: Key[Array, " n"]) -> Pairs:
-        """Other milestones with fresh noise on the same z0."""
+        """Other milestones with fresh noise on the same z0; visited states stay as they are."""
+        if self.has_next_time:
+            return pairs
         process = self.networks.process
         time_keys, state_keys = split(keys, 2)
         index = milestone_choices(time_keys, self.settings.segments, 1).reshape(-1)
@@ -265,6 +291,7 @@ def visited(
     conditioning: PyTree[Array],
     timesteps: tuple[int, ...],
     keys: Key[Array, " b"],
+    gamma: float = 1.0,
 ) -> Float[Array, "b states *latent"]:
     """What `sample` comes through at each of its times, and last what it ends with."""
 
@@ -274,7 +301,7 @@ def visited(
         return student_step(student, process, z, t, level, xi, conditioning), z
 
     times = jnp.asarray([process.time(t) for t in timesteps])
-    plan = jnp.asarray(levels(process, timesteps, 1.0), jnp.float32)
+    plan = jnp.asarray(levels(process, timesteps, gamma), jnp.float32)
     end, states = jax.lax.scan(advance, noise, (jnp.arange(len(timesteps)), times, plan))
     return jnp.moveaxis(jnp.concatenate([states, end[None]]), 0, 1)
 

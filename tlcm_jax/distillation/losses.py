@@ -112,6 +112,23 @@ def distribution_matching_grad(
     return (fake_x0 - real_x0) / jnp.maximum(size, 1e-8)
 
 
+def importance_weight(
+    added: Float[Array, " n *latent"], held: Float[Array, " n *latent"]
+) -> Float[Array, " n"]:
+    """exp((|e|^2 - |m|^2) / 2n), n the elements of a sample (TDM, arXiv 2503.06674).
+
+    The density of z if its data was noised straight to t', over that of how z came about: a state
+    that holds noise already, noised further. The ratio of the two Gaussians' widths, the same for
+    all samples of a time, is left out; and where the ratio of densities has the sum over elements,
+    the authors' program has the mean, without which a single sample would outweigh all others.
+
+    Args:
+      added: e, the fresh noise.
+      held: m, all noise that z then holds, beside alpha_t' x.
+    """
+    return jnp.exp(0.5 * (mean_per_sample(jnp.square(added)) - mean_per_sample(jnp.square(held))))
+
+
 def mean_logit(
     maps: Sequence[Float[Array, "n ..."]], function: Callable[[Array], Array]
 ) -> Float[Array, " n"]:

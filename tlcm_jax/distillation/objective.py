@@ -97,9 +97,11 @@ class Objective:
       needs_latents: batches must hold real latents under "latents".
       uses_student: pairs depend on the student's parameters.
       has_sample: pairs have a `sample`.
-      has_next_state: pairs have a `next_state`.
+      has_next_state: pairs have a `next_state`, drawn with all noise fresh.
+      has_next_time: pairs have a `next_time`.
       target_is_ema: targets are asked of the student's EMA, which the stage must then keep.
       weight: 0 where the stage has its terms alone, and no target.
+      has_distance: False where a term stands in the place of the objective's own distance.
     """
 
     settings: Any
@@ -109,8 +111,10 @@ class Objective:
     uses_student: ClassVar[bool] = False
     has_sample: ClassVar[bool] = False
     has_next_state: ClassVar[bool] = False
+    has_next_time: ClassVar[bool] = False
     target_is_ema: ClassVar[bool] = False
     weight: ClassVar[float] = 1.0
+    has_distance: ClassVar[bool] = True
 
     @property
     def pair_settings(self) -> dict[str, Any]:

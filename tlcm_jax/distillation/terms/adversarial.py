@@ -11,12 +11,8 @@ TLCM's last stage: fake is the prediction x at a milestone, real the student's o
 several steps; or, where states are made of real latents, these (SCott, Liu et al. 2024, arXiv
 2403.01505). Inside a phase (PCM, Wang et al. 2024, arXiv 2405.18407): fake is where the
 student's jump ends, real the consistency loss's target, both at the phase's lower milestone b,
-and noise is added from there,
-
-    z_t' = c z_b + sqrt(sigma_t'^2 - c^2 sigma_b^2) e,   c = alpha_t' / alpha_b,   t' >= b.    (3)
-
-Clean data is (3) with alpha_b = 1, sigma_b = 0. The times 10, 250, 500, 750 are SDXL-Lightning's
-(Lin et al. 2024, arXiv 2402.13929).
+and noise is added from there, to a time t' >= b (`renoising.py`, equation 1). The times 10, 250,
+500, 750 are SDXL-Lightning's (Lin et al. 2024, arXiv 2402.13929).
 """
 
 import dataclasses
@@ -27,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num, PRNGKeyArray
 
-from tlcm_jax.diffusion.process import bcast_right
 from tlcm_jax.diffusion.sampling import normal
 from tlcm_jax.distillation import losses
 from tlcm_jax.distillation.checks import check_at_least, check_at_most, check_choice
@@ -41,6 +36,7 @@ from tlcm_jax.distillation.networks import (
 )
 from tlcm_jax.distillation.objective import NFE, repeat, split
 from tlcm_jax.distillation.terms.base import AuxSettings, Context, StudentOutputs, Term
+from tlcm_jax.distillation.terms.renoising import diffused
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.models.discriminator import Heads, choose_layers
 from tlcm_jax.models.lora import LoRAConfig
@@ -117,7 +113,7 @@ class AdversarialSettings(AuxSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adversarial(Term):
-    """Equations (1) to (3); the discriminator's metrics are s_real and s_fake.
+    """Equations (1) and (2); the discriminator's metrics are s_real and s_fake.
 
     Attributes:
       settings: the choices.
@@ -160,7 +156,7 @@ class Adversarial(Term):
         time_keys, noise_keys = split(context.keys, 2)
         fake, _, level = self._compared(outputs)
         t = self._times(level, time_keys)
-        z = self._renoised(fake, level, t, noise_keys)
+        z = self._diffused(fake, level, t, noise_keys)
         discriminator = self.discriminator(context.aux_params[DISCRIMINATOR], context.frozen)
         maps = discriminator(z, t, outputs.conditioning)
         return losses.generator_loss(maps, self.settings.loss), {}  # (2)
@@ -173,8 +169,8 @@ class Adversarial(Term):
         fake, real, level = self._compared(outputs)
         t = self._times(level, time_keys)
         noisy = (
-            self._renoised(real, level, t, real_keys),
-            self._renoised(fake, level, t, fake_keys),
+            self._diffused(real, level, t, real_keys),
+            self._diffused(fake, level, t, fake_keys),
         )
         # Real and fake of a sample side by side, so that each stays on its own device.
         z = jnp.stack(noisy, axis=1).reshape(-1, *fake.shape[1:])
@@ -199,18 +195,11 @@ class Adversarial(Term):
         chosen = jax.vmap(lambda key: jax.random.choice(key, above))(keys)
         return self.networks.process.earlier(level, -chosen)
 
-    def _renoised(
+    def _diffused(
         self,
         z: Float[Array, " n *latent"],
         level: Num[Array, " n"],
         t: Num[Array, " n"],
         keys: Key[Array, " n"],
     ) -> Float[Array, " n *latent"]:
-        """Equation (3)."""
-        process = self.networks.process
-        clean = level == process.end
-        c = process.alpha(t) / jnp.where(clean, 1.0, process.alpha(level))
-        kept = c * jnp.where(clean, 0.0, process.sigma(level))
-        # Where t' is the level nothing is added, and rounding must not make a root of it.
-        fresh = jnp.sqrt(jnp.maximum(jnp.square(process.sigma(t)) - jnp.square(kept), 0))
-        return bcast_right(c, z) * z + bcast_right(fresh, z) * normal(keys, z.shape[1:])
+        return diffused(self.networks.process, z, level, t, normal(keys, z.shape[1:]))

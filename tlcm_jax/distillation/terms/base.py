@@ -32,6 +32,7 @@ class StudentOutputs(NamedTuple):
       conditioning: pytree `[n, ...]`.
       next_state: `[n, *latent]` where the student's own sampler went from what it is asked at, at
         time `next_time`, `[n]`; None where there is none (`Pairs`).
+      z_m: `[n, *latent]` what it was asked at, at time `t_m`, `[n]`.
     """
 
     x0: Float[Array, " n *latent"]
@@ -42,6 +43,8 @@ class StudentOutputs(NamedTuple):
     conditioning: PyTree[Array]
     next_state: Float[Array, " n *latent"] | None = None
     next_time: Num[Array, " n"] | None = None
+    z_m: Float[Array, " n *latent"] | None = None
+    t_m: Num[Array, " n"] | None = None
 
 
 class Context(NamedTuple):

@@ -60,8 +60,13 @@ class StageLoss:
                 )
             if "next_state" in term.needed_outputs and not self.objective.has_next_state:
                 raise ValueError(
-                    f"term {name!r} follows the steps of the student's own sampler: take the "
-                    "objective 'lcd' with states = 'visited'"
+                    f"term {name!r} follows the random steps of the student's own sampler: take "
+                    "the objective 'lcd' with states = 'visited' and rollout_gamma = 1"
+                )
+            if "next_time" in term.needed_outputs and not self.objective.has_next_time:
+                raise ValueError(
+                    f"term {name!r} looks at the segments of the student's own trajectory: take "
+                    "the objective 'lcd' with states = 'visited'"
                 )
             if term.aux is not None and term.aux.name in known:
                 raise ValueError(f"two terms train a network called {term.aux.name!r}: keep one")
@@ -73,6 +78,8 @@ class StageLoss:
             )
         if self.objective.weight == 0:
             self._check_without_target()
+        elif not self.objective.has_distance:
+            self._check_without_distance()
 
     def _check_without_target(self) -> None:
         if not self.terms:
@@ -86,6 +93,19 @@ class StageLoss:
             raise ValueError(
                 f"weight = 0: the stage then has no target and no gradient of its own, which "
                 f"{', '.join(unfit)} is held against; give it a weight, or leave the term out"
+            )
+
+    def _check_without_distance(self) -> None:
+        if not any("target" in term.needed_outputs for term in self.terms.values()):
+            raise ValueError(
+                "distance = 'none': no term compares with the target in its place: give latent "
+                "LPIPS, or take distance = 'square'"
+            )
+        held = [name for name, term in self.terms.items() if term.max_grad_ratio is not None]
+        if held:
+            raise ValueError(
+                "distance = 'none': the stage then has no gradient of its own, which "
+                f"{', '.join(held)} is held against; leave the term out"
             )
 
     @property
@@ -199,6 +219,8 @@ class StageLoss:
             conditioning=pairs.conditioning,
             next_state=pairs.next_state,
             next_time=pairs.next_time,
+            z_m=pairs.z_m,
+            t_m=pairs.t_m,
         )
 
 
