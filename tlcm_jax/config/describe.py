@@ -10,6 +10,8 @@ named by what defines it:
     Hyper-SD  targets at any time of a segment
     SCott     noised real latents, a stochastic teacher
     DMD2      distribution matching without a consistency loss
+    TDM       the same, along the student's own deterministic trajectory
+    decoupled DMD  the same, with times of its own for the guidance
     RLCM      a policy gradient on the steps of the student's own sampler
 
 and a recipe that takes something from several of them says what from which.
@@ -37,6 +39,8 @@ PAPERS = {
     "Hyper-SD": "2404.13686",
     "SCott": "2403.01505",
     "DMD2": "2405.14867",
+    "TDM": "2503.06674",
+    "decoupled DMD": "2511.22677",
     "RLCM": "2404.03673",
     "trajectory distillation": "2101.02388",
 }
@@ -116,12 +120,15 @@ def _ingredients(stage: StageSettings) -> Iterator[tuple[str, str]]:
         elif adversarial is not None:
             yield "TLCM", "an adversarial term"
     elif stage.objective == "lcd":
-        matched_alone = chosen.weight == 0 and "distribution_matching" in terms
+        matching, adversarial = terms.get("distribution_matching"), terms.get("adversarial")
+        matched_alone = chosen.weight == 0 and matching is not None
         if matched_alone:
-            yield "DMD2", "distribution matching on the student's own rollouts"
+            yield _matching(matching)
         elif chosen.weight > 0:
             yield "TLCM", "consistency between milestones, on the student's own rollouts"
-        if "adversarial" in terms:
+        if adversarial is not None and adversarial.real == "target":
+            yield "TLCM", "an adversarial term between prediction and target"
+        elif adversarial is not None:
             yield "TLCM", "an adversarial term against the student's own samples"
     else:
         yield "trajectory distillation", "regression on the ends of the teacher's paths"
@@ -132,11 +139,21 @@ def _ingredients(stage: StageSettings) -> Iterator[tuple[str, str]]:
     if "distribution_matching" in terms and not matched_alone:
         yield "TLCM", "distribution matching"
     if "latent_lpips" in terms:
-        yield "TLCM", "latent LPIPS beside the loss"
+        alone = getattr(chosen, "distance", "") == "none"
+        yield "TLCM", "latent LPIPS " + ("in place of the square" if alone else "beside the loss")
     if "preference" in terms:
         yield "TLCM", "preference"
     if "reward" in terms:
         yield "RLCM", "a reward that needs no gradient, on the steps of the student's own sampler"
+
+
+def _matching(term: Any) -> tuple[str, str]:
+    """What distribution matching alone is."""
+    if term.noised == "state":
+        return "TDM", "distribution matching along the student's own trajectory"
+    if term.guidance_times == "own":
+        return "decoupled DMD", "distribution matching, its guidance at times of its own"
+    return "DMD2", "distribution matching on the student's own rollouts"
 
 
 def method_name(settings: Settings) -> str:
@@ -199,7 +216,10 @@ def sampling_times(settings: Settings) -> dict[int, tuple[int, ...]]:
     for stage in settings.stages.values():
         if stage.objective == "mlcd":
             return {steps: student_timesteps(steps) for steps in range(1, 9)}
-        known |= set(milestone_indices(stage.settings.segments)[:-1])
+        if getattr(stage.settings, "states", "") == "visited":
+            known |= set(stage.settings.rollout_timesteps)
+        else:
+            known |= set(milestone_indices(stage.settings.segments)[:-1])
     falling = sorted(known, reverse=True)
     times = {}
     for steps in range(1, min(8, len(falling)) + 1):
