@@ -1,15 +1,16 @@
 """Regenerates the page of results: runs what is missing, then writes it.
 
     python -m benchmarks.results --output docs/results.md --workdir runs/results
-    python -m benchmarks.results ... --seeds 0,1,2 --budget 1.0   # three seeds, full evaluations
+    python -m benchmarks.results ... --seeds 0,1,2 --budget 0.3   # three seeds, fewer evaluations
     python -m benchmarks.results ... --only recipes,literal       # a table, and one experiment
     python -m benchmarks.results ... --jobs 2                     # two runs at a time, a core each
     python -m benchmarks.results ... --rewrite                    # the page alone, runs nothing
 
 The same command resumes: runs that have scores are skipped, one that was stopped goes on from its
-last checkpoint, and one that failed is tried again. A changed recipe, budget or limit is another
-run. `OUTPUT/commentary.md` (`docs/results/commentary.md`) is a person's; its figures are names that
-`prose.py` looks up in the tables.
+last checkpoint, and one that failed is tried again. A changed recipe, budget or teacher is another
+run. `--budget 0.015 --limit 4` in a workdir of its own is a few updates of every row.
+`commentary.md` in a folder of the page's name is a person's; its figures are names that `prose.py`
+looks up in the tables.
 """
 
 import argparse
@@ -34,7 +35,6 @@ TABLES = (
     ablation.SETTINGS,
     improvements.STAGES,
     improvements.PARTS,
-    improvements.ENDS,
 )
 
 

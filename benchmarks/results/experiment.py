@@ -9,13 +9,13 @@ from typing import Any
 from tlcm_jax.config.schema import Settings, read
 
 # The embedded default, whose teacher, prompts and judge are those of all experiments.
-DEFAULT = "emoji"
+DEFAULT = "shapes"
 
 # What a student is drawn in where a table does not ask for less.
-ALL_STEPS = (1, 2, 3, 4, 8)
+ALL_STEPS = (2, 3, 4, 8)
 
 # What makes the weights that terms need, by the term.
-_MAKERS = {"latent_lpips": "train_latent_lpips", "preference": "train_scorer"}
+_MAKERS = {"latent_lpips": "shapes.train_latent_lpips", "preference": "shapes.train_scorer"}
 
 
 class NotHere(Exception):
@@ -122,7 +122,9 @@ def recipe(name: str) -> dict[str, Any]:
 def missing_files(settings: Settings) -> str:
     """Which weights or latents a recipe needs that are not there, and what makes them; or ""."""
     if settings.latents and not Path(settings.latents).is_file():
-        return "the real latents are missing (`python -m miniature.encode_latents` makes them)"
+        return (
+            "the real latents are missing (`python -m miniature.shapes.encode_latents` makes them)"
+        )
     for stage in settings.stages.values():
         for name, chosen in stage.terms.items():
             parts = (chosen, *getattr(chosen, "scorers", {}).values())

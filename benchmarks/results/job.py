@@ -1,8 +1,8 @@
 """One run, in a process of its own: distils, draws, scores, and leaves `scores.json`.
 
-    python -m benchmarks.results.job FOLDER TEACHER
+    python -m benchmarks.results.job FOLDER
 
-FOLDER holds `job.json`; TEACHER is the folder of the teacher's run, FOLDER itself for that one.
+FOLDER holds `job.json`.
 """
 
 import json
@@ -25,22 +25,20 @@ from tlcm_jax.families.load import load_model
 from tlcm_jax.io.files import atomic_write
 from tlcm_jax.training import compilation
 
-REFERENCE = "reference.npz"
-
 
 def main(arguments: Sequence[str]) -> None:
     """Works; anything wrong ends the process with one line that says what."""
     logging.set_verbosity(logging.INFO)
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-    folder, teacher = map(Path, arguments[1:])
+    folder = Path(arguments[1])
     compilation.use_cache()
     try:
-        work(folder, teacher)
+        work(folder)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
 
 
-def work(folder: Path, teacher: Path) -> None:
+def work(folder: Path) -> None:
     """Does what the folder's `job.json` says."""
     start = time.monotonic()
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
@@ -48,17 +46,15 @@ def work(folder: Path, teacher: Path) -> None:
     settings = read(job["config"])
     spent: dict[str, Any] = {}
     if job["name"] == TEACHER:
-        measured = measure(load_model(settings.model.path), asked)
-        _save(folder / REFERENCE, {"pictures": measured.reference})
+        measured = measure(load_model(settings.model.path), asked, teacher=True)
     else:
-        with np.load(teacher / REFERENCE) as file:
-            reference = file["pictures"]
         run = train(job["config"], folder, progress=False)
         if not run.completed:
             sys.exit(STOPPED)
         spent = accounts(settings, run.history)
-        measured = measure(run.model, asked, lora=run.adapter, reference=reference)
-    _save(folder / PICTURES, measured.pictures)
+        measured = measure(run.model, asked, lora=run.adapter)
+    with atomic_write(folder / PICTURES) as part, part.open("wb") as file:
+        np.savez_compressed(file, **measured.pictures)
     found = _told(job, measured, spent, time.monotonic() - start)
     with atomic_write(folder / SCORES) as part:
         part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -100,17 +96,12 @@ def _told(
         "scores": measured.scores,
         "real": dict(measured.real),
         "prompts": measured.prompts,
+        "unseen": measured.unseen,
         "shown": list(measured.shown),
         **spent,
         "seconds": {key: round(value, 1) for key, value in measured.seconds.items()},
         "provenance": provenance(seconds),
     }
-
-
-def _save(path: Path, arrays: Mapping[str, Any]) -> None:
-    with atomic_write(path) as part:
-        with part.open("wb") as file:
-            np.savez_compressed(file, **arrays)
 
 
 if __name__ == "__main__":

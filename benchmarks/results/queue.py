@@ -21,6 +21,7 @@ from tlcm_jax.io.files import atomic_write
 
 # Shown of a finished run, with the step count that the tables share.
 HEADLINE = "4"
+_TOLD = ("all_checks", "unseen", "malformed", "open_attributes")
 # What a stopped process is given to save in.
 _PATIENCE = 120
 # How often processes are looked at.
@@ -42,13 +43,13 @@ def perform(
     *,
     jobs: int = 1,
 ) -> list[Run]:
-    """Does the runs that are not done yet, after the teachers' that they are compared with.
+    """Does the runs that are not done yet, after those of the teachers of their seeds.
 
     A run that fails leaves `failure.json` and the others go on; it is tried again, from its last
     checkpoint, by the next call. One that was killed goes on where it was.
 
     Args:
-      teachers: what the students of a seed are compared with, by seed.
+      teachers: of the rows beside which the students of a seed stand.
       runs: the students.
       tell: takes one line a run.
       jobs: how many run at a time, each on its part of the cores.
@@ -62,7 +63,7 @@ def perform(
     """
     cores = _shared_out(jobs)
     needed = [teachers[seed] for seed in dict.fromkeys(run.seed for run in runs)]
-    for teacher, message, _ in _finished([(t, t) for t in needed if t.scores() is None], cores):
+    for teacher, message, _ in _finished([t for t in needed if t.scores() is None], cores):
         if message:
             raise RuntimeError(f"the {teacher.label}: {message}; see {teacher.folder / LOG}")
     left = [run for run in runs if run.scores() is None]
@@ -70,8 +71,7 @@ def perform(
         tell(f"{len(runs) - len(left)} of {len(runs)} runs are done")
     start = time.monotonic()
     failed = []
-    pairs = [(run, teachers[run.seed]) for run in left]
-    for number, (run, message, seconds) in enumerate(_finished(pairs, cores), 1):
+    for number, (run, message, seconds) in enumerate(_finished(left, cores), 1):
         if message:
             failed.append(run)
         rest = (time.monotonic() - start) / number * (len(left) - number)
@@ -93,23 +93,23 @@ def _shared_out(jobs: int) -> list[frozenset[int]]:
 
 
 def _finished(
-    pairs: Sequence[tuple[Run, Run]], cores: Sequence[frozenset[int]]
+    runs: Sequence[Run], cores: Sequence[frozenset[int]]
 ) -> Iterator[tuple[Run, str, float]]:
     """Runs in order, one a part of the cores, and yields them as they end.
 
     Args:
-      pairs: a run, and the teacher's that it is compared with.
+      runs: what is to be done.
       cores: the parts.
 
     Yields:
       The run, why it failed or "", and its seconds.
     """
-    waiting, free = list(pairs), list(cores)
+    waiting, free = list(runs), list(cores)
     going: list[_Started] = []
     try:
         while waiting or going:
             while waiting and free:
-                going.append(_start(*waiting.pop(0), free.pop(0)))
+                going.append(_start(waiting.pop(0), free.pop(0)))
             time.sleep(_PAUSE)
             for one in [one for one in going if one.process.poll() is not None]:
                 going.remove(one)
@@ -120,13 +120,12 @@ def _finished(
         raise
 
 
-def _start(run: Run, teacher: Run, cores: frozenset[int]) -> _Started:
+def _start(run: Run, cores: frozenset[int]) -> _Started:
     run.folder.mkdir(parents=True, exist_ok=True)
     for old in (FAILURE, SCORES):
         (run.folder / old).unlink(missing_ok=True)
     _write(run.folder / JOB, run.job)
-    command = [sys.executable, "-m", "benchmarks.results.job"]
-    command += [str(run.folder), str(teacher.folder)]
+    command = [sys.executable, "-m", "benchmarks.results.job", str(run.folder)]
     with (run.folder / LOG).open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     if cores:
@@ -167,7 +166,8 @@ def _why(code: int, log: Path) -> str:
 
 def _headline(run: Run) -> str:
     scores = (run.scores() or {}).get("scores", {}).get("student", {}).get(HEADLINE, {})
-    return ", ".join(f"{key} {value:.3f}" for key, value in scores.items()) or "done"
+    told = ", ".join(f"{key} {scores[key]:.3f}" for key in _TOLD if key in scores)
+    return told or "done"
 
 
 def _write(path: Path, value: dict) -> None:

@@ -1,6 +1,7 @@
 """Runs: an experiment under one seed, where it leaves its scores, and what it was asked for."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,6 @@ from typing import Any
 from benchmarks.results import budget
 from benchmarks.results.experiment import DEFAULT, Experiment, NotHere, Table, missing_files
 from benchmarks.results.experiment import recipe as load_recipe
-from tlcm_jax import paths
 from tlcm_jax.config.schema import MAY_CHANGE, read
 
 # What a run's folder holds beside the workdir of its training.
@@ -28,47 +28,44 @@ class Asked:
 
     Attributes:
       prompts: file of held-out prompts.
+      unseen: file of prompts of what the teacher never saw, drawn in 4 steps alone; or "".
       scorers: each as NAME or NAME=PATH.
       guidance_scale: of the teacher.
       gamma: share of fresh noise between the student's steps.
       steps: the student's step counts.
       limit: prompts used; 0 takes all.
       noise: seed of the noise, the same for all runs of one training seed.
-      diverse: of how many prompts, the first ones, diversity is measured.
-      draws: under how many noises each of them is drawn, from `noise` on.
       shown: how many prompts are kept for the contact sheets.
     """
 
     prompts: str
+    unseen: str = ""
     scorers: tuple[str, ...]
     guidance_scale: float
     gamma: float
     steps: tuple[int, ...]
     limit: int = 0
     noise: int = 0
-    diverse: int = 50
-    draws: int = 4
     shown: int = 8
 
     @classmethod
     def of(cls, config: Mapping[str, Any], steps: Sequence[int], limit: int, seed: int) -> "Asked":
-        """What a recipe's own `evaluation` names, and the scorer that its preference may follow.
+        """What a recipe's own `evaluation` names.
 
         Each training seed draws from noise of its own, so that the spread of a row's seeds is that
         of its scores, not of its training alone.
         """
         chosen = config["evaluation"]
-        scorers = tuple(chosen.get("scorers", ()))
-        if scorers and paths.SCORER.is_dir():
-            scorers += ("miniature.contrastive",)
+        prompts, *further = map(str, chosen["prompts"])
         return cls(
-            prompts=str(chosen["prompts"][0]),
-            scorers=scorers,
+            prompts=prompts,
+            unseen=further[0] if further else "",
+            scorers=tuple(chosen.get("scorers", ())),
             guidance_scale=float(chosen["guidance_scale"]),
             gamma=float(chosen.get("gamma", 1.0)),
             steps=tuple(sorted(set(steps))),
             limit=limit,
-            noise=seed * cls.draws,
+            noise=seed,
         )
 
 
@@ -189,7 +186,7 @@ def plan(
             seed=seed,
             config=base,
             asked=Asked.of(base, everything, limit, seed),
-            folder=workdir / TEACHER / f"seed{seed}",
+            folder=workdir / TEACHER / f"seed{seed}-{teacher_digest(base).hex()[:8]}",
         )
         for seed in seeds
     }
@@ -219,13 +216,26 @@ def sized(experiment: Experiment, evaluations: float) -> dict[str, Any]:
 
 def _run(name: str, config: Mapping[str, Any], asked: Asked, seed: int, workdir: Path) -> Run:
     config = {**config, "seed": seed}
+    # By content: a changed recipe, budget or teacher is another run, and does not find the old
+    # one's scores.
     learnt = {key: value for key, value in config.items() if key not in MAY_CHANGE}
-    digest = hashlib.blake2b(
-        json.dumps(learnt, sort_keys=True, default=str).encode(), digest_size=4
-    ).hexdigest()
-    # By content: a changed recipe or budget is another run, and does not find the old one's scores.
+    words = json.dumps(learnt, sort_keys=True, default=str).encode()
+    digest = hashlib.blake2b(words + teacher_digest(config), digest_size=4).hexdigest()
     folder = workdir / name / f"seed{seed}-{digest}"
     return Run(name=name, seed=seed, config=config, asked=asked, folder=folder)
+
+
+def teacher_digest(config: Mapping[str, Any]) -> bytes:
+    """Of the weights that a recipe distils."""
+    return _digest_of(str(config["model"]["path"]))
+
+
+@functools.lru_cache
+def _digest_of(folder: str) -> bytes:
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.digest()
 
 
 def _json(path: Path) -> dict[str, Any] | None:

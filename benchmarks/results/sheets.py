@@ -13,8 +13,8 @@ from tlcm_jax.evaluation.reporting.images import contact_sheet
 from tlcm_jax.io.files import atomic_write
 
 LARGEST = 300_000
-# Twelve letters then fit over a column of 32-pixel pictures.
-_SCALE = 3
+# Twelve letters then fit over a column of 64-pixel pictures.
+_SCALE = 2
 
 
 def write_sheets(tables: Sequence[Table], plan: Plan, folder: Path) -> dict[str, dict[int, str]]:
