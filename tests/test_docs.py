@@ -15,6 +15,7 @@ SETTINGS = {"adapter": LoRAConfig, **OBJECTIVES, **TERMS}
 # What says where something is or how it is followed, and has no source.
 UNSOURCED = {
     "targets", "merged", "weights", "scorers", "held_out", "held_out_weights",
+    "optional",
     "stop_on_reward_hacking", "tolerance", "layers", "own_states", "lcd.weight",
     "distribution_matching.weight", "mlcd.snr_limit", "trajectory_kd.segments",
     "trajectory_kd.guidance_scale", "trajectory_kd.snr_limit", "trajectory_kd.rollout_timesteps",

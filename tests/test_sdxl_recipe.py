@@ -27,7 +27,7 @@ def recipe():
 @pytest.mark.parametrize(
     ("variant", "stage"),
     [
-        pytest.param("", "segments2", marks=pytest.mark.slow),
+        pytest.param("segments", "segments2", marks=pytest.mark.slow),
         # As the one above, but for where a jump lands.
         pytest.param("paper", "segments", marks=pytest.mark.slow),
         pytest.param("paper", "endpoints", marks=pytest.mark.slow),

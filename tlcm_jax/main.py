@@ -108,6 +108,7 @@ def run(
     import jax
 
     from tlcm_jax.config import outputs
+    from tlcm_jax.config.optional_terms import without_missing
     from tlcm_jax.config.run import train
     from tlcm_jax.config.schema import read
     from tlcm_jax.training import distributed
@@ -119,6 +120,9 @@ def run(
             f"--workdir {workdir} is no folder: mount the bucket (gcsfuse, as "
             "launch/tpu_slice.sh does) and give the folder it is mounted on"
         )
+    config, left_out = without_missing(config)
+    for line in left_out:
+        logging.warning("%s", line)
     wanted = outputs.load_outputs(settings := read(config), Path(workdir))
     steps = parse_steps(profile_steps)
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """Draws the pairs of a stage once, into files, for any number of trainings.
 
-    python -m tlcm_jax.teacher_paths --config configs/sdxl.py --stage segments4 \\
+    python -m tlcm_jax.teacher_paths --config configs/sdxl.py:segments --stage segments4 \\
         --refills 400 --output gs://BUCKET/paths/segments4
 
 A run then reads them in place of asking the teacher: `--config.stages.segments4.paths=...`. Jobs

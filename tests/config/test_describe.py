@@ -32,7 +32,11 @@ def recipe(name, variant=""):
         ("emoji_scott", "", "SCott", True),
         ("emoji_dmd2", "", "DMD2 + TLCM", False),
         ("shapes", "reward", "TLCM + Hyper-SD + RLCM", False),
-        ("sdxl", "", "TLCM + Hyper-SD", False),
+        ("shapes_full", "stages", "TLCM", False),
+        ("shapes_relatives", "tdm", "TDM", False),
+        ("shapes_relatives", "decoupled_dmd", "decoupled DMD", False),
+        ("sdxl", "", "TLCM", False),
+        ("sdxl", "segments", "TLCM + Hyper-SD", False),
         ("sdxl", "paper", "TLCM", False),
     ],
 )
@@ -100,6 +104,12 @@ def test_what_is_taken_from_which_method(name, expected):
     assert describe.methods(read(recipe(name))) == expected
 
 
+def test_a_term_in_the_square_s_place_is_not_said_to_stand_beside_it():
+    found = describe.methods(read(recipe("shapes_relatives", "logcd")))["TLCM"]
+    assert "latent LPIPS in place of the square" in found
+    assert "an adversarial term between prediction and target" in found
+
+
 def test_adversarial_training_alone_is_not_called_consistency():
     raw = recipe("emoji_dmd2")
     del raw["stages"]["endpoints"]["terms"]["distribution_matching"]
@@ -133,6 +143,9 @@ def test_times_are_those_that_the_student_was_trained_at():
     assert tlcm[4] == RELEASE and len(tlcm) == 8
     dmd2 = describe.sampling_times(read(recipe("emoji_dmd2")))
     assert dmd2 == {1: (999,), 2: (999, 499), 3: (999, 749, 499), 4: (999, 749, 499, 249)}
+    # Visited states lie at the rollout's own times.
+    tdm = describe.sampling_times(read(recipe("shapes_relatives", "tdm")))
+    assert tdm == {1: (999,), 2: (999, 499), 3: (999, 499, 124), 4: RELEASE}
     raw = recipe("emoji", "paper")
     del raw["stages"]["segments"], raw["stage_order"]
     assert describe.sampling_times(read(raw))[4] == RELEASE  # eight milestones have it
@@ -208,8 +221,8 @@ class Teacher:
         (
             "sdxl",
             ("a LoRA of rank 64, alpha 8, on", "| 8 | 999, 874", "A LoRA of rank 64 in diffusers'",
-             "timesteps=[999, 749, 499, 124],", "- Method: TLCM + Hyper-SD\n",
-             "1. `segments4: mlcd(",
+             "timesteps=[999, 749, 499, 124],", "- Method: TLCM\n",
+             "1. `segments: mlcd(", "4. `matching: lcd(",
              "scale 8, is distilled in",
              "- Data: Prompts alone; no image was read."),
             ("MCM", "Euler"),

@@ -29,12 +29,14 @@ class LatentLPIPSSettings:
 
     Attributes:
       weight: beside the mean square; the paper gives none, ours is 1.
-      weights: the folder of the network's weights. Where there is none the term is left out, with
-        a warning: the mean square alone is the paper's loss without it.
+      weights: the folder of the network's weights.
+      optional: where there are none the term is left out, with a warning: the mean square alone is
+        the paper's loss without it. False makes it an error.
     """
 
     weight: float = 1.0
     weights: str
+    optional: bool = True
 
     def __post_init__(self) -> None:
         check_at_least("weight", self.weight, 0)
@@ -44,7 +46,7 @@ class LatentLPIPSSettings:
     ) -> "LatentLPIPSTerm | None":
         """See `TermSettings`."""
         del model, adapter
-        if not is_latent_lpips(self.weights):
+        if not is_latent_lpips(self.weights) and self.optional:
             logging.log_first_n(
                 logging.WARNING,
                 "no latent LPIPS in %s: the consistency losses are the mean square alone; train "

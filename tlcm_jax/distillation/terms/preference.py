@@ -55,9 +55,12 @@ class PreferenceSettings(ScoredSettings):
     Attributes:
       max_grad_ratio: of the consistency gradient's norm at x that the term's may have.
       scorers: those that are followed, by a name that is also in their metrics.
+      optional: a run goes without those scorers, and a held-out one, whose weights are not on disk
+        (`config/optional_terms.py`), and without the term where none is left.
     """
 
     max_grad_ratio: float = 0.3
+    optional: bool = False
     scorers: Mapping[str, LikedSettings]
 
     def __post_init__(self) -> None:
