@@ -91,8 +91,9 @@ def _matching(config: ConfigDict, states: dict[str, Any], **terms: Any) -> dict[
         **states,
     )
     # 16 rollouts of 4 states: 2 updates of 32.
-    more = dict(learning_rate=1e-4, warmup_steps=10, decay="constant", steps=300)
-    return dict(matching=dict(stage, **more, settings=settings, terms=terms))
+    matching = dict(terms.pop("distribution_matching"), aux_learning_rate=3e-4)
+    terms = dict(distribution_matching=matching, **terms)
+    return dict(matching=dict(stage, steps=300, warmup_steps=10, settings=settings, terms=terms))
 
 
 def _dmd2(config: ConfigDict) -> dict[str, Any]:

@@ -66,9 +66,9 @@ def measure(
       teacher: draw the teacher too, in 25 steps and in 4; the student is then the same network
         without its adapter in the student's sampler.
     """
-    sets = [read_prompt_set(asked.prompts).first(asked.limit)]
+    sets = [_some(read_prompt_set(asked.prompts), asked.limit)]
     if asked.unseen:
-        sets.append(read_prompt_set(asked.unseen, UNSEEN).first(asked.limit))
+        sets.append(_some(read_prompt_set(asked.unseen, UNSEEN), asked.limit))
     scorers = load_scorers(asked.scorers)
     unseen_steps = [count for count in UNSEEN_STEPS if count in asked.steps]
     result = evaluate(
@@ -106,6 +106,11 @@ def measure(
         pictures={f"{one.kind}-{one.steps}": one.images[rows] for one in first.generated},
         seconds={"generation": result.seconds["generation"], "scoring": time.monotonic() - start},
     )
+
+
+def _some(prompts: PromptSet, limit: int) -> PromptSet:
+    """So many prompts, of each task in turn; all where limit is 0."""
+    return prompts.rows(sorted(chosen(prompts, limit))) if limit else prompts
 
 
 def scored(images: np.ndarray, prompts: PromptSet, scorers: Sequence[Scorer]) -> dict[str, float]:

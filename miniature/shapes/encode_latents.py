@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--scaling-factor", type=float, required=True, help="of the latents")
     parser.add_argument("--output", type=Path, required=True, help="the .npz to write")
     parser.add_argument("--rung", choices=RUNGS, default="r1")
-    parser.add_argument("--count", type=int, default=20000)
+    parser.add_argument("--count", type=int, default=10000)
     args = parser.parse_args()
     codec = LinearCodec.load(args.codec)
     encoded = encode(codec, args.scaling_factor, RUNGS[args.rung], args.count)

@@ -52,6 +52,8 @@ def test_what_is_there_is_kept(config, tmp_path, monkeypatch):
     (tmp_path / "scorers/image_reward").mkdir()
     found, lines = without_missing(config)
     assert found == config and lines == []
+    config["stages"]["preference"]["terms"]["preference"]["held_out_weights"] = "gs://bucket/there"
+    assert without_missing(config)[1] == []
 
 
 def test_full_goes_without_nothing(config, tmp_path):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from tlcm_jax.io.buckets import is_bucket
 from tlcm_jax.io.latent_lpips_files import is_latent_lpips
 
 
@@ -51,14 +52,19 @@ def _missing(term: str, chosen: dict[str, Any]) -> list[tuple[str, str, str]]:
     missing = []
     for key, scorer in _mappings(chosen.get("scorers")):
         weights = str(scorer.get("weights", ""))
-        if weights and not os.path.exists(weights):
+        if not _there(weights):
             missing.append((f"scorers.{key}.weights", weights, key))
             del chosen["scorers"][key]
     held_out, weights = chosen.get("held_out", ""), str(chosen.get("held_out_weights", ""))
-    if held_out and weights and not os.path.exists(weights):
+    if held_out and not _there(weights):
         missing.append(("held_out_weights", weights, f"its held-out reward, {held_out}"))
         chosen["held_out"] = chosen["held_out_weights"] = ""
     return missing
+
+
+def _there(weights: str) -> bool:
+    """Whether weights are on disk, or named where only their reader can say."""
+    return not weights or is_bucket(weights) or os.path.exists(weights)
 
 
 def _line(key: tuple[str, ...], stages: list[str]) -> str:
