@@ -27,6 +27,20 @@ def test_a_raw_prediction_becomes_x0_and_x0_the_noise(process, latents):
     np.testing.assert_allclose(process.to_eps(z, found, t), eps, atol=2e-5)
 
 
+def test_the_raw_prediction_of_an_x0_is_a_perfect_network_s(process, latents):
+    eps, x0, t, _ = latents
+    z = process.add_noise(x0, eps, t)
+    # Dividing by sigma (0.03 at the clean end) magnifies z's rounding.
+    np.testing.assert_allclose(process.from_x0(x0, z, t), network(process, x0, eps, t), atol=2e-5)
+
+
+def test_an_x0_network_predicts_x0(latents):
+    process = DiscreteVP(np.linspace(0.99, 0.01, 1000, dtype=np.float32), "sample")
+    z, x0, t = latents.z, latents.x0, jnp.full(len(latents.z), 500)
+    np.testing.assert_array_equal(process.from_x0(x0, z, t), x0)
+    np.testing.assert_array_equal(process.to_x0(x0, z, t), x0)
+
+
 def test_x0_and_its_noise_are_one_prediction(process, latents):
     """Any x0, not the latent's own: adding the noise it implies gives the latent again."""
     z, x0, t, _ = latents

@@ -46,7 +46,7 @@ def bcast_right(values: Shaped[Array, " b"], like: Shaped[Array, " b *latent"]) 
 class Process:
     """Equations (1) to (4); a constant that jitted functions close over.
 
-    Subclasses give `alpha`, `sigma`, `to_x0`, `time`, and these constants.
+    Subclasses give `alpha`, `sigma`, `to_x0`, `from_x0`, `time`, and these constants.
 
     Attributes:
       num_train_timesteps: T. Settings count time in training steps, 0 .. T-1, whatever the type
@@ -70,6 +70,16 @@ class Process:
         t: Num[Array, " b"],
     ) -> Float[Array, " b *latent"]:  # fmt: skip
         """The x0 that a network's raw prediction stands for, float32: table (2)."""
+        raise NotImplementedError
+
+    def from_x0(
+        self, x0: Float[Array, " b *latent"], z: Float[Array, " b *latent"],
+        t: Num[Array, " b"],
+    ) -> Float[Array, " b *latent"]:  # fmt: skip
+        """The raw prediction that stands for an x0, float32: table (2), solved for it.
+
+        What a network is trained towards; at sigma = 0 only an x0 prediction has one.
+        """
         raise NotImplementedError
 
     def time(self, train_step: int) -> int | float:
@@ -251,6 +261,19 @@ class DiscreteVP(Process):
             return alpha * z - sigma * prediction
         return (z - sigma * prediction) / alpha
 
+    def from_x0(
+        self, x0: Float[Array, " b *latent"], z: Float[Array, " b *latent"],
+        t: Num[Array, " b"],
+    ) -> Float[Array, " b *latent"]:  # fmt: skip
+        """See `Process`."""
+        x0 = x0.astype(jnp.float32)
+        if self.prediction_type == "sample":
+            return x0
+        alpha, sigma = bcast_right(self.alpha(t), z), bcast_right(self.sigma(t), z)
+        if self.prediction_type == "v_prediction":
+            return (alpha * z - x0) / sigma
+        return (z - alpha * x0) / sigma
+
 
 @dataclass(frozen=True)
 class RectifiedFlow(Process):
@@ -302,3 +325,10 @@ class RectifiedFlow(Process):
     ) -> Float[Array, " b *latent"]:  # fmt: skip
         """See `Process`."""
         return z - bcast_right(self.sigma(t), z) * prediction.astype(jnp.float32)
+
+    def from_x0(
+        self, x0: Float[Array, " b *latent"], z: Float[Array, " b *latent"],
+        t: Num[Array, " b"],
+    ) -> Float[Array, " b *latent"]:  # fmt: skip
+        """See `Process`."""
+        return (z - x0.astype(jnp.float32)) / bcast_right(self.sigma(t), z)

@@ -242,8 +242,10 @@ class LatentModel:
         """
         raise ValueError(f"{self.source}: this model takes no text adapter")
 
-    def with_new_text_adapter(self, path: str | Path, key: PRNGKeyArray) -> "LatentModel":
-        """As `with_text_adapter`, with a fresh adapter, to be trained."""
+    def with_new_text_adapter(
+        self, path: str | Path, key: PRNGKeyArray, hidden_width: int = 2048
+    ) -> "LatentModel":
+        """As `with_text_adapter`, with a fresh adapter of that width inside, to be trained."""
         raise ValueError(f"{self.source}: this model takes no text adapter")
 
     # Latents and images.
@@ -368,6 +370,16 @@ class LatentModel:
           FileNotFoundError, ValueError: there is none there, or none for this model.
         """
         raise ValueError(f"--control {path}: no control networks of this model's family are known")
+
+    def new_control(
+        self, kind: str, key: PRNGKeyArray, *, channels: int = 3, widths: Sequence[int] = ()
+    ) -> Any:
+        """A fresh control network for this model, to be trained (`families.new_controls`).
+
+        Returns:
+          The network with its weights, and its config.
+        """
+        raise ValueError(f"{self.source}: no control networks of this model's family are known")
 
     def with_controls(
         self,

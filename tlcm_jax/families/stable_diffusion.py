@@ -22,6 +22,7 @@ from tlcm_jax.families.controls import (
     control_residuals,
     load_control,
 )
+from tlcm_jax.families.new_controls import new_control
 from tlcm_jax.families.product import Params
 from tlcm_jax.families.stable_diffusion_products import LORA_NAMES, PRODUCTS, TOWERS, VAE
 from tlcm_jax.families.stable_diffusion_tools import WORKFLOW, settings_text, workflow
@@ -224,11 +225,15 @@ class StableDiffusion(LatentModel):
         """See `LatentModel`; the folder is `families.text_adapter`'s."""
         return self._with_texts(path, None)
 
-    def with_new_text_adapter(self, path: str | Path, key: PRNGKeyArray) -> "StableDiffusion":
+    def with_new_text_adapter(
+        self, path: str | Path, key: PRNGKeyArray, hidden_width: int = 2048
+    ) -> "StableDiffusion":
         """See `LatentModel`."""
-        return self._with_texts(path, key)
+        return self._with_texts(path, key, hidden_width)
 
-    def _with_texts(self, path: str | Path, key: PRNGKeyArray | None) -> "StableDiffusion":
+    def _with_texts(
+        self, path: str | Path, key: PRNGKeyArray | None, hidden_width: int = 2048
+    ) -> "StableDiffusion":
         config = self.unet.config
         if len(self.text_encoders) < 2 or not config.text_time:
             raise ValueError(
@@ -241,6 +246,7 @@ class StableDiffusion(LatentModel):
             pooled_width=config.projection_class_embeddings_input_dim - ids,
             sequence_width=config.cross_attention_dim,
             key=key,
+            hidden_width=hidden_width,
         )
         return dataclasses.replace(
             self,
@@ -418,6 +424,15 @@ class StableDiffusion(LatentModel):
         dtype = jax.tree.leaves(self.params[UNET])[0].dtype
         factor = self.vae.config.downsampling
         return load_control(path, self.unet, self.configs[UNET], factor, dtype)
+
+    def new_control(
+        self, kind: str, key: PRNGKeyArray, *, channels: int = 3, widths: Sequence[int] = ()
+    ) -> tuple[ControlNetwork, dict[str, Any]]:
+        """See `LatentModel`."""
+        return new_control(
+            kind, self.unet, self.configs[UNET], self.params[UNET], self.vae.config.downsampling,
+            key, channels=channels, widths=widths,
+        )  # fmt: skip
 
     def with_controls(
         self,

@@ -68,12 +68,14 @@ def read_text_adapter(
     pooled_width: int,
     sequence_width: int,
     key: PRNGKeyArray | None = None,
+    hidden_width: int = 2048,
 ) -> tuple[AdaptedTexts, dict[str, Any], BertTokenizer]:
     """Reads a folder.
 
     Args:
       path: of the form above.
       key: of a fresh adapter, fp32, in the place of the folder's.
+      hidden_width: of that one.
       dtype: of weights and computations.
       pooled_width: what the UNet takes.
       sequence_width: what the UNet takes.
@@ -107,7 +109,10 @@ def read_text_adapter(
         read = _load(weights, abstract_params(adapter, dtype), folder / ADAPTER_FILE)
     else:
         found = TextAdapterConfig(
-            in_width=config.hidden_size, pooled_width=pooled_width, sequence_width=sequence_width
+            in_width=config.hidden_size,
+            hidden_width=hidden_width,
+            pooled_width=pooled_width,
+            sequence_width=sequence_width,
         )
         adapter = TextAdapter(found, dtype)
         read = adapter.init(key, *adapter.example())["params"]

@@ -136,9 +136,14 @@ def _of_file(file: Path, tensors: TensorFile, unet: Mapping[str, Any], factor: i
     return ControlFiles(kind=kind, config=config, origin=file, tensors=tensors)
 
 
+def copied_config(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ControlNet's config has of its UNet's."""
+    return {key: value for key, value in unet.items() if key not in _NOT_COPIED}
+
+
 def _controlnet_config(tensors: Tensors, unet: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a copy of a UNet, as far as a file's tensors do not say otherwise."""
-    config = {key: value for key, value in unet.items() if key not in _NOT_COPIED}
+    config = copied_config(unet)
     convolutions: dict[int, int] = {}
     for key in tensors:
         if match := _HINT.fullmatch(key):
