@@ -24,12 +24,15 @@ from tlcm_jax.training.pairs import PairSource
 from tlcm_jax.training.stage import AuxTraining, StageSpec
 
 
-def load_losses(settings: Settings, model: LatentModel) -> dict[str, StageLoss]:
+def load_losses(
+    settings: Settings, model: LatentModel, controls: Sequence[Any] = ()
+) -> dict[str, StageLoss]:
     """The loss of every stage, the networks of its terms read, by the stage's name.
 
     Args:
       settings: the recipe.
       model: the teacher, its weights or their shapes.
+      controls: the recipe's control networks, without weights.
 
     Raises:
       ValueError: settings that do not fit the model or each other.
@@ -38,8 +41,10 @@ def load_losses(settings: Settings, model: LatentModel) -> dict[str, StageLoss]:
     buckets = [size for size, _ in settings.model.size_buckets]
     for size in buckets:
         model.latent_shape(size)  # a wrong one is found here
+    if len(controls) != len(settings.model.controls):
+        raise ValueError("model.controls: of the commands `main` alone steers by them")
     networks = model_networks(
-        model, settings.adapter, settings.model.size, settings.trainable == "full"
+        model, settings.adapter, settings.model.size, settings.trainable == "full", controls
     )
     loaded: list[tuple[Any, Term | None]] = []
     losses = {}

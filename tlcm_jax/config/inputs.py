@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import logging
 
+from tlcm_jax.config.controls import control_contents
 from tlcm_jax.config.schema import Settings
 from tlcm_jax.families.load import find_family
 from tlcm_jax.io.json_files import read_object
@@ -23,6 +24,7 @@ INPUTS_FILE = "inputs.json"
 # The keys of a recipe that name what is remembered here.
 KEYS = {
     "prompts": "prompts", "latents": "latents", "teacher": "model.path", "loras": "model.loras",
+    "controls": "model.controls",
 }  # fmt: skip
 _KINDS = frozenset({".safetensors", ".json", ".txt", ".model"})
 
@@ -45,6 +47,7 @@ class Inputs:
             "latents": _hash_file(Path(settings.latents)) if settings.latents else "",
             "teacher": _teacher(settings.model.path, self._before.get("teacher")),
             "loras": [_hash_lora(spec) for spec in settings.model.loras],
+            "controls": control_contents(settings.model),
         }
 
     @property

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from tlcm_jax.config.build import initial_trainable, load_losses, stage_spec
+from tlcm_jax.config.controls import PromptMaps, load_control_networks, read_maps
 from tlcm_jax.config.inputs import Inputs
 from tlcm_jax.config.schema import MAY_CHANGE, ModelSettings, Settings, read
 from tlcm_jax.config.stored_pairs import check_contents, open_pairs, stream_seed
@@ -24,7 +25,7 @@ from tlcm_jax.data.latents import LatentSet, read_latents
 from tlcm_jax.data.pair_store import PairStore
 from tlcm_jax.data.prompts import PromptStream, read_prompts, warn_truncated
 from tlcm_jax.diffusion.timesteps import check_timesteps, student_timesteps
-from tlcm_jax.distillation.networks import BASE, DECODER, NULL, TERMS
+from tlcm_jax.distillation.networks import BASE, CONTROLS, DECODER, NULL, TERMS
 from tlcm_jax.distillation.objective import LATENT_SHAPE, LatentShape, Pairs, repeat
 from tlcm_jax.distillation.terms.compose import StageLoss
 from tlcm_jax.families.base import LatentModel
@@ -45,6 +46,7 @@ from tlcm_jax.training.stage import StageSpec
 from tlcm_jax.training.workdir import claim_workdir
 
 PROFILE = "profile"
+_MAPS = "maps"  # of a batch, before they are part of its conditioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +108,15 @@ def train(
     model.check_teacher()
     for steps in settings.evaluation.steps if settings.evaluation else ():
         check_timesteps(model.process, student_timesteps(steps), f"times of {steps} steps")
-    losses = load_losses(settings, model)
+    controls = load_control_networks(model, settings.model)
+    losses = load_losses(settings, model, [control.network for control in controls])
     resolution = settings.model.size
     stores = {name: open_pairs(settings, name, losses[name]) for name in settings.stages}
     latents = None
     if settings.latents:
         latents = read_latents(settings.latents, model.latent_shape(resolution))
-    batches = PromptBatches(model, prompts, mesh, settings, latents)
+    maps = read_maps(model, settings.model, controls, prompts)
+    batches = PromptBatches(model, prompts, mesh, settings, latents, maps)
     specs = [
         stage_spec(
             name,
@@ -144,6 +148,8 @@ def train(
     adapter_key, run_key = jax.random.split(jax.random.key(settings.seed))
     trainable = initial_trainable(settings, model, adapter_key)
     shared = frozen_params(model, place(model.null_conditioning(resolution), mesh))
+    if controls:
+        shared[CONTROLS] = tuple(place(control.params, mesh) for control in controls)
     if settings.text_cache:
         found = Inputs(workdir, settings, prompts).contents
         cache = cache_texts(settings.text_cache, model, prompts, mesh, resolution, found)
@@ -252,7 +258,7 @@ class _Source:
 
     prompts: Sequence[str]
     tokens: tuple[np.ndarray, ...]
-    more: Mapping[str, np.ndarray]
+    more: Mapping[str, Any]
 
 
 class PromptBatches:
@@ -269,10 +275,12 @@ class PromptBatches:
         mesh: Mesh,
         settings: Settings,
         latents: LatentSet | None = None,
+        maps: Sequence[PromptMaps] = (),
     ):
         """Keeps what every stage shares; the tokens are made once."""
         self.cache: TextCache | None = None
-        self._prompts = _Source(prompts, model.tokenize(prompts), {})
+        more = {_MAPS: tuple(maps)} if maps else {}
+        self._prompts = _Source(prompts, model.tokenize(prompts), more)
         if latents is not None:
             tokens = model.tokenize(latents.captions)
             self._latents = _Source(latents.captions, tokens, {"latents": latents.latents})
@@ -314,16 +322,25 @@ class PromptBatches:
             here = jax.tree.map(lambda x: x[rows], (source.tokens, more))
             if self.cache is not None and source is self._prompts:
                 known, read = shard_batch(self._mesh, (self.cache.rows(rows), here[1]))
-                return {"conditioning": known, **read}
+                return self._steered(known, read)
             ids, read = shard_batch(self._mesh, here)
             if buckets is None:
-                return {"conditioning": self._encode(self._params, ids, model.size), **read}
+                return self._steered(self._encode(self._params, ids, model.size), read)
             size = buckets.at(r)
             shape = LatentShape(self._model.latent_shape(size))
             conditioning = self._encode(self._params, ids, size)
             return {"conditioning": conditioning, LATENT_SHAPE: shape, **read}
 
         return batch
+
+    def _steered(self, conditioning: PyTree[Array], read: dict[str, Any]) -> dict[str, Any]:
+        """A batch, its maps in its conditioning."""
+        maps = read.pop(_MAPS, ())
+        if maps:
+            scales = [control.scale for control in self._settings.model.controls.values()]
+            pictures = [jnp.asarray(image, jnp.float32) / 255 for image in maps]
+            conditioning = self._model.with_controls(conditioning, pictures, scales)
+        return {"conditioning": conditioning, **read}
 
     def texts(
         self, name: str, loss: StageLoss, store: PairStore | None = None

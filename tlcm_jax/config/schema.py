@@ -21,6 +21,25 @@ from tlcm_jax.training.retention import Keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """A frozen control network, through which student and teacher are asked alike.
+
+    Attributes:
+      path: a ControlNet's or a T2I-Adapter's folder, file or hub id.
+      images: folder with a map for each training prompt (`config.controls`).
+      scale: what its residuals are multiplied by.
+    """
+
+    path: str
+    images: str
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale <= 2:
+            raise ValueError(f"scale = {self.scale:g}: must lie above 0, to 2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """The teacher.
 
@@ -39,6 +58,8 @@ class ModelSettings:
         a hub id.
       loras: your own, merged into the teacher before it is distilled: each a file, a folder or a
         hub id, `PATH` or `PATH:WEIGHT`.
+      controls: control networks to distil through, by any name; previews and the final evaluation
+        draw without them.
     """
 
     path: str
@@ -49,6 +70,7 @@ class ModelSettings:
     remat: str = "none"
     vae: str = ""
     loras: tuple[str, ...] = ()
+    controls: Mapping[str, ControlSettings] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("dtype", "param_dtype"):
@@ -265,6 +287,16 @@ class Settings:
             check_at_least(name, getattr(self, name), 0)
         if self.text_cache and self.model.buckets:
             raise ValueError("text_cache: model.buckets tell the sizes with the prompts; leave one")
+        if self.model.controls:
+            paths = any(stage.paths for stage in self.stages.values())
+            without = {"latents": self.latents, "model.buckets": self.model.buckets,
+                       "stages.*.paths": paths}  # fmt: skip
+            for name, given in without.items():
+                if given:
+                    raise ValueError(
+                        f"model.controls: maps belong to the prompts, at one size, and {name} has "
+                        "none; leave one out"
+                    )
         if self.trainable == "full" and {"lora", "kohya"} & set(self.export):
             raise ValueError(
                 f"export = {self.export}: a UNet trained whole has no LoRA; export 'pipeline'"
