@@ -8,6 +8,7 @@ from absl import flags
 
 from tests.families.test_text_adapter import write_adapter
 from tests.support.tiny_pipeline import random_adapter, write_tiny_pipeline
+from tlcm_jax import paths
 from tlcm_jax import train_text_adapter as command
 from tlcm_jax.distillation.text_transfer import transfer_loss
 from tlcm_jax.families.load import load_model
@@ -82,3 +83,30 @@ def test_a_line_that_is_no_pair_is_named(tmp_path):
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no pairs"):
         command.read_pairs(file)
+
+
+def given(*words):
+    values = flags.FlagValues()
+    command.define_flags(values)
+    values(["command", *words])
+    command.take_config(values)
+    return values
+
+
+def test_the_recipe_of_sdxl_is_read_and_flags_stand_above_it(tmp_path):
+    recipe = f"--config={paths.ROOT / 'configs' / 'sdxl_zh.py'}"
+    values = given(recipe, "--pairs=p.tsv", "--output=zh", "--steps=7")
+    assert values.model == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert (values.pairs, values.output, values.steps, values.batch) == ("p.tsv", "zh", 7, 16)
+    # PEA-Diffusion's.
+    assert (values.learning_rate, values.weight_decay) == (1e-5, 0.1)
+    assert (values.unconditional, values.feature_weight, values.hidden_width) == (0.1, 0.1, 2048)
+    with pytest.raises(ValueError, match="give --pairs, or a --config that has it"):
+        given(recipe, "--output=zh")
+    odd = tmp_path / "odd.py"
+    odd.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict(dict(learning_rat=1.0))\n"
+    )
+    with pytest.raises(ValueError, match="'learning_rat' is no flag of this command"):
+        given(f"--config={odd}")

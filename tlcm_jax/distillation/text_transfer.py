@@ -63,7 +63,10 @@ def transfer_loss(
 
 
 def text_transfer(
-    model: Any, timesteps: Sequence[int], unconditional: float = 0.1
+    model: Any,
+    timesteps: Sequence[int],
+    unconditional: float = 0.1,
+    feature_weight: float = FEATURE_WEIGHT,
 ) -> Callable[[PyTree[Array], Mapping[str, Any], PRNGKeyArray], tuple[Array, dict[str, Array]]]:
     """Equation (1) on a model with a text adapter, as `training.fit` takes it.
 
@@ -71,6 +74,7 @@ def text_transfer(
       model: with `text_adapter`, its own text encoders still among its weights.
       timesteps: at which the student samples.
       unconditional: share of the pairs that are the empty prompt in both languages.
+      feature_weight: w.
 
     Returns:
       `(adapter's params, batch, key) -> (loss, metrics)`. A batch holds token ids `english` (a
@@ -107,7 +111,7 @@ def text_transfer(
 
         target, target_states = jax.lax.stop_gradient(ask(english))
         prediction, states = ask(other)
-        each, parts = transfer_loss(prediction, target, e, states, target_states)
+        each, parts = transfer_loss(prediction, target, e, states, target_states, feature_weight)
         return jnp.mean(each), {name: jnp.mean(part) for name, part in parts.items()}
 
     return loss
