@@ -8,6 +8,8 @@ The teacher is trained as miniature/shapes/README.md says; rung `r1`, one object
     --config configs/shapes.py:smoke        a few steps of each stage, to see that all is in place
     --config configs/shapes.py:reward       then a stage that follows the parser, which has no
                                             gradient (its rate and weight are not yet measured)
+    --config configs/shapes.py:guided       without guidance, and a tenth of the pairs without their
+                                            prompts: for --guidance_scale and --negative_prompt
 """
 
 from ml_collections import ConfigDict
@@ -16,16 +18,19 @@ from tlcm_jax import paths
 
 # The latents' deviation is 0.07, and gradients of a millionth are usual: 1e-8 would swallow them.
 ADAM_EPS = 1e-13
-VARIANTS = ("", "smoke", "reward")
+VARIANTS = ("", "smoke", "reward", "guided")
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe, or one of its variants: see above."""
     if variant not in VARIANTS:
-        raise ValueError(f"configs/shapes.py has no variant {variant!r}; use ':smoke', ':reward'")
-    smoke = variant == "smoke"
+        known = ", ".join(f"':{name}'" for name in VARIANTS if name)
+        raise ValueError(f"configs/shapes.py has no variant {variant!r}; use {known}")
+    smoke, guided = variant == "smoke", variant == "guided"
     prompts = paths.MINIATURE / "shapes/prompts/r1"
-    guidance_scale = 3.0
+    # The teacher's own, and what is distilled in.
+    teacher_scale = 3.0
+    guidance_scale = 1.0 if guided else teacher_scale
     stages = {
         f"segments{count}": dict(
             objective="mlcd",
@@ -38,6 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
             decay="cosine",
             final_fraction=0.1,
             adam_eps=ADAM_EPS,
+            unconditional=0.1 if guided else 0.0,
             settings=dict(
                 segments=count,
                 points_per_segment=16 // count,
@@ -81,7 +87,8 @@ def get_config(variant: str = "") -> ConfigDict:
             evaluation=dict(
                 prompts=(str(prompts / "test.txt"), str(prompts / "composition.txt")),
                 scorers=("miniature.shapes.scorer", "miniature.shapes.open_attributes"),
-                guidance_scale=guidance_scale,
+                guidance_scale=teacher_scale,
+                student_guidance_scales=(3.0, 1.0, 2.0, 4.0, 5.0) if guided else (1.0,),
                 undistilled=(2, 3, 4),
                 limit=16 if smoke else 0,
             ),

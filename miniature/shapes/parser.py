@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from miniature.shapes.explain import Geometry, Region, explain
@@ -203,6 +203,16 @@ def parse(image: np.ndarray, rung: Rung) -> Parse:
         for thing, match in zip(things, matches, strict=True)
     )
     return Parse(objects=found, style=style, ground=ground, malformed=malformed)
+
+
+def foreground(image: np.ndarray) -> Bool[np.ndarray, "64 64"]:
+    """The pixels that stand out of a picture's ground, as bold objects do; arguments as `parse`'s.
+
+    Raises:
+      ValueError: as `parse`.
+    """
+    image = _checked(image)
+    return np.abs(image - _background(image)[0]).max(-1) > _CONTRAST
 
 
 def _blocky(image: np.ndarray, plane: np.ndarray, regions: Sequence[Region]) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizer
 
@@ -40,12 +41,12 @@ from tlcm_jax.training.fit import cosine, fit
 LENGTH = 32
 _GROUPS = 3
 _NUMBERS = (0, 1, 2, 3, 4, None)  # 0: the group is not there
-_HEADS = _GROUPS * (len(_NUMBERS), *(1 + len(v) for v in ATTRIBUTES.values())) + (
+HEADS = _GROUPS * (len(_NUMBERS), *(1 + len(v) for v in ATTRIBUTES.values())) + (
     1 + len(RELATIONS), 1 + len(STYLES), 1 + len(GROUNDS))  # fmt: skip
 
 
 def labels(spec: Spec) -> list[int]:
-    """Class of each of `_HEADS`: 0 where nothing is said."""
+    """Class of each of `HEADS`: 0 where nothing is said."""
     found = []
     for i in range(_GROUPS):
         group = spec.groups[i] if i < len(spec.groups) else None
@@ -78,6 +79,25 @@ def batches(ids: np.ndarray, targets: np.ndarray, size: int) -> Iterator[dict]:
     while True:
         rows = rng.integers(len(ids), size=size)
         yield dict(ids=ids[rows], targets=targets[rows])
+
+
+_CUTS = np.cumsum(HEADS)[:-1]
+
+
+def cross_entropy(logits: Float[Array, "n heads"], targets: Int[Array, "n _h"]) -> Float[Array, ""]:
+    """The mean over captions of the sum over what is read from them."""
+    found = [
+        jax.nn.log_softmax(part)[jnp.arange(len(part)), targets[:, i]]
+        for i, part in enumerate(jnp.split(logits, _CUTS, axis=-1))
+    ]
+    return -jnp.mean(sum(found))
+
+
+def share_read(logits: Float[Array, "n heads"], targets: Int[np.ndarray, "n _h"]) -> float:
+    """The share of captions whose whole spec is read."""
+    parts = np.split(np.asarray(logits), _CUTS, axis=-1)
+    right = [np.argmax(part, -1) == targets[:, i] for i, part in enumerate(parts)]
+    return float(np.mean(np.all(right, 0)))
 
 
 def main() -> None:
@@ -115,7 +135,7 @@ def main() -> None:
         ("states", width),
         ("pooled", TEXT_ENCODERS["text_encoder_2"]["projection_dim"]),
     ):
-        params[name] = jnp.zeros((size + 1, sum(_HEADS)))
+        params[name] = jnp.zeros((size + 1, sum(HEADS)))
 
     def logits(params: dict, ids: jax.Array) -> list[jax.Array]:
         first = towers["text_encoder"].apply({"params": params["text_encoder"]}, ids)
@@ -126,16 +146,12 @@ def main() -> None:
         read = (("states", states), ("pooled", second[2]))
         return [x @ params[name][:-1] + params[name][-1] for name, x in read]
 
-    cuts = np.cumsum(_HEADS)[:-1]
-
     def loss_fn(params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
-        metrics = {}
-        for name, flat in zip(("states", "pooled"), logits(params, batch["ids"]), strict=True):
-            found = [
-                jax.nn.log_softmax(part)[jnp.arange(len(part)), batch["targets"][:, i]]
-                for i, part in enumerate(jnp.split(flat, cuts, axis=-1))
-            ]
-            metrics[name] = -jnp.mean(sum(found))
+        del key
+        metrics = {
+            name: cross_entropy(flat, batch["targets"])
+            for name, flat in zip(("states", "pooled"), logits(params, batch["ids"]), strict=True)
+        }
         return metrics["states"] + metrics["pooled"], metrics
 
     params = fit(
@@ -143,11 +159,8 @@ def main() -> None:
         learning_rate=cosine(3e-3, args.steps), workdir=args.workdir, ema_decay=0.99,
     )  # fmt: skip
     for name, flat in zip(("states", "pooled"), logits(params, test_compact), strict=True):
-        right = [
-            np.argmax(part, -1) == test_targets[:, i]
-            for i, part in enumerate(np.split(np.asarray(flat), cuts, axis=-1))
-        ]
-        print(f"{name}: whole spec read from {np.mean(np.all(right, 0)):.3f} of unseen captions")
+        share = share_read(flat, test_targets)
+        print(f"{name}: whole spec read from {share:.3f} of unseen captions")
     for name, raw in TEXT_ENCODERS.items():
         tower = params[name]
         embeddings = tower["text_model"]["embeddings"]["token_embedding"]
