@@ -92,6 +92,7 @@ class Table:
       steps: the student's step counts.
       shown: those of them that get a contact sheet.
       followed: keys of the measures that are told at all of them; none given takes all.
+      against: the experiment that the others are held against, seed by seed; "" holds none.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Table:
     steps: tuple[int, ...] = (4,)
     shown: tuple[int, ...] = (4,)
     followed: tuple[str, ...] = ()
+    against: str = ""
 
 
 def recipe(name: str) -> dict[str, Any]:

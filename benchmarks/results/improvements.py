@@ -57,6 +57,7 @@ STAGES = Table(
     "milestones, the loss in z, 2 states a rollout.",
     steps=_STEPS,
     followed=_FOLLOWED,
+    against="paper",
     experiments=(
         PAPER,
         _paper(
@@ -93,6 +94,7 @@ PARTS = Table(
     says="`default` is two stages of jumps to any time of a segment, 4 segments and then 2.",
     steps=_STEPS,
     followed=_FOLLOWED,
+    against="default",
     experiments=(
         OURS,
         _changed(DEFAULT, "jumps4", "the first stage alone", {}, ("segments4",)),

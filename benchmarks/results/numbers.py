@@ -27,6 +27,24 @@ def number(values: Sequence[float | None], measure: Measure) -> str:
     return f"{mean:.{digits}f} ± {factor * statistics.stdev(known):.{digits}f}"
 
 
+def difference(values: Sequence[float | None], measure: Measure) -> str:
+    """`mean ± standard error` of differences by seed, bold beyond two; a dash of fewer than two.
+
+    Args:
+      values: of the seeds; None, NaN and infinite ones are left out.
+      measure: shares become points.
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if len(known) < 2:
+        return NOTHING
+    factor = 100 if measure.percent else 1
+    mean = factor * statistics.fmean(known)
+    error = factor * statistics.stdev(known) / math.sqrt(len(known))
+    digits = 1 if measure.percent else 3
+    text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
+    return f"**{text}**" if abs(mean) > 2 * error else text
+
+
 def thousands(values: Sequence[float]) -> str:
     """The mean in thousands; a dash of none."""
     return f"{statistics.fmean(values) / 1000:.1f}" if values else NOTHING

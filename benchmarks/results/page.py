@@ -15,7 +15,14 @@ from typing import Any
 from benchmarks.results import prose
 from benchmarks.results.experiment import Table
 from benchmarks.results.measure import UNSEEN
-from benchmarks.results.numbers import NOTHING, minutes, number, table, thousands
+from benchmarks.results.numbers import (
+    NOTHING,
+    difference,
+    minutes,
+    number,
+    table,
+    thousands,
+)
 from benchmarks.results.runs import Plan, Run
 from tlcm_jax.evaluation.reporting.provenance import duration
 from tlcm_jax.evaluation.scorers.base import Measure
@@ -179,6 +186,13 @@ def _section(one: Table, plan: Plan, found: Found, sheets: Mapping[int, str]) ->
                 continue
             yield from ("", f"### {one.title}: {measure.title}", "")
             yield from _by_steps(one, found, measure)
+    if len(found.runs.get(one.against, ())) > 1:
+        yield from ("", f"### {one.title}: each row less `{one.against}`", "")
+        yield (
+            "All checks, points by seed and their standard error; bold where it is more than two "
+            "of them."
+        )
+        yield from ("", *_less(one, found, MEASURES[0]))
     for count, link in sorted(sheets.items()):
         label = f"{count} step{'s' if count > 1 else ''}"
         yield from ("", f"![The same prompts and noise by every row, {label}]({link})")
@@ -239,6 +253,29 @@ def _by_steps(one: Table, found: Found, measure: Measure) -> list[str]:
     rows.append(row("teacher with guidance", found.teachers, "teacher"))
     rows.append(row("undistilled, in the student's sampler", found.teachers, "student"))
     return table(header, rows)
+
+
+def _less(one: Table, found: Found, measure: Measure) -> list[str]:
+    """How each row differs from the one that they are held against, at every number of steps."""
+    theirs = {run["seed"]: run for run in found.runs[one.against]}
+    rows = []
+    for experiment in one.experiments:
+        runs = [run for run in found.runs.get(experiment.name, ()) if run["seed"] in theirs]
+        if not runs or experiment.name == one.against:
+            continue
+        cells = []
+        for steps in one.steps:
+            ours = _all(runs, "student", steps)
+            others = _all([theirs[run["seed"]] for run in runs], "student", steps)
+            both = zip(ours, others, strict=True)
+            known = [
+                (a[measure.key], b[measure.key])
+                for a, b in both
+                if {measure.key} <= a.keys() & b.keys()
+            ]
+            cells.append(difference([a - b for a, b in known], measure))
+        rows.append([f"`{experiment.name}`", *cells])
+    return table(["steps", *map(str, one.steps)], rows)
 
 
 def _remarks(one: Table, plan: Plan, found: Found) -> Iterator[str]:

@@ -48,6 +48,8 @@ def figures(lines: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for heading, table in _tables(lines):
+        if ": each row less " in heading:
+            continue
         header, rows = table[0], table[2:]
         # A table of one measure has its name in the heading, one of one step count says which.
         measure = MEASURES.get(heading.rpartition(": ")[2], "")

@@ -25,6 +25,7 @@ RECIPES = Table(
     "but `mcm` and `tdm`, which have none.",
     steps=ALL_STEPS,
     shown=(2, 4),
+    against="default",
     experiments=(
         OURS,
         PAPER,

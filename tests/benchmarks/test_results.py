@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.results import __main__ as command
-from benchmarks.results import budget, measure, numbers, queue, runs
+from benchmarks.results import budget, measure, numbers, prose, queue, runs
 from benchmarks.results.experiment import Experiment, NotHere, Table, missing_files
 from benchmarks.results.job import accounts
 from tests.support.tiny_pipeline import write_tiny_pipeline
@@ -166,6 +166,19 @@ def test_numbers_of_seeds_are_mean_and_spread(values, kind, text):
     assert numbers.number(values, kind) == text
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([0.05, 0.06, 0.04], "**+5.0 ± 0.6**"),
+        ([-0.05, 0.03], "-1.0 ± 4.0"),
+        ([-0.1, -0.1, None], "**-10.0 ± 0.0**"),
+        ([0.05], "–"),
+    ],
+)
+def test_differences_have_a_standard_error(values, text):
+    assert numbers.difference(values, PERCENT) == text
+
+
 def fake(folder, name="default", seed=0, top1=0.4, steps=(4,)):
     """A finished run with made-up scores."""
     asked = runs.Asked(
@@ -185,6 +198,7 @@ def fake(folder, name="default", seed=0, top1=0.4, steps=(4,)):
         kinds["teacher"] = {"25": {"all_checks": 0.5}, "4": {"all_checks": 0.3}}
     told = {
         "asked": run.job["asked"],
+        "seed": seed,
         "scores": kinds,
         "real": {"all_checks": 0.9},
         "prompts": 400,
@@ -253,6 +267,7 @@ def test_the_page_shows_means_reasons_and_commentary(tmp_path):
     assert "| teacher, 4 steps with guidance | 30.0 ± 0.0 |" in text
     assert "| undistilled, in the student's sampler, 4 steps | 45.0 ± 7.1 | 0.250 ± 0.000" in text
     assert "| real pictures | 90.0 |" in text
+    assert "less `default`" not in text
     assert "### Small: by task, 4 steps" in text and "| `default` | 22.5 ± 3.5 |" in text
     assert "on 200 prompts of shapes in colours that the teacher never saw" in text
     assert (
@@ -271,6 +286,16 @@ def test_the_page_shows_means_reasons_and_commentary(tmp_path):
     alone = planned(teachers[:1], {name: found[:1] for name, found in rows.items()})
     command.write([table], alone, output, words)
     assert "One seed (0), so no spread is known" in output.read_text(encoding="utf-8")
+
+    lower = (fake(tmp_path, "jumps2", 0, 0.3, steps), fake(tmp_path, "jumps2", 1, 0.4, steps))
+    both = planned(teachers, {"default": rows["default"], "jumps2": lower})
+    pair = tuple(EXPERIMENTS[n] for n in ("default", "jumps2"))
+    held = dataclasses.replace(table, experiments=pair, against="default")
+    command.write([held], both, output, words)
+    text = output.read_text(encoding="utf-8")
+    assert "### Small: each row less `default`" in text
+    assert "| `jumps2` | **-10.0 ± 0.0** | **-10.0 ± 0.0** |" in text
+    assert prose.figures(text.split("\n"))["jumps2.checks.4"] == "35.0"
 
 
 def test_done_runs_are_skipped_and_failed_ones_recorded(tmp_path, monkeypatch):
