@@ -109,7 +109,7 @@ def recipe(name: str) -> dict[str, Any]:
     """A recipe of `configs/` as plain values; `NAME` or `NAME:VARIANT`.
 
     Raises:
-      NotHere: there is no such file.
+      NotHere: there is no such file, or it has no such variant.
     """
     module, _, variant = name.partition(":")
     try:
@@ -118,7 +118,12 @@ def recipe(name: str) -> dict[str, Any]:
         if error.name != f"configs.{module}":
             raise
         raise NotHere(f"configs/{module}.py is not there") from None
-    return found.get_config(variant).to_dict()
+    try:
+        return found.get_config(variant).to_dict()
+    except ValueError as error:
+        if "has no variant" in str(error):
+            raise NotHere(str(error)) from None
+        raise
 
 
 def missing_files(settings: Settings) -> str:

@@ -17,6 +17,7 @@ pair's cost alone then decides how many updates there are.
     jumps2        its second alone, 2 segments
     jumps_x0      both, the loss as x0, weighted by min(SNR + 1, 5), against z
     average       both, drawn with the average of the second's updates, against the last one
+    liked         both, and then a stage that follows the world's scorer
 """
 
 from benchmarks.results.ablation import PAPER
@@ -111,5 +112,6 @@ PARTS = Table(
             "average of the second stage's updates, decay 0.98",
             {"segments2__ema_decay": 0.98},
         ),
+        _changed(f"{DEFAULT}:preference", "liked", "then a stage that follows the scorer", {}),
     ),
 )

@@ -34,6 +34,9 @@ MEASURES = (
     Measure(key="malformed", title="malformed, %", percent=True, higher_is_better=False),
     Measure(key="open_attributes", title="open attributes, TV", higher_is_better=False),
     Measure(key="places", title="places, TV", higher_is_better=False),
+    Measure(key="frechet", title="Fréchet", higher_is_better=False),
+    Measure(key="precision", title="precision, %", percent=True),
+    Measure(key="recall", title="recall, %", percent=True),
     Measure(key="contrastive", title="scorer"),
 )
 # All checks over the prompts of one task; the world's rungs have some or all of them.

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.results import budget
 from benchmarks.results.experiment import DEFAULT, Experiment, NotHere, Table, missing_files
 from benchmarks.results.experiment import recipe as load_recipe
+from tlcm_jax import paths
 from tlcm_jax.config.schema import MAY_CHANGE, read
 
 # What a run's folder holds beside the workdir of its training.
@@ -18,6 +19,9 @@ JOB, SCORES, FAILURE = "job.json", "scores.json", "failure.json"
 PICTURES, LOG = "pictures.npz", "log.txt"
 # The run that trains nothing.
 TEACHER = "teacher"
+# What preference may follow in this world, told of every row where its weights are there.
+SCORER = "miniature.shapes.contrastive"
+SCORER_WEIGHTS = paths.MINIATURE / "shapes/contrastive"
 # How a process ends that was asked to stop and has saved: the same job resumes it.
 STOPPED = 75
 
@@ -50,7 +54,7 @@ class Asked:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], steps: Sequence[int], limit: int, seed: int) -> "Asked":
-        """What a recipe's own `evaluation` names.
+        """What a recipe's own `evaluation` names, and the scorer that its preference may follow.
 
         Each training seed draws from noise of its own, so that the spread of a row's seeds is that
         of its scores, not of its training alone.
@@ -60,7 +64,7 @@ class Asked:
         return cls(
             prompts=prompts,
             unseen=further[0] if further else "",
-            scorers=tuple(chosen.get("scorers", ())),
+            scorers=(*chosen.get("scorers", ()), *((SCORER,) if SCORER_WEIGHTS.is_dir() else ())),
             guidance_scale=float(chosen["guidance_scale"]),
             gamma=float(chosen.get("gamma", 1.0)),
             steps=tuple(sorted(set(steps))),
