@@ -40,7 +40,7 @@ def test_every_relative_has_the_world_s_teacher_prompts_and_epsilon(variant):
     assert set(pairs) <= {32, 34}
 
 
-@pytest.mark.parametrize("variant", ["lcm", "pcm", "dmd2", "decoupled_dmd", "tdm"])
+@pytest.mark.parametrize("variant", ["lcm", "pcm", "dmd2", "decoupled_dmd", "tdm", "logcd"])
 def test_relatives_fit_the_teacher(variant):
     settings = settings_of(variant)
     losses = load_losses(settings, abstract_model(str(paths.MINIATURE / "shapes-xl")))
