@@ -37,6 +37,16 @@ def define_flags(values: flags.FlagValues) -> None:
     define_size_flags(values, "the recipe's")
     flags.DEFINE_float("price", 0.0, "Of a chip-hour; 0: no cost.", lower_bound=0, **here)
     flags.DEFINE_string("store", STORE, "Keeps costs; empty keeps none.", **here)
+    flags.DEFINE_integer(
+        "evaluate", 0, "Prompts: plans an evaluation of the student instead of the training.",
+        lower_bound=0, **here,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "steps", 4, "With --evaluate: the student's.", lower_bound=1, upper_bound=8, **here
+    )
+    flags.DEFINE_integer(
+        "batch_size", 25, "With --evaluate: images at a time.", lower_bound=1, **here
+    )
     flags.DEFINE_bool(
         "every_block", False, "Compile every distinct block, not one of each kind: slow.", **here
     )
@@ -54,7 +64,8 @@ def main(argv: list[str]) -> None:
         config, size = given.config.to_dict(), given_size(given)
         if size is not None:
             config["model"] = {**config.get("model", {}), "resolution": str(size), "buckets": {}}
-        run(config, given.topology, given.price, given.store, given.every_block)
+        evaluated = (given.evaluate, given.steps, given.batch_size) if given.evaluate else None
+        run(config, given.topology, given.price, given.store, given.every_block, evaluated)
     except (ValueError, OSError) as error:
         if logging.level_debug():
             raise
@@ -67,14 +78,29 @@ def run(
     price: float = 0.0,
     store: str = "",
     every_block: bool = False,
+    evaluated: tuple[int, int, int] | None = None,
 ) -> None:
-    """Prints a recipe's plan; arguments as of `plan_recipe`, and the price of a chip-hour."""
+    """Prints a recipe's plan, or that of an evaluation of its student.
+
+    Args:
+      config: as of `planner_of`, like what is not named here.
+      topology: see there.
+      price: of a chip-hour.
+      store: see there.
+      every_block: see there.
+      evaluated: prompts, steps and images at a time; None plans the training.
+    """
     from tlcm_jax.planning import report
 
-    planner, plans = plan_recipe(config, topology, store, every_block)
+    planner = planner_of(config, topology, store, every_block)
     where, settings = planner.topology, planner.settings
     sizes = " x ".join(f"{axis} {size}" for axis, size in planner.mesh.items())
     print(f"{settings.name} on {topology}: {where.chips} chips, mesh {sizes}")
+    if evaluated is not None:
+        print(report.describe_evaluation(planner.evaluation(*evaluated), where, price))
+        print(report.describe_basis(where))
+        return
+    plans = [planner.plan(name) for name in settings.stages]
     for plan in plans:
         print(report.describe_stage(plan, where, settings.model.remat))
     print(report.describe_recipe(plans, where, price))
@@ -85,7 +111,15 @@ def run(
 def plan_recipe(
     config: dict[str, Any], topology: str, store: str = "", every_block: bool = False
 ) -> tuple["Plans", list["StagePlan"]]:
-    """A recipe's plan, stage by stage.
+    """A recipe's plan, stage by stage; args and errors are those of `planner_of`."""
+    plans = planner_of(config, topology, store, every_block)
+    return plans, [plans.plan(name) for name in plans.settings.stages]
+
+
+def planner_of(
+    config: dict[str, Any], topology: str, store: str = "", every_block: bool = False
+) -> "Plans":
+    """What plans a recipe.
 
     Args:
       config: the recipe as plain nested values.
@@ -116,8 +150,7 @@ def plan_recipe(
         store=Path(store).expanduser() if store else None,
         progress=lambda text: print(f"compiling {text}", file=sys.stderr, flush=True),
     )
-    plans = Plans(settings, model, where, compiler, every_block)
-    return plans, [plans.plan(name) for name in settings.stages]
+    return Plans(settings, model, where, compiler, every_block)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_blocks_are_the_network(planner):
     model, blocks = planner.model, planner.blocks
     time = jax.ShapeDtypeStruct((1,), jnp.int32)
     whole = count(model.predict, model.params["unet"], planner.latents, time, planner.conditioning)
-    assert planner._network(1).flops == whole
+    assert planner.network(1).flops == whole
     assert any(block.calls > 1 for block in blocks)
     inits = [jax.eval_shape(b.module.init, jax.random.key(0), *b.inputs) for b in blocks]
     sizes = [leaves_bytes(init) for init in inits]
@@ -138,16 +138,16 @@ def test_a_block_is_told_from_another_of_its_kind(planner, monkeypatch):
     monkeypatch.setattr(Compiler, "_compile", twice)
     compiler = Compiler(device=where.device, dtype=jnp.float32)
     few = Planner(planner.settings, planner.model, where, compiler)
-    cost = few._network(2)
+    cost = few.network(2)
     kinds = len(told)
     assert kinds < len(few.blocks)
     fresh = Compiler(device=where.device, dtype=jnp.float32)
     every = Planner(planner.settings, planner.model, where, fresh, every_block=True)
-    exact = every._network(2)
+    exact = every.network(2)
     assert len(told) == kinds + len(every.blocks)
     assert cost.seconds == pytest.approx(exact.seconds) and cost.flops == exact.flops
     # Half the batch is told from the whole.
-    assert few._network(1).seconds == pytest.approx(every._network(1).seconds)
+    assert few.network(1).seconds == pytest.approx(every.network(1).seconds)
     assert len(told) == kinds + 2 * len(every.blocks)
 
 

@@ -17,13 +17,13 @@ import numpy as np
 from tlcm_jax.models.embeddings import TimestepEmbedding
 from tlcm_jax.models.layers import Conv, Dense, GroupNorm
 from tlcm_jax.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
-from tlcm_jax.models.transformer import BasicTransformerBlock
+from tlcm_jax.models.transformer import Attention, BasicTransformerBlock
 
 # Outermost first: what is called inside one of these is part of it. A stack of transformer blocks
 # is its blocks, and the layers before and after them.
 _BLOCKS = (
-    BasicTransformerBlock, ResnetBlock2D, Downsample2D, Upsample2D, TimestepEmbedding, Conv, Dense,
-    GroupNorm, nn.GroupNorm,
+    BasicTransformerBlock, Attention, ResnetBlock2D, Downsample2D, Upsample2D, TimestepEmbedding,
+    Conv, Dense, GroupNorm, nn.GroupNorm,
 )  # fmt: skip
 # What each policy of the network recomputes.
 _RECOMPUTED: dict[str, tuple[type, ...]] = {

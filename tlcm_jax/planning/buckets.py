@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from tlcm_jax.config.schema import Settings
 from tlcm_jax.families.base import LatentModel
 from tlcm_jax.planning.cost import Compiler
+from tlcm_jax.planning.evaluation import EvaluationPlan, plan_evaluation
 from tlcm_jax.planning.stage import Planner, StagePlan
 from tlcm_jax.planning.topologies import Topology
 
@@ -40,6 +41,10 @@ class Plans:
             one = Planner(recipe, model, topology, compiler, every_block)
             self._planners.append((str(size), weight / total, one))
         self.mesh: Mapping[str, int] = self._planners[0][2].mesh.shape
+
+    def evaluation(self, prompts: int, steps: int, batch: int) -> EvaluationPlan:
+        """Of images of the first size; args are `plan_evaluation`'s."""
+        return plan_evaluation(self._planners[0][2], prompts, steps, batch)
 
     def plan(self, name: str) -> StagePlan:
         """One stage; errors are `Planner.plan`'s."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from tlcm_jax.planning.evaluation import EvaluationPlan
 from tlcm_jax.planning.stage import USABLE, StagePlan
 from tlcm_jax.planning.topologies import DEVICES, GIB, Topology
 
@@ -40,6 +41,29 @@ def describe_recipe(plans: Sequence[StagePlan], topology: Topology, price: float
     if price:
         text += f", {price * chip_hours:.2f} at {price:g} a chip-hour"
     return text
+
+
+def describe_evaluation(plan: EvaluationPlan, topology: Topology, price: float) -> str:
+    """An evaluation's memory, time and cost."""
+    device = topology.device
+    lines = [
+        f"evaluation: {plan.prompts} prompts at {plan.steps} steps, {plan.batch} images at a time"
+    ]
+    lines.append("  memory of a device, GiB")
+    held = {**plan.weights, **{f"or {what}": size for what, size in plan.phases.items()}}
+    lines += [f"    {what:32}{size / GIB:9.2f}" for what, size in held.items()]
+    fit = plan.peak <= USABLE * device.memory
+    verdict = "fits" if fit else "DOES NOT FIT"
+    lines.append(f"    {'peak':32}{plan.peak / GIB:9.2f} of {device.memory / GIB:.0f}: {verdict}")
+    if not fit and plan.batch > plan.devices:
+        lines.append(f"    evaluate --batch_size {plan.devices} holds one image a device")
+    lines.append("  an image on a device, ms")
+    lines += [f"    {what:32}{1e3 * time:9.1f}" for what, time in plan.seconds.items()]
+    chip_hours = plan.hours * topology.chips
+    text = f"  all on {topology.name}: {60 * plan.hours:.1f} min, {chip_hours:.2f} chip-hours"
+    lines.append(text + (f", {price * chip_hours:.2f} at {price:g} a chip-hour" if price else ""))
+    lines.append("  not in it: what the host does meanwhile (resizing, files) and compilation")
+    return "\n".join(lines)
 
 
 def describe_basis(topology: Topology) -> str:

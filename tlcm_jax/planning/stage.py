@@ -140,7 +140,7 @@ class Planner:
         )
         state = jax.eval_shape(lambda a: spec.create_state(a, jax.random.key(0)), adapter)
 
-        student = self._network(batch, gradient=True)
+        student = self.network(batch, gradient=True)
         calls = self._calls(stage, loss, batch, prompts)
         seconds = {what: count * cost.seconds for what, (count, cost) in calls.items()}
         flops = sum(count * cost.flops for count, cost in calls.values())
@@ -189,8 +189,8 @@ class Planner:
             notes=tuple(f"not in it: the term {term}" for term in self.left_out[name]),
         )
 
-    def _network(self, batch: int, gradient: bool = False) -> Cost:
-        """One call of the network on a device."""
+    def network(self, batch: int, gradient: bool = False) -> Cost:
+        """One call of the network on a device, with `batch` samples."""
         if (batch, gradient) not in self._costs:
             twice = self._costs.get((2 * batch, gradient))
             if twice is None or gradient or self._every_block:
@@ -238,13 +238,13 @@ class Planner:
         if nfe.teacher and not stage.paths:
             both = 2 * prompts
             count = nfe.teacher * pairs / stage.epochs / both
-            calls["teacher"] = (count, self._network(both))
+            calls["teacher"] = (count, self.network(both))
         if nfe.rollout:
             count = nfe.rollout * pairs / stage.epochs / prompts
-            calls["rollout"] = (count, self._network(prompts))
+            calls["rollout"] = (count, self.network(prompts))
         if nfe.target:
-            calls["target"] = (nfe.target * stage.accumulate, self._network(batch))
-        gradient = self._network(batch, gradient=True)
+            calls["target"] = (nfe.target * stage.accumulate, self.network(batch))
+        gradient = self.network(batch, gradient=True)
         calls["student"] = (stage.accumulate, gradient)
         if nfe.aux:
             # At most: calls without a gradient of their own are counted as if they had one.
