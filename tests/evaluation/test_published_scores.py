@@ -1,6 +1,7 @@
 """The whole command with small random-weight scorers, from their files to the report."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -100,6 +101,25 @@ def test_the_full_size_recipe_names_scorers_that_there_are():
     assert named == {"mps", "image_reward"} <= SCORERS.keys()
     assert all("latent_lpips" in stage.terms for stage in stages.values())
     assert {"distribution_matching", "adversarial"} <= stages["matching"].terms.keys()
-    # Every score has a line in the table of files.
-    table = (paths.ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in table for name in SCORERS)
+
+
+def test_the_table_of_files_is_the_registry_s(tmp_path):
+    """Each scorer that there is, and no other, with the origin that its loader names."""
+    text = (paths.ROOT / "docs" / "own-model.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in row] for row in rows if len(row) == 5]
+    told = {name: row for row in cells for name in re.findall(r"`(\w+)`", row[0])}
+    assert told.keys() == SCORERS.keys()
+    for name, (_, origin, beside, size, licence) in told.items():
+        with pytest.raises(FileNotFoundError) as error:
+            load_scorer(name, str(tmp_path))
+        file, source = re.search(r"fetch (\S+) .*?from (.+) and put", str(error.value)).groups()
+        assert source.removeprefix("the releases of ").partition(" (")[0] in origin, name
+        assert file.endswith(".safetensors") or f"`{file}.p" in origin, name
+        assert re.search(r"\d [GMk]B", size) and licence and beside, name
+    # Where the full-size recipe looks, and the term that is not a score.
+    stages = sdxl.get_config("full")["stages"]
+    folders = {stages["preference"]["terms"]["preference"]["scorers"]["mps"]["weights"],
+               stages["preference"]["terms"]["preference"]["held_out_weights"],
+               stages["matching"]["terms"]["latent_lpips"]["weights"]}  # fmt: skip
+    assert all(f"`{folder}`" in text for folder in folders)
