@@ -6,8 +6,10 @@
 The teacher is trained as miniature/shapes/README.md says; rung `r1`, one object in a picture.
 
     --config configs/shapes.py:smoke        a few steps of each stage, to see that all is in place
-    --config configs/shapes.py:reward       then a stage that follows the parser, which has no
-                                            gradient (its rate and weight are not yet measured)
+    --config configs/shapes.py:preference   then a stage that follows the contrastive scorer by
+                                            its gradient
+    --config configs/shapes.py:reward       then one that follows it by rewards, with as many calls
+                                            of the UNet; not yet compared on test prompts
     --config configs/shapes.py:guided       without guidance, and a tenth of the pairs without their
                                             prompts: for --guidance_scale and --negative_prompt
 """
@@ -18,7 +20,15 @@ from tlcm_jax import paths
 
 # The latents' deviation is 0.07, and gradients of a millionth are usual: 1e-8 would swallow them.
 ADAM_EPS = 1e-13
-VARIANTS = ("", "smoke", "reward", "guided")
+VARIANTS = ("", "smoke", "preference", "reward", "guided")
+
+# The same scorer, by its gradient and by rewards; the parser, which none follows, judges.
+SCORER = dict(contrastive=dict(scorer="miniature.shapes.contrastive"))
+FOLLOWING = {
+    "preference": dict(scorers=SCORER),
+    # A tenth where latents have unit deviation; the consistency loss's gradient is 0.07 of that.
+    "reward": dict(weight=0.007, scorers=SCORER, held_out="miniature.shapes.scorer"),
+}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -53,12 +63,12 @@ def get_config(variant: str = "") -> ConfigDict:
         )
         for count in (4, 2)
     }
-    if variant == "reward":
-        stages["reward"] = dict(
+    if variant in FOLLOWING:
+        stages[variant] = dict(
             objective="lcd",
             steps=300,
-            # 32 rollouts, each asked at 2 of the states it came through: 2 updates of 32.
-            batch_size=32,
+            # 32 rollouts, each asked at 2 of the states it came through: 4 updates of 16.
+            batch_size=16,
             prompts_per_refill=32,
             learning_rate=1e-4,
             warmup_steps=20,
@@ -69,7 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
                 states="visited",
                 states_per_rollout=2,
             ),
-            terms=dict(reward=dict(scorers=dict(parser=dict(scorer="miniature.shapes.scorer")))),
+            terms={variant: FOLLOWING[variant]},
         )
     return ConfigDict(
         dict(

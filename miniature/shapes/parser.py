@@ -23,7 +23,7 @@ from scipy import ndimage
 
 from miniature.shapes.explain import Geometry, Region, explain
 from miniature.shapes.render import PALETTE, mask
-from miniature.shapes.scene import ATTRIBUTES, SHAPES, SIDE, Rung, Spec, Thing, related
+from miniature.shapes.scene import SHAPES, SIDE, Rung, Spec, Thing, answered
 
 _CROP = 28
 _EIGHT = np.ones((3, 3))
@@ -322,23 +322,4 @@ def satisfies(found: Parse, spec: Spec) -> bool:
         return False
     if (spec.ground or found.ground) != found.ground:
         return False
-    return _assigned(found.objects, spec)
-
-
-def _assigned(objects: Sequence[Found], spec: Spec) -> bool:
-    """Whether the objects can be shared out among the groups so that all is as said."""
-    open_count = any(group.number is None for group in spec.groups)
-    wanted = [g for group in spec.groups for g in [group] * (group.number or len(objects))]
-    if len(wanted) != len(objects) or (open_count and not 2 <= len(objects) <= 4):
-        return False
-    for order in itertools.permutations(objects):
-        pairs = list(zip(order, wanted, strict=True))
-        if all(
-            (getattr(group, a) or getattr(thing, a)) == getattr(thing, a)
-            for thing, group in pairs
-            for a in ATTRIBUTES
-        ):
-            places = [(thing.x, thing.y) for thing in order[:2]]
-            if spec.relation is None or related(spec.relation, *places):
-                return True
-    return False
+    return answered(found.objects, spec)

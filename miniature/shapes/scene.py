@@ -13,7 +13,9 @@ Training uses integers below `TEST_START`, tests those from it.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -287,6 +289,27 @@ def related(relation: str, first: Sequence[float], second: Sequence[float]) -> b
         "above": not across and dy < 0,
         "below": not across and dy > 0,
     }[relation]
+
+
+def answered(objects: Sequence[Any], spec: Spec) -> bool:
+    """Whether objects (`Thing`, or as read) can be shared out among the groups so that all is as
+    said; style and ground aside.
+    """  # noqa: D205
+    open_count = any(group.number is None for group in spec.groups)
+    wanted = [g for group in spec.groups for g in [group] * (group.number or len(objects))]
+    if len(wanted) != len(objects) or (open_count and not 2 <= len(objects) <= MAX_OBJECTS):
+        return False
+    for order in itertools.permutations(objects):
+        pairs = list(zip(order, wanted, strict=True))
+        if all(
+            (getattr(group, a) or getattr(thing, a)) == getattr(thing, a)
+            for thing, group in pairs
+            for a in ATTRIBUTES
+        ):
+            places = [(thing.x, thing.y) for thing in order[:2]]
+            if spec.relation is None or related(spec.relation, *places):
+                return True
+    return False
 
 
 def _places(

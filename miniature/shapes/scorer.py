@@ -44,11 +44,7 @@ class ShapesScorer(Scorer):
 
     def real_data_score(self, prompt_set: str, count: int) -> dict[str, float]:
         """See `Scorer`: of one fresh render of each caption."""
-        entries = prompt_sets(self.rung).get(prompt_set, [])[:count]
-        if not entries:
-            return {}
-        images = reals([spec_of(entry) for entry in entries], self.rung)
-        return self.summarise(self.values(images, [entry["prompt"] for entry in entries], {}))
+        return score_of_reals(self, self.rung, prompt_set, count)
 
 
 class ParserScorer(ShapesScorer):
@@ -76,6 +72,15 @@ class ParserScorer(ShapesScorer):
             "all_checks": np.array(right, np.float32),
             "malformed": np.array([bool(one.malformed) for one in found], np.float32),
         }
+
+
+def score_of_reals(scorer: Scorer, rung: Rung, prompt_set: str, count: int) -> dict[str, float]:
+    """What a scorer says of one fresh render of each caption of a set; empty for other sets."""
+    entries = prompt_sets(rung).get(prompt_set, [])[:count]
+    if not entries:
+        return {}
+    images = reals([spec_of(entry) for entry in entries], rung)
+    return scorer.summarise(scorer.values(images, [entry["prompt"] for entry in entries], {}))
 
 
 def reals(specs: Sequence[Spec], rung: Rung) -> UInt8[np.ndarray, "n 64 64 3"]:

@@ -40,7 +40,7 @@ def trapezoid(peak: float, steps: int, warmup: int = 200, decay: float = 0.15) -
 def fit(
     loss_fn: LossFn,
     params: Params,
-    batches: Iterator,
+    batches: Iterator | Callable[[int], Iterator],
     *,
     steps: int,
     learning_rate: optax.Schedule,
@@ -58,7 +58,7 @@ def fit(
     Args:
       loss_fn: `(params, batch, key) -> (scalar loss, metrics)`.
       params: initial parameters, fp32.
-      batches: one batch (a pytree of arrays) a step.
+      batches: one batch (a pytree of arrays) a step; or what makes these from a step on.
       steps: optimiser steps in all.
       learning_rate: over the steps; `cosine` or `trapezoid`.
       workdir: where checkpoints go; a second call with the same folder goes on from the last.
@@ -98,9 +98,10 @@ def fit(
         if manager.latest_step() is not None:
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
         first, started = int(state["step"]), time.monotonic()
+        stream = batches(first) if callable(batches) else batches
         bar = tqdm(range(first, steps), initial=first, total=steps, mininterval=10)
         for step in bar:
-            state, metrics = update(state, next(batches))
+            state, metrics = update(state, next(stream))
             if (step + 1) % log_every == 0:
                 shown = {name: f"{float(value):.4f}" for name, value in metrics.items()}
                 rate = (step + 1 - first) / (time.monotonic() - started)
