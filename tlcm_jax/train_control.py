@@ -124,12 +124,12 @@ def _of_folder(
         return np.asarray(fit_picture(read_picture(path), size)[0])
 
     def map_of(line: Line) -> np.ndarray:
-        if not values.canny and line.map is None:
+        source = line.image if values.canny else line.map
+        if source is None:
             raise ValueError(
                 f"{line.image} has no map (conditioning_image_file_name); give one, or --canny"
             )
-        picture = read_picture(line.image if values.canny else line.map)
-        return fit_control(picture, size, channels, edges=values.canny)[0][0]
+        return fit_control(read_picture(source), size, channels, edges=values.canny)[0][0]
 
     return folder_examples(Path(values.images), values.batch, values.seed, image_of, map_of)
 
@@ -166,7 +166,7 @@ def batches(
         yield {
             "latents": jnp.asarray(latents, jnp.float32),
             "conditioning": model.with_controls(
-                conditioning, [batch.maps.astype(np.float32) / 255], [1.0]
+                conditioning, [jnp.asarray(batch.maps, jnp.float32) / 255], [1.0]
             ),
             **shared,
         }

@@ -88,13 +88,15 @@ def read_lines(folder: Path) -> list[Line]:
             said = json.loads(text)
         except ValueError:
             raise ValueError(f"{where} is not JSON") from None
-        if not isinstance(said, dict) or not all(
-            isinstance(said.get(key), str) for key in ("file_name", "text")
-        ):
-            raise ValueError(f"{where}: must be an object with texts file_name and text")
-        image, map_ = (folder / said[k] if said.get(k) else None for k in ("file_name", _MAP))
-        for path in (image, map_):
-            if path is not None and not path.is_file():
+        known = said if isinstance(said, dict) else {}
+        texts = known.get("file_name"), known.get("text"), known.get(_MAP) or ""
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"{where}: must be an object with texts file_name, text and, if any, {_MAP}"
+            )
+        image, map_ = folder / said["file_name"], folder / said[_MAP] if said.get(_MAP) else None
+        for path in filter(None, (image, map_)):
+            if not path.is_file():
                 raise FileNotFoundError(f"{where}: there is no file {path}")
         found.append(Line(image=image, text=said["text"], map=map_))
     if not found:
