@@ -48,7 +48,11 @@ def test_each_picture_comes_with_its_caption_and_map_once_an_epoch(tmp_path):
     ("lines", "said"),
     [
         (["{"], "line 1 is not JSON"),
-        ([{"file_name": "0.png"}], "line 1: must be an object with texts file_name and text"),
+        ([{"file_name": "0.png"}], "line 1: must be an object with texts file_name, text and"),
+        (
+            [{"file_name": "0.png", "text": "a", "conditioning_image_file_name": 3}],
+            "an object with",
+        ),
         (["", line(7)], "line 2: there is no file .*7.png"),
         ([line(0, conditioning_image_file_name="9.png")], "there is no file .*9.png"),
         ([""], "lists no pictures"),
