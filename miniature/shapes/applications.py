@@ -161,7 +161,7 @@ def measure_maps(
     for end in ends:
         control = Control(network=network, images=maps, scale=args.scale, end=end)
         part = "" if end == 1 else f", first {end:g} of the steps"
-        for steps in (2, 3, 4, 25):
+        for steps in args.steps:
             who = "teacher" if steps > 8 else "student"
             images = draw(prompts, steps, [control])
             report(f"{who}, {steps} steps{part}", images)
@@ -170,7 +170,9 @@ def measure_maps(
     return sheet
 
 
-def measure_chinese(draw: Drawer, path: Path, count: int) -> dict[str, np.ndarray]:
+def measure_chinese(
+    draw: Drawer, path: Path, count: int, counts: Sequence[int]
+) -> dict[str, np.ndarray]:
     """Prints the rows of English and Chinese; returns images for the sheet."""
     entries = spread(prompt_sets(_RUNG)["test"], count)
     specs = [spec_of(entry) for entry in entries]
@@ -179,7 +181,7 @@ def measure_chinese(draw: Drawer, path: Path, count: int) -> dict[str, np.ndarra
     assert [spec_of_caption(text) for text in chinese] == specs
     model, base = draw.model.with_text_adapter(path), draw.base.with_text_adapter(path)
     sheet = {}
-    for steps in (2, 3, 4, 25):
+    for steps in counts:
         who = "teacher" if steps > 8 else "student"
         ours = draw([entry["prompt"] for entry in entries], steps)
         theirs = draw(chinese, steps, chinese=base if steps > 8 else model)
@@ -218,6 +220,7 @@ def main() -> None:
     parser.add_argument("--layout", action="store_true")
     parser.add_argument("--chinese", action="store_true")
     parser.add_argument("--count", type=int, default=0, help="test prompts; 0 for all")
+    parser.add_argument("--steps", type=int, nargs="*", default=[2, 3, 4, 25])
     parser.add_argument("--scale", type=float, default=1.0, help="of the residuals")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the teacher")
     parser.add_argument("--batch", type=int, default=64)
@@ -234,7 +237,7 @@ def main() -> None:
                 ).items()
             }
     if args.chinese:
-        rows |= measure_chinese(draw, args.networks / CHINESE, args.count)
+        rows |= measure_chinese(draw, args.networks / CHINESE, args.count, args.steps)
     if args.sheet and rows:
         write_sheet(args.sheet, rows)
 
