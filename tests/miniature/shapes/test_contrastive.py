@@ -28,8 +28,8 @@ def scorer():
 def test_it_tells_right_captions_from_such_with_one_thing_wrong(scorer):
     found = areas(scorer, RUNGS["r1"], 60)
     assert set(found) == {"all", "shape", "colour", "size"}
-    # 0.95 of 300, shapes 0.88; 60 tell it less surely.
-    assert found["all"] > 0.9 and min(found.values()) > 0.75
+    # 0.98 of 300, shapes 0.94; 60 tell it less surely.
+    assert found["all"] > 0.94 and min(found.values()) > 0.85
 
 
 def test_its_gradient_can_be_followed(scorer):
