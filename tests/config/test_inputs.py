@@ -31,7 +31,8 @@ def world(tmp_path, monkeypatch):
 
 def given(world, prompts=TEXTS, teacher="teacher", latents="latents.npz"):
     settings = types.SimpleNamespace(
-        latents=str(world / latents), model=types.SimpleNamespace(path=teacher, loras=())
+        latents=str(world / latents),
+        model=types.SimpleNamespace(path=teacher, loras=(), controls={}),
     )
     return Inputs(world / "run", settings, prompts)
 
@@ -49,7 +50,9 @@ def test_the_same_content_at_another_place_is_the_same(world):
     shutil.copy(world / "latents.npz", world / "other.npz")
     again = given(world, teacher="copy", latents="other.npz")
     again.check()
-    assert set(again.moved) == {"prompts", "latents", "model.path", "model.loras"}
+    assert set(again.moved) == {
+        "prompts", "latents", "model.path", "model.loras", "model.controls",
+    }  # fmt: skip
 
 
 def test_other_content_under_the_same_path_is_refused_by_name(world):
@@ -61,7 +64,7 @@ def test_other_content_under_the_same_path_is_refused_by_name(world):
     changed = given(world)
     with pytest.raises(ValueError, match="the latents and the teacher of the run"):
         changed.check()
-    assert changed.moved == ("prompts", "model.loras")
+    assert changed.moved == ("prompts", "model.loras", "model.controls")
     (world / "run/inputs.json").unlink()
     begin(world)
 
