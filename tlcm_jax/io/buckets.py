@@ -61,6 +61,9 @@ def local(path: str | os.PathLike, cache: str = CACHE) -> Path:
     if not found:
         raise FileNotFoundError(f"{text} does not exist: the bucket holds no file of that name")
     root = Path(os.path.expanduser(cache)) / scheme
+    for name in found:
+        if ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{text} cannot be read: an object is called {name}")
     for name, info in found.items():
         if PurePosixPath(name).suffix not in _UNREAD:
             _fetch(scheme, name, info, root)
@@ -72,11 +75,7 @@ def _listed(scheme: str, place: str) -> dict[str, Mapping[str, Any]]:
     store = fsspec.filesystem(scheme)
     store.invalidate_cache()
     found = store.find(place, detail=True)
-    names = {name.strip("/"): info for name, info in found.items() if not name.endswith("/")}
-    for name in names:
-        if ".." in PurePosixPath(name).parts:
-            raise ValueError(f"an object is called {name}")
-    return names
+    return {name.strip("/"): info for name, info in found.items() if not name.endswith("/")}
 
 
 def _fetch(scheme: str, name: str, info: Mapping[str, Any], root: Path) -> None:
@@ -84,7 +83,7 @@ def _fetch(scheme: str, name: str, info: Mapping[str, Any], root: Path) -> None:
     version = [info.get("size"), *(str(info[key]) for key in _VERSIONS if key in info)][:2]
     copy = root / name
     mark = copy.with_name(f".{copy.name}{_VERSION_SUFFIX}")
-    said = json.dumps([*version])
+    said = json.dumps(version)
     if copy.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == said:
         return
     copy.parent.mkdir(parents=True, exist_ok=True)
